@@ -1,0 +1,35 @@
+"""Quantization-aware training with learned scales and zero points, as a Lightning callback."""
+
+from lfq_lightning.callback import QuantizationAwareTraining
+from lfq_lightning.checkpoint import load_from_checkpoint, load_state_dict
+from lfq_lightning.host import quantizers
+from lfq_lightning.ops import backends, fake_quantize
+from lfq_lightning.phases import calibrate, project_, set_phase
+from lfq_lightning.placement import Placement, attach, detach
+from lfq_lightning.plot import plot_trajectories
+from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.schedule import PhaseSchedule
+from lfq_lightning.spec import QuantSpec, Rule
+from lfq_lightning.summary import Summary, summarize
+
+__all__ = [
+    "LearnableFakeQuantize",
+    "PhaseSchedule",
+    "Placement",
+    "QuantSpec",
+    "QuantizationAwareTraining",
+    "Rule",
+    "Summary",
+    "attach",
+    "backends",
+    "calibrate",
+    "detach",
+    "fake_quantize",
+    "load_from_checkpoint",
+    "load_state_dict",
+    "plot_trajectories",
+    "project_",
+    "quantizers",
+    "set_phase",
+    "summarize",
+]

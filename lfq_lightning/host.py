@@ -1,0 +1,131 @@
+"""A layer that computes with quantized weights and inputs, and is otherwise the layer it was."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from lfq_lightning.quantizer import LearnableFakeQuantize
+
+WEIGHT, INPUT = "weight_quantizer", "input_quantizer"
+
+
+class QuantizedLayer:
+    """Mixed into a layer's class at run time, as FSDP2 does, so that the layer keeps its type, keys and behaviour.
+
+    Within the layer's own forward, `self.weight` is the fake-quantized weight; everywhere else (optimizers,
+    initialisers, weight tying, pruning) it is the parameter.
+    """
+
+    weight_quantizer: LearnableFakeQuantize | None
+    input_quantizer: LearnableFakeQuantize | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        weight = self.weight  # type: ignore[attr-defined]
+        if self.input_quantizer is not None:
+            quantize, learn = self.input_quantizer, weight.requires_grad
+            args = tuple(quantize(a, learn) if _is_floating(a) else a for a in args)
+            kwargs = {k: quantize(a, learn) if _is_floating(a) else a for k, a in kwargs.items()}
+        if self.weight_quantizer is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        # An instance attribute hides the parameter, which nn.Module finds only when nothing else has the name.
+        pruned = self.__dict__.get("weight")
+        object.__setattr__(self, "weight", self.weight_quantizer(weight, weight.requires_grad))
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if pruned is None:
+                del self.__dict__["weight"]
+            else:
+                object.__setattr__(self, "weight", pruned)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (float_type(self),), self.__dict__  # type: ignore[arg-type]
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+@lru_cache(maxsize=None)
+def quantized_type(layer_type: type[nn.Module]) -> type[nn.Module]:
+    """The class that a layer of this type takes while it is quantized."""
+    return type(f"Quantized{layer_type.__name__}", (QuantizedLayer, layer_type), {"__module__": __name__})
+
+
+def float_type(module: nn.Module) -> type[nn.Module]:
+    """The type of a layer without quantization."""
+    return type(module).__bases__[1] if isinstance(module, QuantizedLayer) else type(module)
+
+
+def _rebuild(layer_type: type[nn.Module]) -> nn.Module:
+    made = quantized_type(layer_type)
+    return made.__new__(made)
+
+
+class KeepSlowPath:
+    """A hook that does nothing: nn.TransformerEncoderLayer's fused path reads weights directly unless one is there."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        return None
+
+
+def quantize_layer(
+    layer: nn.Module, weight: LearnableFakeQuantize | None, activation: LearnableFakeQuantize | None
+) -> None:
+    """Turn a layer into a quantized one in place."""
+    layer.__class__ = quantized_type(type(layer))
+    layer.add_module(WEIGHT, weight)
+    layer.add_module(INPUT, activation)
+    layer.__dict__["_slow_path_hook"] = layer.register_forward_pre_hook(KeepSlowPath())
+
+
+def restore_layer(layer: nn.Module) -> None:
+    """Undo `quantize_layer`."""
+    layer.__dict__.pop("_slow_path_hook").remove()
+    del layer._modules[INPUT], layer._modules[WEIGHT]
+    layer.__class__ = float_type(layer)
+
+
+def hosts(model: nn.Module) -> dict[str, nn.Module]:
+    """The quantized layers of a model by dotted name, in order of registration."""
+    return {
+        plain_name(name): module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)
+    }
+
+
+def plain_name(name: str) -> str:
+    """A module's name without what torch.compile puts into it."""
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
+
+
+def quantizers(model: nn.Module) -> dict[str, LearnableFakeQuantize]:
+    """Every quantizer in a model by dotted name, in order of registration; a shared one once.
+
+    Args:
+        model: any module, attached or not.
+
+    Returns:
+        Names such as `layer1.conv.weight_quantizer` to the modules themselves.
+
+    Example:
+        >>> import lfq_lightning as lfq
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> _ = lfq.attach(model)
+        >>> list(lfq.quantizers(model))
+        ['0.weight_quantizer', '0.input_quantizer']
+    """
+    return {
+        plain_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, LearnableFakeQuantize)
+    }
+
+
+def qparams(model: nn.Module) -> list[nn.Parameter]:
+    """The learnable scales and zero points of a model."""
+    return [p for quantizer in quantizers(model).values() for p in quantizer.parameters(recurse=False)]
+
+

@@ -1,0 +1,97 @@
+"""The kinds of layer that can be quantized, and why another cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lfq_lightning.host import float_type, plain_name
+from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.spec import QuantSpec, Rule
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Embedding)
+
+
+def candidates(model: nn.Module, rules: Iterable[Rule]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that can be quantized, and those with weights that cannot, with the reason."""
+    asked = {rule.match for rule in rules if isinstance(rule.match, type)}
+    found: dict[str, nn.Module] = {}
+    left: dict[str, str] = {}
+    inside: set[nn.Module] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, LearnableFakeQuantize):
+            inside.update(module.modules())
+        if module in inside:
+            continue
+        name, layer_type = plain_name(path), float_type(module)
+        reason = _reason_against(module, layer_type, layer_type in asked)
+        if reason is None:
+            found[name] = module
+        elif reason:
+            left[name] = reason
+    return found, left
+
+
+def _reason_against(module: nn.Module, layer_type: type[nn.Module], asked: bool) -> str | None:
+    """None: it can be quantized. Empty: it has no weights to speak of. Else: the reason to name."""
+    if layer_type in QUANTIZABLE or (asked and issubclass(layer_type, QUANTIZABLE)):
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            return "max_norm changes its weights in forward"
+        return None
+    if isinstance(module, nn.MultiheadAttention):
+        return "attention reads its projections' weights directly"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "attention reads these weights directly"
+    if isinstance(module, nn.RNNBase):
+        return "recurrent layers are not supported"
+    if isinstance(module, QUANTIZABLE) and _is_parametrized(module):
+        raise ValueError(
+            f"A layer with a parametrized weight cannot be quantized. Found {type(module).__name__}: call "
+            "`torch.nn.utils.parametrize.remove_parametrizations` first, or attach before parametrizing."
+        )
+    if isinstance(module, QUANTIZABLE):
+        return f"a subclass of a supported type; a Rule({layer_type.__name__}, ...) with the type quantizes it"
+    return ""
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    return parametrize.is_parametrized(module, "weight")
+
+
+def check_quantizable(name: str, layer: nn.Module, weight: QuantSpec | None, activation: QuantSpec | None) -> None:
+    """Raise unless this layer can take these specifications now."""
+    tensor = layer.weight
+    if isinstance(tensor, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"Shapes must be known when quantizers are attached. Found the lazy layer {name!r} without a weight: run "
+            "one batch through the model first."
+        )
+    assert isinstance(tensor, Tensor)
+    if not tensor.is_floating_point():
+        raise ValueError(f"A weight must be floating to be quantized. Found {tensor.dtype} in {name!r}: exclude it.")
+    if hasattr(tensor, "device_mesh"):
+        raise ValueError(
+            f"Quantizers are attached before parameters are sharded. Found a DTensor in {name!r}: list the callback so "
+            "that it is set up before `fully_shard` runs, or call `lfq_lightning.attach` first."
+        )
+    if weight is not None and weight.axis is not None and not -tensor.ndim <= weight.axis < tensor.ndim:
+        raise ValueError(
+            f"`axis` must name a dimension of the weight. Found axis {weight.axis} for {name!r} of shape "
+            f"{tuple(tensor.shape)}: use {-tensor.ndim} to {tensor.ndim - 1}."
+        )
+    if weight is not None and weight.group_size is not None and isinstance(layer, TRANSPOSED):
+        raise ValueError(
+            f"Groups lie along the input dimension, which a transposed convolution has first. Found 'per_group' for "
+            f"{name!r}: use 'per_channel' there."
+        )
+    if activation is not None and activation.axis is not None and activation.axis == 0:
+        raise ValueError(f"Dimension 0 of an activation is the batch. Found axis 0 for the input of {name!r}: use 1.")
+
+
+def input_channels(layer: nn.Module) -> int:
+    """How many channels a layer's input has."""
+    return int(getattr(layer, "in_features", None) or layer.in_channels)  # type: ignore[arg-type]
+

@@ -1,0 +1,7 @@
+"""The fake-quantize operation: one definition, several implementations that agree bit for bit."""
+
+from lfq_lightning.ops.backends import backends
+from lfq_lightning.ops.function import FakeQuantize, Saturation, Unchanged, check_range, fake_quantize
+from lfq_lightning.ops.reference import saturation
+
+__all__ = ["FakeQuantize", "Saturation", "Unchanged", "backends", "check_range", "fake_quantize", "saturation"]

@@ -1,0 +1,191 @@
+"""The fake-quantize operation and its gradients, whichever implementation computes them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lfq_lightning.ops.backends import select
+from lfq_lightning.ops.layout import check_scales
+
+Saturation = Literal["lsq", "exclusive", "inclusive"]
+
+LARGEST_CODE = 2**16
+
+
+class FakeQuantize(torch.autograd.Function):
+    """y = (clamp(round(x / s) + z, quant_min, quant_max) - z) * s with learnable s and z; nothing is checked here.
+
+    Backward keeps x and the few numbers that forward used, so changing the qparams between the two is harmless. With a
+    `grad_factor` of 0 the qparams get no gradient, and stay in the graph.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        quant_min: int,
+        quant_max: int,
+        axis: int | None,
+        group_size: int | None,
+        grad_factor: float,
+        saturation: str,
+    ) -> Tensor:
+        backend = select(x)
+        y, qparams = backend.forward(x, scale, zero_point, quant_min, quant_max, axis, group_size)
+        ctx.save_for_backward(x, qparams)
+        ctx.backend = backend
+        ctx.arguments = (quant_min, quant_max, axis, group_size, grad_factor, saturation)
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, qparams = ctx.saved_tensors
+        learn = ctx.arguments[4] != 0.0
+        _, need_scale, need_zero_point, *_ = ctx.needs_input_grad
+        gradients = ctx.backend.backward(
+            dy, x, qparams, *ctx.arguments, learn and need_scale, learn and need_zero_point
+        )
+        if torch.is_grad_enabled():
+            gradients = _OnceDifferentiable.apply(dy, *gradients)
+        return (*gradients, None, None, None, None, None, None)
+
+
+class Unchanged(torch.autograd.Function):
+    """y = x with the qparams in the graph, so that DDP finds every parameter used in every phase."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:  # type: ignore[override]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return dy, None, None
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Hands gradients on, and refuses to be differentiated itself."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return tuple(None if g is None else g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        raise RuntimeError(
+            "fake_quantize can be differentiated once: a straight-through estimator has no second derivative. Found a "
+            "backward pass through its gradients (a gradient penalty?): compute that term with the quantizers in "
+            'phase "off".'
+        )
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+    grad_factor: float = 1.0,
+    saturation: Saturation = "lsq",
+) -> Tensor:
+    """Round `x` to the integer grid of (`scale`, `zero_point`) and back, with gradients for all three.
+
+    With s = max(scale, eps) and z = round(clamp(zero_point, quant_min, quant_max)), in float32:
+
+        y = (clamp(round(x / s) + z, quant_min, quant_max) - z) * s
+
+    which is ONNX's QuantizeLinear followed by DequantizeLinear. Rounding is half to even. Gradients are
+    straight-through: LSQ (Esser et al. 2020, equations 3 and 5) for the scale, LSQ+ (Bhalgat et al. 2020) for the zero
+    point. A NaN stays NaN, an infinity saturates, and neither contributes to any gradient.
+
+    Args:
+        x: any floating tensor, any shape and strides.
+        scale: float32, positive, in units of x per integer step. Shape (1,), or (C,) with `axis`, or
+            (O * ceil(I / group_size),) with `group_size`.
+        zero_point: float32, of the shape of `scale`, in integer steps.
+        quant_min: the smallest integer code.
+        quant_max: the largest integer code. The range may exclude 0.
+        axis: the dimension of x with one scale per index; None for one scale in all.
+        group_size: for a weight of shape (O, I, ...), how many neighbouring inputs share one scale.
+        grad_factor: multiplies the gradients of scale and zero point; LSQ uses 1 / sqrt(N * quant_max).
+        saturation: which elements count as saturated in the gradients. "lsq": those with round-free x / s outside the
+            range; "exclusive": those whose rounded value is outside (PyTorch's kernels); "inclusive": for scale and
+            zero point also those that lie on the range's ends.
+
+    Returns:
+        A tensor of the shape, dtype and strides of x.
+
+    Raises:
+        TypeError: if a tensor has the wrong dtype.
+        ValueError: if a shape, device, range, axis or option is wrong.
+
+    Example:
+        >>> import torch, lfq_lightning as lfq
+        >>> x = torch.tensor([-1.0, -0.3, 0.26, 9.0])
+        >>> lfq.fake_quantize(x, torch.tensor([0.5]), torch.tensor([0.0]), quant_min=-2, quant_max=1)
+        tensor([-1.0000, -0.5000,  0.5000,  0.5000])
+    """
+    _check(x, scale, zero_point, quant_min, quant_max, axis, group_size, saturation)
+    return FakeQuantize.apply(  # type: ignore[no-any-return,no-untyped-call]
+        x, scale, zero_point, quant_min, quant_max, axis, group_size, float(grad_factor), saturation
+    )
+
+
+def check_range(quant_min: int, quant_max: int) -> None:
+    """Raise unless the two are integers in order and within what float32 arithmetic holds exactly."""
+    for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"`{name}` must be an int. Found {value!r} of type {type(value).__name__}.")
+    if quant_min >= quant_max:
+        raise ValueError(
+            f"`quant_min` must be less than `quant_max`. Found {quant_min} and {quant_max}: exchange them, or give at "
+            "least two codes."
+        )
+    if quant_min < -LARGEST_CODE or quant_max > LARGEST_CODE:
+        raise ValueError(
+            f"`quant_min` and `quant_max` must be between {-LARGEST_CODE} and {LARGEST_CODE}. Found {quant_min} and "
+            f"{quant_max}: use at most 16 bits."
+        )
+
+
+def _check(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    group_size: int | None,
+    saturation: str,
+) -> None:
+    check_range(quant_min, quant_max)
+    if not x.is_floating_point():
+        raise TypeError(f"`x` must be a floating tensor. Found {x.dtype}: convert it first, or leave it unquantized.")
+    for name, p in (("scale", scale), ("zero_point", zero_point)):
+        if p.dtype is not torch.float32:
+            raise TypeError(f"`{name}` must be float32, whatever the dtype of x. Found {p.dtype}: use `.float()`.")
+        if p.ndim != 1:
+            raise ValueError(
+                f"`{name}` must have one dimension. Found shape {tuple(p.shape)}: use shape (1,) for one value."
+            )
+        if p.device != x.device:
+            raise ValueError(f"`{name}` must be on the device of x, {x.device}. Found {p.device}: move it there.")
+    if scale.shape != zero_point.shape:
+        raise ValueError(
+            "`scale` and `zero_point` must have the same shape. Found "
+            f"{tuple(scale.shape)} and {tuple(zero_point.shape)}."
+        )
+    if axis is not None and group_size is not None:
+        raise ValueError(f"Give `axis` or `group_size`, not both. Found axis={axis}, group_size={group_size}.")
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"`group_size` must be at least 1. Found {group_size}.")
+    check_scales(tuple(x.shape), axis, group_size, scale.numel())
+    if saturation not in get_args(Saturation):
+        raise ValueError(f"`saturation` must be one of {', '.join(get_args(Saturation))}. Found {saturation!r}.")

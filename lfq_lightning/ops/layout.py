@@ -1,0 +1,105 @@
+"""How the elements of a tensor are shared out among the scales."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each element's scale is, in the tensor's own memory order.
+
+    Memory is cut into `segments` runs of `chunk` elements that share one scale; run `i` uses scale `i % channels`.
+    Every `groups` runs make a row of `row` elements, whose last run may be shorter. Where the runs would be too short
+    to vectorise, `width` is positive instead: memory is then a matrix of that many columns, and `repeat` neighbouring
+    columns share one scale.
+    """
+
+    channels: int
+    numel: int
+    segments: int
+    groups: int
+    row: int
+    chunk: int
+    width: int = 0
+    repeat: int = 1
+
+
+# Runs shorter than two 16-lane vectors are faster as columns of a matrix.
+_SHORTEST_RUN = 32
+
+
+def memory_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int] | None:
+    """The dimensions longer than 1, outermost in memory first, or None if the tensor has gaps or overlaps."""
+    order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: (-stride[d], d))
+    if 0 in shape:
+        return order
+    expected = 1
+    for dimension in reversed(order):
+        if stride[dimension] != expected:
+            return None
+        expected *= shape[dimension]
+    return order
+
+
+@lru_cache(maxsize=4096)
+def plan(
+    shape: tuple[int, ...], stride: tuple[int, ...], axis: int | None, group_size: int | None, scales: int
+) -> Layout | None:
+    """The layout of a tensor, or None where the tensor must first be made contiguous.
+
+    Raises:
+        ValueError: if `axis` is out of range or `scales` is not the number that the shape asks for.
+    """
+    check_scales(shape, axis, group_size, scales)
+    numel = math.prod(shape)
+    order = memory_order(shape, stride)
+    if order is None:
+        return None
+    if group_size is not None:
+        return _grouped(shape, group_size, scales, numel) if order == sorted(order) else None
+    if scales == 1:
+        return Layout(1, numel, 1, 1, numel, numel)
+    assert axis is not None
+    position = order.index(axis % len(shape))
+    inner = math.prod(shape[d] for d in order[position + 1 :])
+    if inner < _SHORTEST_RUN:
+        return Layout(scales, numel, 0, 1, 0, 0, width=scales * inner, repeat=inner)
+    return Layout(scales, numel, numel // max(inner, 1), 1, inner, inner)
+
+
+def _grouped(shape: tuple[int, ...], group_size: int, scales: int, numel: int) -> Layout:
+    kernel = math.prod(shape[2:])
+    groups = math.ceil(shape[1] / group_size)
+    return Layout(scales, numel, scales, groups, shape[1] * kernel, min(group_size, shape[1]) * kernel)
+
+
+def check_scales(shape: tuple[int, ...], axis: int | None, group_size: int | None, scales: int) -> None:
+    """Raise unless a tensor of this shape takes this many scales.
+
+    Raises:
+        ValueError: naming the rule, what was found and the remedy.
+    """
+    if group_size is not None:
+        if len(shape) < 2:
+            raise ValueError(
+                f"`group_size` needs a weight of shape (output, input, ...). Found shape {tuple(shape)}: use `axis`, "
+                "or neither for one scale."
+            )
+        expected, kind = shape[0] * math.ceil(shape[1] / group_size), f"per group of {group_size}"
+    elif axis is not None:
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(
+                f"`axis` must name a dimension of x. Found axis {axis} for a tensor of {len(shape)} dimensions, "
+                f"shape {tuple(shape)}: use a value from {-len(shape)} to {len(shape) - 1}."
+            )
+        expected, kind = shape[axis], f"per channel on axis {axis}"
+    else:
+        expected, kind = 1, "per tensor"
+    if scales != expected:
+        raise ValueError(
+            f"`scale` and `zero_point` {kind} must have shape ({expected},) for x of shape {tuple(shape)}. "
+            f"Found {scales} value{'s' * (scales != 1)}: give one for each, or another axis."
+        )

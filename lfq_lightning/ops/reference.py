@@ -1,0 +1,124 @@
+"""Fake quantization in plain torch: the documentation of the mathematics, and what torch.compile traces on CPU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def effective(scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """s and z, shape (2, scales): scales above zero and integer zero points within the range."""
+    s = scale.clamp(min=EPS)
+    z = zero_point.clamp(quant_min, quant_max).round()
+    return torch.stack((s, z))
+
+
+def forward(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    group_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """y = (clamp(round(x / s) + z, quant_min, quant_max) - z) * s, rounding half to even, and what backward needs."""
+    qparams = effective(scale, zero_point, quant_min, quant_max)
+    s, z = (_spread(p, x.shape, axis, group_size) for p in qparams)
+    q = torch.clamp((x.float() / s).round() + z, quant_min, quant_max)
+    return ((q - z) * s).to(x.dtype), qparams
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    qparams: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    group_size: int | None,
+    grad_factor: float,
+    saturation: str,
+    need_scale: bool,
+    need_zero_point: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, scale and zero point; a non-finite x contributes zero to all three.
+
+    LSQ (Esser et al. 2020), equations 3 and 5, with LSQ+ (Bhalgat et al. 2020), section 3.1, for the zero point.
+    """
+    s, z = (_spread(p, x.shape, axis, group_size) for p in qparams)
+    value, g = x.float(), dy.float()
+    u = value / s
+    r = u.round()
+    low, high = quant_min - z, quant_max - z
+    finite = value.isfinite()
+    if saturation == "lsq":
+        passes = learns = (low < u) & (u < high)
+    elif saturation == "exclusive":
+        passes = learns = (low <= r) & (r <= high)
+    else:
+        passes, learns = (low <= r) & (r <= high), (low < r) & (r < high)
+    dx = torch.where(passes & finite, g, 0.0).to(x.dtype)
+    d_scale = d_zero_point = None
+    if need_scale:
+        c = torch.clamp(r, low, high)
+        terms = torch.where(finite, g * torch.where(learns, c - u, c), 0.0)
+        d_scale = _share_sums(terms, axis, group_size) * grad_factor
+    if need_zero_point:
+        terms = torch.where(finite & ~learns, -g * s, 0.0)
+        d_zero_point = _share_sums(terms, axis, group_size) * grad_factor
+    return dx, d_scale, d_zero_point
+
+
+def _spread(p: Tensor, shape: torch.Size, axis: int | None, group_size: int | None) -> Tensor:
+    """The qparam of each element, as a view that broadcasts against x where there is one."""
+    if group_size is not None:
+        groups = math.ceil(shape[1] / group_size)
+        each = p.view(shape[0], groups).repeat_interleave(group_size, dim=1)[:, : shape[1]]
+        return each.reshape(shape[0], shape[1], *[1] * (len(shape) - 2))
+    if axis is None:
+        return p.view([1] * len(shape))
+    return p.view([-1 if d == axis % len(shape) else 1 for d in range(len(shape))])
+
+
+def _share_sums(terms: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+    """The sum of the terms that share one scale, shape (scales,)."""
+    if group_size is not None:
+        rows, inputs = terms.shape[:2]
+        groups = math.ceil(inputs / group_size)
+        flat = terms.reshape(rows, inputs, -1)
+        flat = torch.nn.functional.pad(flat, (0, 0, 0, groups * group_size - inputs))
+        flat = flat.reshape(rows * groups, -1)
+    elif axis is None:
+        flat = terms.reshape(1, -1)
+    else:
+        flat = terms.movedim(axis, 0).reshape(terms.shape[axis], -1)
+    if torch.compiler.is_compiling():
+        return flat.sum(1)
+    return _pairwise_sum(flat)
+
+
+def _pairwise_sum(flat: Tensor) -> Tensor:
+    """Sums of the rows by halves: elementwise additions alone, so no number of threads changes their order."""
+    if flat.shape[1] == 0:
+        return flat.new_zeros(flat.shape[0])
+    while (length := flat.shape[1]) > 1:
+        half = (length + 1) // 2
+        folded = flat[:, :half].clone()
+        folded[:, : length - half] += flat[:, half:]
+        flat = folded
+    return flat[:, 0]
+
+
+def saturation(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None, group_size: int | None
+) -> Tensor:
+    """The share of the elements outside the range of codes, and 1 if any is not finite; shape (2,)."""
+    s, z = (_spread(p, x.shape, axis, group_size) for p in effective(scale, zero_point, quant_min, quant_max))
+    u = x.float() / s
+    outside = (u <= quant_min - z) | (u >= quant_max - z)
+    return torch.stack((outside.float().mean(), (~x.isfinite()).any().float()))

@@ -1,0 +1,226 @@
+"""The optimizer of scales and zero points: it learns in units of its own, and steps when the weights' optimizer does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
+
+from lfq_lightning.host import hosts, quantizers
+from lfq_lightning.quantizer import LearnableFakeQuantize
+
+OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
+ScheduleFactory = Callable[[Optimizer], LRScheduler]
+
+_EPS = torch.finfo(torch.float32).eps
+
+
+def default_optimizer(parameters: Iterable[Tensor]) -> Optimizer:
+    """Adam with a learning rate of 0.001: one step moves a scale by about a thousandth of its reference value."""
+    return torch.optim.Adam(parameters, lr=1e-3, foreach=True)
+
+
+@contextmanager
+def hidden_qparams(model: nn.Module) -> Iterator[None]:
+    """Within it, `model.parameters()` does not know the qparams, so that no user optimizer decays or misses them."""
+    taken: list[tuple[LearnableFakeQuantize, dict[str, Any]]] = []
+    for quantizer in quantizers(model).values():
+        own = dict(quantizer._parameters)
+        for name in own:
+            object.__setattr__(quantizer, name, quantizer._parameters.pop(name))
+        taken.append((quantizer, own))
+    try:
+        yield
+    finally:
+        for quantizer, own in taken:
+            for name in own:
+                object.__delattr__(quantizer, name)
+            quantizer._parameters.update(own)
+
+
+@dataclass
+class _Slot:
+    """One qparam, and the dimensionless value that stands for it in the optimizer."""
+
+    quantizer: LearnableFakeQuantize
+    name: str
+    host: nn.Module
+    proxy: nn.Parameter
+
+    @property
+    def value(self) -> Tensor:
+        return getattr(self.quantizer, self.name)  # type: ignore[no-any-return]
+
+    def unit(self) -> Tensor | float:
+        """What the qparam is measured in: the scale it began to learn with, or the range of codes."""
+        if self.name == "scale":
+            return self.quantizer.scale_reference
+        return float(self.quantizer.quant_max - self.quantizer.quant_min)
+
+    def take_gradient(self) -> bool:
+        """Hand value and gradient to the proxy; False where there is nothing to learn from."""
+        gradient, weight = self.value.grad, self.host.weight
+        if gradient is None or not self.quantizer.learning_enabled or not weight.requires_grad:  # type: ignore[union-attr]
+            self.proxy.grad = None
+            return False
+        unit = self.unit()
+        self.proxy.data.copy_(self.value / unit)
+        self.proxy.grad = gradient.nan_to_num(0.0, 0.0, 0.0) * unit
+        return True
+
+    def write_back(self, before: Tensor) -> None:
+        """Add the step to the qparam: a value that did not move keeps every bit."""
+        moved = self.value + (self.proxy.data - before) * self.unit()
+        if self.name == "scale":
+            moved = torch.minimum(torch.maximum(moved, self.value / 2), self.value * 2).clamp(min=_EPS)
+        else:
+            moved = moved.clamp(self.quantizer.quant_min, self.quantizer.quant_max)
+        sound = self.value.grad.isfinite() & moved.isfinite()  # type: ignore[union-attr]
+        self.value.data.copy_(torch.where(sound, moved, self.value))
+
+
+class QParamOptimizer:
+    """Steps the qparams of each layer after the optimizer that holds the layer's weight, and clears them with it.
+
+    A scale learns relative to its value on entering `learn`, a zero point relative to the range of codes: multiplying
+    an activation by 1000 gives the same relative steps. One step changes a scale by at most a factor of two, and zero
+    points stay within the range. Gradients that are None are skipped, and a qparam whose gradient is not finite keeps
+    still.
+
+    Args:
+        model: a model with quantizers.
+        followed: the user's optimizers.
+        factory: makes an optimizer of a list of parameters; one is made for each of `followed` that holds weights.
+        schedule: makes a learning-rate scheduler, stepped after each step of its optimizer; None keeps the rate.
+        scaler: the gradient scaler of mixed precision, or None.
+        faces: other objects whose `zero_grad` users call for `followed`, such as Lightning's wrappers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        followed: Sequence[Optimizer],
+        factory: OptimizerFactory = default_optimizer,
+        schedule: ScheduleFactory | None = None,
+        scaler: Any = None,
+        faces: Sequence[Any] = (),
+    ) -> None:
+        self._scaler = scaler
+        self._slots: list[list[_Slot]] = []
+        self.optimizers: list[Optimizer] = []
+        self._handles: list[RemovableHandle] = []
+        self._cleared: list[Any] = []
+        for index, slots in _assign(model, followed).items():
+            own = factory([slot.proxy for slot in slots])
+            if not isinstance(own, Optimizer):
+                raise TypeError(
+                    "`optimizer` must be a callable that makes a torch optimizer of a list of parameters. Found one "
+                    f"that made {type(own).__name__}: `functools.partial(torch.optim.Adam, lr=1e-3)` is an example."
+                )
+            position = len(self.optimizers)
+            self.optimizers.append(own)
+            self._slots.append(slots)
+            self._handles.append(followed[index].register_step_post_hook(_Step(self, position)))
+            for face in (followed[index], *faces[index : index + 1]):
+                face.zero_grad = _ZeroGrad(face, slots)
+                self._cleared.append(face)
+        self._schedules = [schedule(own) for own in self.optimizers] if schedule else []
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """The present learning rate of each optimizer."""
+        return [own.param_groups[0]["lr"] for own in self.optimizers]
+
+    @torch.no_grad()
+    def step(self, position: int) -> None:
+        """Step the qparams of one optimizer with the gradients they hold."""
+        slots = self._slots[position]
+        moving = [slot for slot in slots if slot.take_gradient()]
+        if not moving:
+            return
+        before = [slot.proxy.detach().clone() for slot in moving]
+        own = self.optimizers[position]
+        if self._scaler is None:
+            own.step()
+        else:
+            self._scaler.unscale_(own)
+            self._scaler.step(own)
+        for slot, old in zip(moving, before, strict=True):
+            slot.write_back(old)
+        if self._schedules:
+            self._schedules[position].step()
+
+    def remove(self) -> None:
+        """Let go of the user's optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        for face in self._cleared:
+            face.__dict__.pop("zero_grad", None)
+        self._handles, self._cleared = [], []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizers' and schedulers' states."""
+        return {
+            "optimizers": [own.state_dict() for own in self.optimizers],
+            "schedules": [schedule.state_dict() for schedule in self._schedules],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave.
+
+        Raises:
+            ValueError: if it is of other optimizers.
+        """
+        for name, own in (("optimizers", self.optimizers), ("schedules", self._schedules)):
+            if len(state[name]) != len(own):
+                raise ValueError(
+                    f"The checkpoint's qparams have {len(state[name])} {name}. Found {len(own)} here: resume with the "
+                    "`optimizer` and `lr_schedule` that the run began with."
+                )
+            for target, saved in zip(own, state[name], strict=True):
+                target.load_state_dict(saved)
+
+
+class _Step:
+    """A step hook of a user's optimizer."""
+
+    def __init__(self, owner: QParamOptimizer, position: int) -> None:
+        self.owner, self.position = owner, position
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.owner.step(self.position)
+
+
+class _ZeroGrad:
+    """A user optimizer's `zero_grad` that also clears the qparams that follow it."""
+
+    def __init__(self, face: Any, slots: list[_Slot]) -> None:
+        self.face, self.slots = face, slots
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        type(self.face).zero_grad(self.face, *args, **kwargs)
+        for slot in self.slots:
+            slot.value.grad = None
+
+
+def _assign(model: nn.Module, followed: Sequence[Optimizer]) -> dict[int, list[_Slot]]:
+    """For each of the user's optimizers the qparams that follow it: of a layer that none holds, the first."""
+    holder = {id(p): i for i, o in reversed(list(enumerate(followed))) for g in o.param_groups for p in g["params"]}
+    assigned: dict[int, list[_Slot]] = {}
+    known: set[LearnableFakeQuantize] = set()
+    for layer in hosts(model).values() if followed else ():
+        index = next((holder[id(p)] for p in layer.parameters(recurse=False) if id(p) in holder), 0)
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            if isinstance(quantizer, LearnableFakeQuantize) and quantizer not in known:
+                known.add(quantizer)
+                for name in quantizer._parameters:
+                    proxy = nn.Parameter(torch.zeros_like(getattr(quantizer, name)))
+                    assigned.setdefault(index, []).append(_Slot(quantizer, name, layer, proxy))
+    return assigned

@@ -1,0 +1,206 @@
+"""Moving a model's quantizers from one phase to the next, and merging what they observed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfq_lightning.host import hosts, quantizers
+from lfq_lightning.observers import Observer
+from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.schedule import Phase, check_phase
+
+_QUANTIZED: tuple[Phase, ...] = ("estimate", "learn", "freeze")
+
+
+def set_phase(model: nn.Module, phase: Phase) -> None:
+    """Switch every quantizer of a model to a phase.
+
+    On the way to a quantized phase, weights take their range from the weights as they are, and inputs from what was
+    observed; quantizers that have learned keep their qparams.
+
+    Args:
+        model: a model that `attach` was called on.
+        phase: "off", "observe", "estimate", "learn" or "freeze".
+
+    Raises:
+        ValueError: if the phase is unknown, there are no quantizers, or one that is to learn or freeze never saw data.
+
+    Example:
+        >>> import torch, lfq_lightning as lfq
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> _ = lfq.attach(model)
+        >>> lfq.set_phase(model, "observe")
+        >>> lfq.quantizers(model)["0.input_quantizer"].phase
+        'observe'
+    """
+    check_phase(phase)
+    found = quantizers(model)
+    if not found:
+        raise ValueError(f"The model has no quantizers to put in phase {phase!r}: call `lfq_lightning.attach` first.")
+    if phase in ("learn", "freeze"):
+        blind = [n for n, q in found.items() if not (q.is_weight or q.learned or _saw_data(q))]
+        if blind:
+            raise ValueError(
+                f"A quantizer must see data before phase {phase!r}. Found none for {', '.join(blind)}: observe for "
+                "longer (`schedule`), call `lfq_lightning.calibrate`, or leave a layer that is never used in float with "
+                "a Rule."
+            )
+    if phase in _QUANTIZED:
+        estimate_weights(model)
+        for quantizer in found.values():
+            if not (quantizer.is_weight or quantizer.learned) and _saw_data(quantizer):
+                quantizer.estimate()
+    for quantizer in found.values():
+        if phase == "learn":
+            quantizer.begin_learning()
+        quantizer.phase = phase
+    forget_compiled_code()
+
+
+def forget_compiled_code() -> None:
+    """Let compiled modules start afresh: phases times modes would otherwise run into the recompile limit."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def _saw_data(quantizer: LearnableFakeQuantize) -> bool:
+    observer = quantizer.observer
+    return observer.saw_data() if isinstance(observer, Observer) else True
+
+
+def estimate_weights(model: nn.Module) -> None:
+    """Set the qparams of weights that have not begun to learn from the weights as they are."""
+    for layer in hosts(model).values():
+        quantizer = layer.weight_quantizer
+        if isinstance(quantizer, LearnableFakeQuantize) and not quantizer.learned:
+            quantizer.estimate_from(layer.weight)  # type: ignore[arg-type]
+
+
+@contextmanager
+def gathering(model: nn.Module) -> Iterator[None]:
+    """Within it, quantizers gather the statistics of a batch in every mode, for `merge_statistics` to take in."""
+    set_gathering(model, True)
+    try:
+        yield
+    finally:
+        set_gathering(model, None)
+
+
+def set_gathering(model: nn.Module, gathering: bool | None) -> None:
+    """Whether quantizers gather statistics for a caller to merge (None: observe by themselves while training)."""
+    for quantizer in quantizers(model).values():
+        quantizer.gathering = gathering
+
+
+@torch.no_grad()
+def merge_statistics(model: nn.Module, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """Take one batch's statistics into every observing input quantizer, and set its qparams in phase "estimate".
+
+    Args:
+        model: the model whose quantizers gathered.
+        reduce: the elementwise maximum of a flat tensor over all ranks; called once, or not at all where no quantizer
+            observes. Every rank takes part whatever it saw.
+
+    Returns:
+        For each observing quantizer a tensor that is positive if it met values that are not finite.
+    """
+    observing = {
+        n: q for n, q in quantizers(model).items() if q.static_enabled and isinstance(q.observer, Observer)
+    }
+    inputs = {n: q for n, q in observing.items() if not q.is_weight}
+    if not inputs:
+        return {}
+    parts = [
+        q.observer.nothing() if q.batch_statistics is None else q.batch_statistics for q in inputs.values()
+    ]
+    flat = torch.cat([part.flatten() for part in parts])
+    if reduce is not None:
+        flat = reduce(flat)
+    merged = flat.split([part.numel() for part in parts])
+    met = {}
+    for (name, quantizer), part in zip(inputs.items(), merged, strict=True):
+        statistics = part.view(3, -1)
+        quantizer.batch_statistics = None
+        quantizer.observer.update(statistics)
+        met[name] = statistics[2].amax()
+        if quantizer.fake_quant_enabled and not quantizer.learned:
+            quantizer.estimate()
+    return met
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
+) -> None:
+    """Give an attached model its first qparams without training: observe in eval mode, then go to phase "estimate".
+
+    Args:
+        model: a model that `attach` was called on; its training modes are restored.
+        batches: what the model is run on, for instance a DataLoader.
+        forward: how to run the model on one batch. By default a mapping is passed as keywords, of a tuple or list the
+            first entry is passed, and anything else is passed as it is.
+
+    Raises:
+        ValueError: if there are no quantizers, they have learned already, or `batches` is empty.
+
+    Example:
+        >>> import torch, lfq_lightning as lfq
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> _ = lfq.attach(model)
+        >>> lfq.calibrate(model, [torch.randn(8, 4)])
+        >>> lfq.quantizers(model)["0.weight_quantizer"].phase
+        'estimate'
+    """
+    found = quantizers(model)
+    learned = [name for name, quantizer in found.items() if quantizer.learned]
+    if learned:
+        raise ValueError(
+            f"Calibration would overwrite what was learned. Found learned qparams in {', '.join(learned[:5])}: call "
+            "`.forget()` on the quantizers first if that is meant."
+        )
+    set_phase(model, "observe")
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    count = 0
+    try:
+        with gathering(model), torch.no_grad():
+            for batch in batches:
+                (forward or _forward)(model, batch)
+                for name, met in merge_statistics(model).items():
+                    found[name].warn_non_finite(met, name)
+                count += 1
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if count == 0:
+        raise ValueError("`batches` must hold at least one batch. Found none: an iterator may have been used up.")
+    set_phase(model, "estimate")
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+def project_(model: nn.Module) -> None:
+    """Make every scale and zero point legal in place, after a step of an optimizer that is not the callback's.
+
+    Scales become positive and finite, zero points lie within the range of codes.
+
+    Args:
+        model: any module; without quantizers nothing happens.
+
+    Example:
+        >>> import torch, lfq_lightning as lfq
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> _ = lfq.attach(model)
+        >>> lfq.project_(model)
+    """
+    for quantizer in quantizers(model).values():
+        quantizer.project_()

@@ -1,0 +1,249 @@
+"""Draws recorded trajectories: scales, their movement while learning, saturation and zero points."""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .trajectory import FILE_NAME, TrajectoryRow, read_trajectory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Of each step that is drawn: the step, the line, and both ends of the band around it.
+Curve = list[tuple[int, float, float, float]]
+
+KINDS = {"weight_quantizer": "weights", "input_quantizer": "activations"}
+QUANTITIES = {
+    "scale": "scale",
+    "movement": "scale / scale on\nentering learn",
+    "saturation": "saturated share",
+    "zero_point": "zero point",
+}
+PHASE_COLOURS = {"observe": "#dce6f2", "estimate": "#fbe9cc", "freeze": "#e6e6e6"}
+# Told apart by colour-blind readers (after Paul Tol's "muted"), and none of them pale.
+PALETTE = ["#332288", "#cc6677", "#117733", "#ddaa33", "#66bbdd", "#882255"]
+PALETTE += ["#44aa99", "#999933", "#aa4499", "#777777", "#bb5500", "#1155cc"]
+
+
+def plot_trajectories(run_directory: Path | str, path: Path | str | None = None) -> Path:
+    """Draw what a run has recorded in its ``trajectory.csv``.
+
+    Weights and activations stand side by side. From top to bottom: the scale on a logarithmic axis, with a
+    band from the smallest to the largest channel; the scale relative to its value on entering ``learn``; the
+    share of saturated elements with its trailing mean; the zero points that are ever different from zero.
+    Quantities that no quantizer has are left out, and so are the phases ``off`` and ``observe``, in which
+    scales are not in use.
+
+    Args:
+        run_directory: Directory that holds a ``trajectory.csv``, or the path of such a file.
+        path: Picture to write; its suffix decides the format (``.png``, ``.svg``, ``.pdf``). ``None`` means
+            ``trajectories.png`` beside the trajectory.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        FileNotFoundError: There is no trajectory.
+        ValueError: The file is no trajectory, or nothing in it can be drawn yet.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> plot_trajectories("lightning_logs/version_0")  # doctest: +SKIP
+        PosixPath('lightning_logs/version_0/trajectories.png')
+    """
+    source = Path(run_directory)
+    source = source if source.suffix == ".csv" else source / FILE_NAME
+    target = source.with_name("trajectories.png") if path is None else Path(path)
+    rows = read_trajectory(source)
+    panels = _panels(rows)
+    if not panels:
+        raise ValueError(
+            f"A picture needs a quantizer in phase estimate, learn or freeze. Found {len(rows)} rows without "
+            f"one in `{source}`: let the run reach the phase estimate first."
+        )
+    figure = _draw(rows, panels)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=160, format=target.suffix[1:] or "png")
+    return target
+
+
+def _panels(rows: list[TrajectoryRow]) -> dict[tuple[str, str], dict[str, Curve]]:
+    """Return the curves of each panel that has any, by quantity and kind, then by quantizer."""
+    quantizers: dict[str, list[TrajectoryRow]] = {}
+    for row in rows:
+        quantizers.setdefault(row.quantizer, []).append(row)
+    panels: dict[tuple[str, str], dict[str, Curve]] = {}
+    for name, found in quantizers.items():
+        used = [r for r in found if r.phase not in ("off", "observe")]
+        curves: dict[str, Curve] = {
+            "scale": [(r.step, r.scale_mean, r.scale_min, r.scale_max) for r in used],
+            "movement": _movement(found),
+            "saturation": [(r.step, r.saturation, r.saturation, r.saturation) for r in used],
+            "zero_point": [(r.step, r.zero_point_mean, r.zero_point_min, r.zero_point_max) for r in used],
+        }
+        if not any(r.zero_point_min or r.zero_point_max for r in used):
+            del curves["zero_point"]
+        for quantity, curve in curves.items():
+            # What was not measured is bridged: saturation may be recorded less often than the scale.
+            drawn = [point for point in curve if math.isfinite(point[1])]
+            if drawn:
+                panels.setdefault((quantity, _split(name)[1]), {})[name] = drawn
+    return panels
+
+
+def _movement(rows: list[TrajectoryRow]) -> Curve:
+    curve: Curve = []
+    before, start = "off", math.nan
+    for row in rows:
+        if row.phase == "learn" and before not in ("learn", "freeze"):
+            start = row.scale_mean
+        if row.phase in ("learn", "freeze") and start > 0:
+            ratio = row.scale_mean / start
+            curve.append((row.step, ratio, ratio, ratio))
+        before = row.phase
+    return curve
+
+
+def _phases(rows: list[TrajectoryRow]) -> list[tuple[str, int, int]]:
+    """Return the name, first and last step of each phase, in order."""
+    starts: list[tuple[str, int]] = []
+    for step, phase in {row.step: row.phase for row in rows}.items():
+        if not starts or phase != starts[-1][0]:
+            starts.append((phase, step))
+    ends = [step for _, step in starts[1:]] + [max(rows[-1].step, rows[0].step + 1)]
+    return [(phase, start, end) for (phase, start), end in zip(starts, ends, strict=True)]
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Return the layer that a quantizer belongs to, and the kind of tensor that it quantizes."""
+    layer, _, leaf = name.rpartition(".")
+    return (layer or "(model)", KINDS[leaf]) if leaf in KINDS else (name, "others")
+
+
+def _draw(rows: list[TrajectoryRow], panels: dict[tuple[str, str], dict[str, Curve]]) -> Figure:
+    try:
+        # Not pyplot: it would choose a window system and keep the figure alive in global state.
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "`plot_trajectories` draws with matplotlib. Found none: "
+            'install it with `pip install "lfq_lightning[examples]"`.'
+        ) from error
+    kinds = [kind for kind in (*KINDS.values(), "others") if any(kind == k for _, k in panels)]
+    quantities = [quantity for quantity in QUANTITIES if any(quantity == q for q, _ in panels)]
+    figure = Figure(figsize=(4.4 * len(kinds) + 1.6, 1.8 * len(quantities) + 1), layout="constrained")
+    grid = figure.subplots(len(quantities), len(kinds), squeeze=False, sharex=True)
+    colours = _colours(list(dict.fromkeys(_split(row.quantizer)[0] for row in rows)))
+    phases = _phases(rows)
+    for line, quantity in zip(grid, quantities, strict=True):
+        for axes, kind in zip(line, kinds, strict=True):
+            _draw_curves(axes, quantity, panels.get((quantity, kind), {}), colours)
+            _shade_phases(axes, phases)
+    for axes, kind in zip(grid[0], kinds, strict=True):
+        axes.set_title(kind, fontsize=11, loc="left", pad=_name_phases(axes, phases), fontweight="bold")
+    for axes in grid[-1]:
+        axes.set_xlabel("step", fontsize=9)
+    figure.align_ylabels()
+    _explain_colours(figure, colours)
+    return figure
+
+
+def _colours(layers: list[str]) -> dict[str, Any]:
+    if len(layers) <= len(PALETTE):
+        return dict(zip(layers, PALETTE, strict=False))
+    from matplotlib import colormaps
+
+    # Up to 0.9 only: the yellow end of the map cannot be seen on white.
+    return {layer: colormaps["viridis"](0.9 * i / (len(layers) - 1)) for i, layer in enumerate(layers)}
+
+
+def _draw_curves(axes: Axes, quantity: str, curves: dict[str, Curve], colours: dict[str, Any]) -> None:
+    axes.set_ylabel(QUANTITIES[quantity], fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not curves:
+        note = "all zero points are 0" if quantity == "zero_point" else "not recorded"
+        axes.annotate(note, (0.5, 0.5), xycoords="axes fraction", ha="center", fontsize=9, color="#666666")
+        axes.set_yticks([])
+        return
+    axes.grid(axis="y", color="#000000", alpha=0.08, linewidth=0.6)
+    for name, curve in curves.items():
+        colour = colours[_split(name)[0]]
+        steps, middle, low, high = zip(*curve, strict=True)
+        if quantity == "saturation":
+            # One batch says little about the share: the eye needs its mean, and the noise only faintly.
+            axes.plot(steps, middle, color=colour, linewidth=0.6, alpha=min(0.25, 1 / len(curves)))
+            middle = _trailing_mean(middle)
+        # A line through one point would be invisible.
+        marker = "." if len(steps) == 1 else ""
+        axes.plot(steps, middle, color=colour, linewidth=1.2, marker=marker, gid=f"{name}.{quantity}")
+        if low != high:
+            axes.fill_between(steps, low, high, color=colour, alpha=min(0.18, 1 / len(curves)), linewidth=0)
+    _scale_axis(axes, quantity, [value for curve in curves.values() for _, value, _, _ in curve])
+
+
+def _trailing_mean(values: tuple[float, ...]) -> tuple[float, ...]:
+    # Trailing, so that nothing rises before the phase that raises it.
+    sums, length = [0.0, *accumulate(values)], 1 + len(values) // 30
+    lengths = (min(i, length) for i in range(1, len(sums)))
+    return tuple((sums[i] - sums[i - n]) / n for i, n in enumerate(lengths, start=1))
+
+
+def _scale_axis(axes: Axes, quantity: str, values: list[float]) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    if quantity == "saturation":
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+        axes.set_ylim(bottom=0)
+    elif quantity == "movement":
+        axes.axhline(1, color="#000000", linewidth=0.6, linestyle=":")
+    positive = [value for value in values if value > 0] or [1.0]
+    spread = max(positive) / min(positive)
+    if quantity == "scale" or (quantity == "movement" and spread >= 4):
+        axes.set_yscale("log", nonpositive="mask")
+        # Between 1, 2, 5 and 10 a narrow range may hold no tick at all.
+        subs = (1, 2, 5) if spread < 100 else (1,)
+        axes.yaxis.set_major_locator(MaxNLocator(5) if spread < 4 else LogLocator(subs=subs))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _shade_phases(axes: Axes, phases: list[tuple[str, int, int]]) -> None:
+    axes.set_xlim(phases[0][1], phases[-1][2])
+    for phase, start, end in phases:
+        axes.axvspan(start, end, color=PHASE_COLOURS.get(phase, "#ffffff"), linewidth=0, zorder=0)
+
+
+def _name_phases(axes: Axes, phases: list[tuple[str, int, int]]) -> float:
+    """Write the names above the axes, and return the height that they take, in points."""
+    first, last = phases[0][1], phases[-1][2]
+    # Shares of the width: a letter takes about a fiftieth, a slanted line of text a sixteenth.
+    narrow = any((end - start) / (last - first) < 0.02 * len(phase) for phase, start, end in phases)
+    slant: dict[str, Any] = {"rotation": 35, "ha": "left"} if narrow else {"ha": "center"}
+    middle = -1.0
+    for phase, start, end in phases:
+        middle = max(middle + 0.06, ((start + end) / 2 - first) / (last - first))
+        axes.annotate(phase, (middle, 1.02), xycoords="axes fraction", fontsize=8, **slant)
+    return 28 if narrow else 16
+
+
+def _explain_colours(figure: Figure, colours: dict[str, Any]) -> None:
+    from matplotlib import cm, colors, lines
+
+    # The end of a long name tells more than its beginning, and a dollar sign would start a formula.
+    layers = [(name if len(name) <= 32 else "…" + name[-31:]).replace("$", r"\$") for name in colours]
+    if len(layers) <= len(PALETTE):
+        handles = [lines.Line2D([], [], color=colour) for colour in colours.values()]
+        figure.legend(handles, layers, loc="outside right upper", fontsize=8, frameon=False, title="layer")
+        return
+    shades = colors.ListedColormap(list(colours.values()))
+    mappable = cm.ScalarMappable(colors.Normalize(-0.5, len(layers) - 0.5), shades)
+    bar = figure.colorbar(mappable, ax=figure.axes, aspect=50, pad=0.02)
+    ticks = [round(i * (len(layers) - 1) / 9) for i in range(10)]
+    bar.set_ticks(ticks, labels=[layers[i] for i in ticks], fontsize=8)
+    bar.ax.invert_yaxis()
+    bar.ax.set_title("layer", fontsize=9)

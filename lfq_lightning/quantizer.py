@@ -1,0 +1,403 @@
+"""The learnable fake quantizer: qparams, phase and observer around one operation."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfq_lightning.observers import OBSERVERS, Observer
+from lfq_lightning.ops import FakeQuantize, Unchanged, check_range, saturation
+from lfq_lightning.schedule import Phase, check_phase
+from lfq_lightning.spec import QuantSpec
+
+# (fake_quant_enabled, static_enabled, learning_enabled)
+_SWITCHES: dict[Phase, tuple[bool, bool, bool]] = {
+    "off": (False, False, False),
+    "observe": (False, True, False),
+    "estimate": (True, True, False),
+    "learn": (True, False, True),
+    "freeze": (True, False, False),
+}
+
+_STATE = ("phase", "learned", "quant_min", "quant_max")
+
+
+class LearnableFakeQuantize(nn.Module):
+    """Fake-quantizes its input with a scale and a zero point that backpropagation can learn.
+
+    Learned Step Size Quantization (Esser et al. 2020) and LSQ+ (Bhalgat et al. 2020), with the states of PyTorch's
+    `_LearnableFakeQuantize`. Used alone, the module observes its inputs and sets its qparams in `forward` while it is
+    training; under `QuantizationAwareTraining` it only gathers statistics, which are merged after each batch.
+
+    Args:
+        observer: finds ranges; one of `lfq_lightning.observers`, or any module with `calculate_qparams()` such as
+            those of `torch.ao.quantization`.
+        quant_min: smallest integer code.
+        quant_max: largest integer code.
+        scale: first value of every scale.
+        zero_point: first value of every zero point.
+        channel_len: number of channels with a scale each, or -1 for one scale.
+        grad_factor: multiplies the gradients of scale and zero point; "lsq" for LSQ's.
+
+    Attributes:
+        scale: float32 parameter of shape (channels,), in units of x per integer step.
+        zero_point: the same shape, in integer steps; a constant buffer where the quantizer is symmetric.
+        scale_reference: the scale on entering `learn`, in whose units it learns.
+
+    Raises:
+        ValueError: if the range, `channel_len`, `scale` or `zero_point` is wrong.
+
+    Example:
+        >>> import torch
+        >>> from lfq_lightning import LearnableFakeQuantize
+        >>> from lfq_lightning.observers import MinMaxObserver
+        >>> quantizer = LearnableFakeQuantize(MinMaxObserver(0, 15), quant_min=0, quant_max=15)
+        >>> y = quantizer(torch.linspace(0, 3, 5))
+        >>> quantizer.scale.item()
+        0.20000000298023224
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    scale_reference: Tensor
+
+    def __init__(
+        self,
+        observer: nn.Module,
+        quant_min: int = 0,
+        quant_max: int = 255,
+        scale: float = 1.0,
+        zero_point: float = 0.0,
+        channel_len: int = -1,
+        grad_factor: float | str = 1.0,
+    ) -> None:
+        super().__init__()
+        check_range(quant_min, quant_max)
+        _check_start(scale, zero_point, channel_len, grad_factor)
+        _check_container(observer, quant_min, quant_max)
+        scheme = str(getattr(observer, "qscheme", ""))
+        self.symmetric = bool(getattr(observer, "symmetric", "symmetric" in scheme))
+        axis = getattr(observer, "axis", getattr(observer, "ch_axis", None))
+        self.axis: int | None = axis if channel_len != -1 else None
+        if channel_len != -1 and self.axis is None:
+            self.axis = 0
+        self.group_size: int | None = getattr(observer, "group_size", None)
+        if self.group_size is not None:
+            self.axis = None
+        self.quant_min, self.quant_max = quant_min, quant_max
+        self.grad_factor = grad_factor
+        self.saturation_rule: str = "lsq"
+        self.is_weight = False
+        self.spec: QuantSpec | None = None
+
+        start = torch.ones(max(channel_len, 1), dtype=torch.float32, device=_device_of(observer))
+        self.scale = nn.Parameter(start * scale)
+        if self.symmetric:
+            self.register_buffer("zero_point", start * zero_point)
+        else:
+            self.zero_point = nn.Parameter(start * zero_point)
+        self.register_buffer("scale_reference", start * scale)
+        self.observer = observer
+
+        self.fake_quant_enabled, self.static_enabled, self.learning_enabled = _SWITCHES["estimate"]
+        self.learned = False
+        # None: observe in forward while training. Else statistics are gathered while True, and merged by a caller.
+        self.gathering: bool | None = None
+        self.batch_statistics: Tensor | None = None
+        self._warned_non_finite = False
+
+    @classmethod
+    def from_spec(
+        cls,
+        spec: QuantSpec,
+        channels: int | None = None,
+        *,
+        weight: bool = False,
+        axis: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> LearnableFakeQuantize:
+        """The quantizer that a specification describes.
+
+        Args:
+            spec: bits, range, granularity, observer and gradient settings.
+            channels: number of scales per channel or per group; None for one.
+            weight: whether it quantizes a weight, which is signed where the specification leaves it open, and whose
+                gradient factor counts every dimension.
+            axis: the dimension of the channels, where the specification leaves it open.
+            device: where the qparams are made.
+        """
+        if (channels is None) != (spec.granularity == "per_tensor"):
+            raise ValueError(
+                f"`channels` must be the number of scales for {spec.granularity!r}, and None per tensor. "
+                f"Found {channels}."
+            )
+        quant_min, quant_max = spec.code_range(signed=True)
+        if spec.granularity == "per_channel":
+            axis = spec.axis if spec.axis is not None else axis if axis is not None else int(not weight)
+        else:
+            axis = None
+        observer = OBSERVERS[spec.observer](
+            quant_min, quant_max, spec.symmetric, axis, spec.group_size, channels or 1, device
+        )
+        made = cls(
+            observer, quant_min, quant_max, channel_len=-1 if channels is None else channels, grad_factor=spec.grad_factor
+        )
+        made.spec, made.is_weight, made.saturation_rule = spec, weight, spec.saturation
+        return made
+
+    def start_off(self) -> LearnableFakeQuantize:
+        """Switch everything off, and return self."""
+        self.phase = "off"
+        return self
+
+    # ---- phases ---------------------------------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> str:
+        """The named state of the three switches; "mixed" for a combination without a name."""
+        switches = (bool(self.fake_quant_enabled), bool(self.static_enabled), bool(self.learning_enabled))
+        return next((phase for phase, named in _SWITCHES.items() if named == switches), "mixed")
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        check_phase(phase)
+        self.fake_quant_enabled, self.static_enabled, self.learning_enabled = _SWITCHES[phase]
+
+    def enable_param_learning(self) -> LearnableFakeQuantize:
+        """Learn scale and zero point; the output is fake-quantized."""
+        self.phase = "learn"
+        return self
+
+    def enable_static_estimate(self) -> LearnableFakeQuantize:
+        """Set scale and zero point from the observer; the output is fake-quantized."""
+        self.phase = "estimate"
+        return self
+
+    def enable_static_observation(self) -> LearnableFakeQuantize:
+        """Observe only; the output is the input."""
+        self.phase = "observe"
+        return self
+
+    def toggle_observer_update(self, enabled: bool = True) -> LearnableFakeQuantize:
+        """Switch observing on or off."""
+        self.static_enabled = enabled
+        return self
+
+    def toggle_qparam_learning(self, enabled: bool = True) -> LearnableFakeQuantize:
+        """Switch the gradients of scale and zero point on or off."""
+        self.learning_enabled = enabled
+        return self
+
+    def toggle_fake_quant(self, enabled: bool = True) -> LearnableFakeQuantize:
+        """Switch quantization of the output on or off."""
+        self.fake_quant_enabled = enabled
+        return self
+
+    # ---- qparams --------------------------------------------------------------------------------------------------
+
+    @property
+    def bitwidth(self) -> int:
+        """Bits that hold every code."""
+        return math.ceil(math.log2(self.quant_max - self.quant_min + 1))
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """The observer's scale and zero point; the module's own are unchanged."""
+        return self.observer.calculate_qparams()  # type: ignore[operator,no-any-return]
+
+    def observe_quant_params(self) -> None:
+        """Print scale and zero point."""
+        print(f"LearnableFakeQuantize scale: {self.scale.detach()}")
+        print(f"LearnableFakeQuantize zero_point: {self.zero_point.detach()}")
+
+    @torch.no_grad()
+    def estimate(self) -> None:
+        """Set scale, zero point and, where it is open, the sign of the codes from the observer."""
+        observer = self.observer
+        if isinstance(observer, Observer) and self.spec is not None:
+            if self.spec.symmetric and self.spec.signed is None and not self.is_weight:
+                signed = bool((observer.minimum < 0).any())
+                self.quant_min, self.quant_max = self.spec.code_range(signed)
+                observer.quant_min, observer.quant_max = self.quant_min, self.quant_max
+        scale, zero_point = self.calculate_qparams()
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    @torch.no_grad()
+    def estimate_from(self, x: Tensor) -> None:
+        """Set the qparams from this tensor alone, as for a weight."""
+        if isinstance(self.observer, Observer):
+            self.observer.reset()
+        self.observer(x.detach())
+        self.estimate()
+
+    def begin_learning(self) -> None:
+        """Remember the scale in whose units learning goes on; once only, so that a second fit continues."""
+        if not self.learned:
+            self.scale_reference.copy_(self.scale.detach())
+            self.learned = True
+
+    def forget(self) -> None:
+        """Return to the state before any data: nothing observed, nothing learned."""
+        self.learned = False
+        self.batch_statistics = None
+        if isinstance(self.observer, Observer):
+            self.observer.reset()
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Make the qparams legal in place: scales positive and finite, zero points within the range."""
+        sound = self.scale.isfinite() & (self.scale > 0)
+        self.scale.copy_(torch.where(sound, self.scale, self.scale_reference).clamp(min=torch.finfo(torch.float32).eps))
+        self.zero_point.copy_(self.zero_point.nan_to_num(0.0).clamp(self.quant_min, self.quant_max))
+
+    @torch.no_grad()
+    def saturation(self, x: Tensor) -> Tensor:
+        """The share of x outside the range of codes, and 1 if any of it is not finite; shape (2,)."""
+        arguments = (self.quant_min, self.quant_max, self.axis, self.group_size)
+        return saturation(x.detach(), self.scale, self.zero_point, *arguments)
+
+    # ---- forward --------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, learn: bool = True) -> Tensor:
+        """Fake-quantize x, or what the phase says.
+
+        Args:
+            x: floating tensor of any shape whose dimension `axis` has as many entries as there are scales.
+            learn: False keeps the qparams' gradients zero, as for a layer whose weight is frozen.
+
+        Returns:
+            A tensor of the shape and dtype of x.
+        """
+        if self.static_enabled:
+            self._observe(x)
+        if not self.fake_quant_enabled:
+            if torch.is_grad_enabled() and self.scale.requires_grad:
+                return Unchanged.apply(x, self.scale, self.zero_point)  # type: ignore[no-any-return,no-untyped-call]
+            return x
+        return self.quantized(x, self._gradient_factor(x) if self.learning_enabled and learn else 0.0)
+
+    def quantized(self, x: Tensor, grad_factor: float = 0.0) -> Tensor:
+        """x on the integer grid and back, whatever the phase; with a factor of 0 the qparams get no gradient."""
+        return FakeQuantize.apply(  # type: ignore[no-any-return,no-untyped-call]
+            x,
+            self.scale,
+            self.zero_point,
+            self.quant_min,
+            self.quant_max,
+            self.axis,
+            self.group_size,
+            grad_factor,
+            self.saturation_rule,
+        )
+
+    def _gradient_factor(self, x: Tensor) -> float:
+        if self.grad_factor != "lsq":
+            return float(self.grad_factor)
+        elements = x.numel() if self.is_weight or x.ndim < 2 else x.numel() // max(x.shape[0], 1)
+        # With the batch as the channel axis, a channel is one sample.
+        channels = 1 if self.axis == 0 and not self.is_weight else self.scale.numel()
+        return 1.0 / math.sqrt(max(elements // channels, 1) * max(abs(self.quant_min), abs(self.quant_max)))
+
+    def _observe(self, x: Tensor) -> None:
+        if self.gathering is None:
+            if self.training:
+                if isinstance(self.observer, Observer):
+                    if self.is_weight:
+                        self.observer.reset()
+                    statistics = self.observer.statistics(x)
+                    self.warn_non_finite(statistics[2])
+                    self.observer.update(statistics)
+                else:
+                    self.observer(x.detach())
+                if self.fake_quant_enabled:
+                    self.estimate()
+        elif self.gathering and not self.is_weight and isinstance(self.observer, Observer):
+            statistics = self.observer.statistics(x)
+            if self.batch_statistics is not None:
+                statistics = self.observer.merge(self.batch_statistics, statistics)
+            self.batch_statistics = statistics
+
+    def warn_non_finite(self, met: Tensor, name: str = "A quantizer used alone") -> None:
+        """Warn once if values that are not finite were met (copies to the host)."""
+        if not self._warned_non_finite and bool(met.any()):
+            self._warned_non_finite = True
+            warnings.warn(
+                f"{name} was given NaN or infinite values. They pass through (infinities saturate) and are left out of "
+                "its range and gradients: look for a diverging loss or a faulty input.",
+                stacklevel=3,
+            )
+
+    # ---- state ----------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Phase, range and specification, as plain values; together these are a checkpoint's manifest."""
+        state = {name: getattr(self, name) for name in _STATE}
+        state["switches"] = [bool(self.fake_quant_enabled), bool(self.static_enabled), bool(self.learning_enabled)]
+        state["spec"] = None if self.spec is None else self.spec.to_dict()
+        return state
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take up what `get_extra_state` gave."""
+        self.fake_quant_enabled, self.static_enabled, self.learning_enabled = state["switches"]
+        self.learned = state["learned"]
+        self.quant_min, self.quant_max = state["quant_min"], state["quant_max"]
+        if isinstance(self.observer, Observer):
+            self.observer.quant_min, self.observer.quant_max = self.quant_min, self.quant_max
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnableFakeQuantize:
+        """Move devices with the model, and stay float32 through `.half()`, `.bfloat16()` and `.double()`."""
+
+        def in_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor.dtype is torch.float32 and moved.dtype is not torch.float32:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(in_float32, recurse)
+        return self
+
+    @property
+    def kind(self) -> str:
+        """Symmetry and granularity, such as `symmetric per_channel(0)`."""
+        if self.group_size is not None:
+            granularity = f"per_group({self.group_size})"
+        else:
+            granularity = "per_tensor" if self.axis is None else f"per_channel({self.axis})"
+        return f"{'symmetric' if self.symmetric else 'affine'} {granularity}"
+
+    def extra_repr(self) -> str:
+        """A label such as `w4 symmetric per_channel(0) learn`."""
+        return f"{'w' if self.is_weight else 'a'}{self.bitwidth} {self.kind} {self.phase}"
+
+
+def _check_start(scale: float, zero_point: float, channel_len: int, grad_factor: float | str) -> None:
+    if channel_len != -1 and (isinstance(channel_len, bool) or not isinstance(channel_len, int) or channel_len < 1):
+        raise ValueError(
+            f"`channel_len` must be the number of channels, or -1 for one scale in all. Found {channel_len!r}."
+        )
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"`scale` must be positive and finite. Found {scale}.")
+    if not math.isfinite(zero_point):
+        raise ValueError(f"`zero_point` must be finite. Found {zero_point}.")
+    if isinstance(grad_factor, str) and grad_factor != "lsq":
+        raise ValueError(f'`grad_factor` must be a number or "lsq". Found {grad_factor!r}.')
+
+
+def _check_container(observer: nn.Module, quant_min: int, quant_max: int) -> None:
+    dtype = getattr(observer, "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        limits = torch.iinfo(dtype)
+        if quant_min < limits.min or quant_max > limits.max:
+            raise ValueError(
+                f"The observer's dtype {dtype} holds {limits.min} to {limits.max}. Found quant_min={quant_min} and "
+                f"quant_max={quant_max}: give the observer a wider dtype, or narrow the range."
+            )
+
+
+def _device_of(module: nn.Module) -> torch.device | None:
+    return next((buffer.device for buffer in module.buffers()), None)

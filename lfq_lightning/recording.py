@@ -1,0 +1,88 @@
+"""What quantizers look like at one step, measured with one copy to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfq_lightning.host import hosts, quantizers
+from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.trajectory import TrajectoryRow
+
+
+class _Probe:
+    """A pre-hook that measures what a quantizer is given."""
+
+    def __init__(self, name: str, into: dict[str, Tensor]) -> None:
+        self.name, self.into = name, into
+
+    def __call__(self, quantizer: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(quantizer, LearnableFakeQuantize)
+        self.into[self.name] = quantizer.saturation(args[0])
+
+
+@contextmanager
+def probed(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Within it, forward passes measure saturation: by quantizer, the last use's share and a flag for non-finite."""
+    measured: dict[str, Tensor] = {}
+    handles = [
+        quantizer.register_forward_pre_hook(_Probe(name, measured)) for name, quantizer in quantizers(model).items()
+    ]
+    try:
+        yield measured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def measure_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The saturation of every weight, as `probed` gives it."""
+    layers = hosts(model).items()
+    return {
+        f"{name}.weight_quantizer": layer.weight_quantizer.saturation(layer.weight)  # type: ignore[union-attr,operator]
+        for name, layer in layers
+        if layer.weight_quantizer is not None
+    }
+
+
+@torch.no_grad()
+def record(
+    model: nn.Module, step: int, epoch: int, phase: str, measured: dict[str, Tensor]
+) -> tuple[list[TrajectoryRow], list[str]]:
+    """One row for each quantizer, and the names of those that were given values that are not finite.
+
+    Args:
+        model: a model with quantizers.
+        step: optimizer steps taken.
+        epoch: epochs completed.
+        phase: the phase in force.
+        measured: by quantizer, saturation and non-finite flag; NaN is recorded where there is none.
+    """
+    found = quantizers(model)
+    if not found:
+        return [], []
+    columns = [_columns(quantizer, measured.get(name)) for name, quantizer in found.items()]
+    table = torch.stack(columns).tolist()
+    rows = [TrajectoryRow(step, epoch, phase, name, *values[:8]) for name, values in zip(found, table, strict=True)]
+    return rows, [name for name, values in zip(found, table, strict=True) if values[8] > 0]
+
+
+def _columns(quantizer: LearnableFakeQuantize, measured: Tensor | None) -> Tensor:
+    scale, zero_point = quantizer.scale.detach(), quantizer.zero_point.detach()
+    unknown = scale.new_full((1,), torch.nan)
+    gradient = quantizer.scale.grad
+    share, flag = (unknown[0], unknown[0]) if measured is None else measured.to(scale.device)
+    return torch.stack(
+        (
+            *(scale.mean(), scale.amin(), scale.amax()),
+            *(zero_point.mean(), zero_point.amin(), zero_point.amax()),
+            share,
+            unknown[0] if gradient is None else gradient.norm(),
+            flag,
+        )
+    )

@@ -1,0 +1,103 @@
+"""When each phase of quantization-aware training starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+Phase = Literal["off", "observe", "estimate", "learn", "freeze"]
+Unit = Literal["epoch", "step"]
+
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+def check_phase(phase: str) -> None:
+    """Raise ValueError unless `phase` is the name of one."""
+    if phase not in PHASES:
+        raise ValueError(f"A phase is one of {', '.join(PHASES)}. Found {phase!r}.")
+
+
+@dataclass(frozen=True)
+class PhaseSchedule:
+    """A pure function from the epoch (or step) to the phase, so a resumed run needs no memory of it.
+
+    Args:
+        observe: when observers start to see data; before that the model trains in float.
+        estimate: when outputs are quantized, with qparams set from the observers.
+        learn: when scales and zero points are learned by backpropagation.
+        freeze: when they become constant; None for never.
+        unit: whether the numbers count epochs or optimizer steps, both from 0.
+
+    Raises:
+        TypeError: if a start is not a whole number.
+        ValueError: if a start is negative or the phases are out of order.
+
+    Example:
+        >>> from lfq_lightning import PhaseSchedule
+        >>> PhaseSchedule(observe=0, estimate=1, learn=3).phase(epoch=2, step=500)
+        'estimate'
+    """
+
+    observe: int = 0
+    estimate: int = 1
+    learn: int = 2
+    freeze: int | None = None
+    unit: Unit = "epoch"
+
+    def __post_init__(self) -> None:
+        if self.unit not in get_args(Unit):
+            raise ValueError(f"`unit` must be one of {', '.join(get_args(Unit))}. Found {self.unit!r}.")
+        previous = "observe"
+        for name in ("observe", "estimate", "learn", "freeze"):
+            start = getattr(self, name)
+            if start is None and name == "freeze":
+                continue
+            if isinstance(start, bool) or not isinstance(start, int):
+                raise TypeError(f"`{name}` must be a whole number of {self.unit}s. Found {start!r}.")
+            if start < getattr(self, previous) or start < 0:
+                raise ValueError(
+                    "Phases start in the order observe <= estimate <= learn <= freeze, from 0. Found "
+                    f"{previous}={getattr(self, previous)} and {name}={start}: exchange or correct them."
+                )
+            previous = name
+
+    def phase(self, epoch: int, step: int) -> Phase:
+        """The phase at this epoch and optimizer step, both counted from 0."""
+        now = epoch if self.unit == "epoch" else step
+        if self.freeze is not None and now >= self.freeze:
+            return "freeze"
+        if now >= self.learn:
+            return "learn"
+        if now >= self.estimate:
+            return "estimate"
+        return "observe" if now >= self.observe else "off"
+
+    def check_reaches_learn(self, epochs: float, steps: float) -> None:
+        """Raise ValueError if a run of this length ends before `learn` starts."""
+        length = epochs if self.unit == "epoch" else steps
+        if self.learn >= length:
+            raise ValueError(
+                f"The schedule starts to learn at {self.unit} {self.learn}, and the run ends after {length:g} "
+                f"{self.unit}s: scales and zero points would never be learned. Start `learn` earlier, train longer, or "
+                "leave `schedule` out to have one derived from the run's length."
+            )
+
+    @classmethod
+    def for_run(cls, epochs: float, steps: float) -> PhaseSchedule:
+        """The default schedule of a run of this length; either may be infinite where it is not known.
+
+        One epoch each to observe and to estimate, but together at most a fifth of the run.
+        """
+        if epochs >= 10 or math.isinf(steps):
+            return cls() if epochs > 2 else cls(estimate=50, learn=100, unit="step")
+        learn = max(1, round(steps / 5))
+        return cls(estimate=max(1, round(steps / 10)), learn=learn, unit="step")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, as `PhaseSchedule(**values)` takes them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "freeze")
+        return f"PhaseSchedule({given}, freeze={self.freeze!r})"

@@ -1,0 +1,219 @@
+"""What a quantizer is: bits, range, granularity and learning rule, as plain values."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from lfq_lightning.ops import Saturation, check_range
+
+Granularity = Literal["per_tensor", "per_channel", "per_group"]
+ObserverName = Literal["minmax", "moving_average"]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """One quantizer's settings.
+
+    Args:
+        bits: width of the integer codes, 2 to 16.
+        symmetric: True fixes the zero point at 0; False (affine) learns it, with unsigned codes.
+        granularity: which elements share one scale.
+        axis: with "per_channel", the dimension with one scale per index; None for the output channels of a weight
+            and dimension 1 of an activation.
+        group_size: with "per_group", how many neighbouring inputs of a weight share one scale.
+        signed: for a symmetric quantizer, whether codes are signed; None decides from the data (a weight is signed).
+        quant_min: smallest code, with `quant_max`, in place of the range that `bits` gives; -7 and 7 with 4 bits are
+            the narrow range.
+        quant_max: largest code.
+        observer: how the first range is found. "minmax": all that was seen; "moving_average": an exponential moving
+            average of the batches' ranges.
+        grad_factor: multiplies the qparams' gradients. "lsq": 1 / sqrt(N * max(|quant_min|, |quant_max|)), with N the
+            elements that share one scale, the batch not counted (Esser et al. 2020, section 2.2).
+        saturation: which elements count as saturated in the gradients; see `lfq_lightning.fake_quantize`.
+
+    Raises:
+        TypeError: if a value has the wrong type.
+        ValueError: if a value is out of range or two contradict each other.
+
+    Example:
+        >>> from lfq_lightning import QuantSpec
+        >>> QuantSpec(bits=4, granularity="per_channel")
+        QuantSpec(bits=4, granularity='per_channel')
+    """
+
+    bits: int = 8
+    symmetric: bool = True
+    granularity: Granularity = "per_tensor"
+    axis: int | None = None
+    group_size: int | None = None
+    signed: bool | None = None
+    quant_min: int | None = None
+    quant_max: int | None = None
+    observer: ObserverName = "minmax"
+    grad_factor: float | Literal["lsq"] = "lsq"
+    saturation: Saturation = "lsq"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int):
+            raise TypeError(f"`bits` must be an int. Found {self.bits!r} of type {type(self.bits).__name__}.")
+        if not 2 <= self.bits <= 16:
+            remedy = "use 2 for ternary-like weights" if self.bits < 2 else "leave the module in float with None"
+            raise ValueError(f"`bits` must be between 2 and 16. Found {self.bits}: {remedy}.")
+        for name in ("symmetric", "signed"):
+            if not isinstance(getattr(self, name), bool) and not (name == "signed" and self.signed is None):
+                raise TypeError(f"`{name}` must be true or false. Found {getattr(self, name)!r}.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}. Found {getattr(self, name)!r}.")
+        self._check_granularity()
+        self._check_range()
+        if self.grad_factor != "lsq":
+            if isinstance(self.grad_factor, (str, bool)) or not self.grad_factor > 0:
+                raise ValueError(f'`grad_factor` must be "lsq" or a positive number. Found {self.grad_factor!r}.')
+            object.__setattr__(self, "grad_factor", float(self.grad_factor))
+
+    def _check_granularity(self) -> None:
+        if (self.group_size is not None) != (self.granularity == "per_group"):
+            raise ValueError(
+                f"`group_size` goes with granularity 'per_group'. Found group_size={self.group_size} with "
+                f"{self.granularity!r}: give both or neither."
+            )
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"`group_size` must be at least 1. Found {self.group_size}: 32, 64 and 128 are usual.")
+        if self.axis is not None and self.granularity != "per_channel":
+            raise ValueError(
+                f"`axis` goes with granularity 'per_channel'. Found axis={self.axis} with {self.granularity!r}."
+            )
+
+    def _check_range(self) -> None:
+        if not self.symmetric and self.signed:
+            raise ValueError("An affine quantizer (symmetric=False) has unsigned codes. Found signed=True: leave it out.")
+        if (self.quant_min is None) != (self.quant_max is None):
+            raise ValueError(
+                f"Give `quant_min` and `quant_max` together. Found {self.quant_min} and {self.quant_max}."
+            )
+        if self.quant_min is not None and self.quant_max is not None:
+            check_range(self.quant_min, self.quant_max)
+            if self.quant_max - self.quant_min >= 2**self.bits:
+                raise ValueError(
+                    f"{self.bits} bits hold {2**self.bits} codes. Found quant_min={self.quant_min} and quant_max="
+                    f"{self.quant_max}, which are {self.quant_max - self.quant_min + 1}: use more bits."
+                )
+
+    def code_range(self, signed: bool) -> tuple[int, int]:
+        """The smallest and largest integer code, with this sign where the specification leaves it open."""
+        if self.quant_min is not None and self.quant_max is not None:
+            return self.quant_min, self.quant_max
+        if self.symmetric and (signed if self.signed is None else self.signed):
+            return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        return 0, 2**self.bits - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, as `QuantSpec(**values)` takes them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def label(self) -> str:
+        """A few words: `4 bit symmetric per_channel`."""
+        group = f"({self.group_size})" if self.group_size else ""
+        return f"{self.bits} bit {'symmetric' if self.symmetric else 'affine'} {self.granularity}{group}"
+
+    def __repr__(self) -> str:
+        changed = (f for f in fields(self) if f.name == "bits" or getattr(self, f.name) != f.default)
+        return f"QuantSpec({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
+
+
+_CHOICES = {
+    "granularity": get_args(Granularity),
+    "observer": get_args(ObserverName),
+    "saturation": get_args(Saturation),
+}
+
+SpecLike = int | QuantSpec | Mapping[str, Any] | None
+
+
+def weight_spec(value: SpecLike) -> QuantSpec | None:
+    """A weight's specification; an int means that many bits, symmetric and per channel."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return QuantSpec(bits=value, granularity="per_channel")
+    return _as_spec(value, "weight")
+
+
+def activation_spec(value: SpecLike) -> QuantSpec | None:
+    """An activation's specification; an int means that many bits, affine and per tensor."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return QuantSpec(bits=value, symmetric=False, observer="moving_average")
+    spec = _as_spec(value, "activation")
+    if spec is not None and spec.granularity == "per_group":
+        raise ValueError(f"An activation is quantized per tensor or per channel. Found {spec!r}.")
+    return spec
+
+
+def _as_spec(value: Any, role: str) -> QuantSpec | None:
+    if value is None or isinstance(value, QuantSpec):
+        return value
+    if isinstance(value, Mapping):
+        unknown = set(value) - set(inspect.signature(QuantSpec).parameters)
+        if unknown:
+            raise ValueError(
+                f"`{role}` has unknown keys {sorted(map(str, unknown))}. Known are "
+                f"{', '.join(inspect.signature(QuantSpec).parameters)}."
+            )
+        return QuantSpec(**value)
+    raise TypeError(
+        f"`{role}` must be a number of bits, a QuantSpec, a mapping of its fields, or None for float. "
+        f"Found {value!r} of type {type(value).__name__}."
+    )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Settings for the modules it matches; the first rule that matches a module decides.
+
+    Args:
+        match: a glob on the module's dotted name ("encoder.*.fc1", case counts), or a module type (exactly that type).
+        weight: bits, a QuantSpec, or None to leave the weights in float; "default" takes what `attach` was given.
+        activation: the same for the inputs of the matched modules.
+
+    Raises:
+        TypeError: if `match` is neither a glob nor a module type.
+        ValueError: if a setting is out of range.
+
+    Example:
+        >>> from lfq_lightning import Rule
+        >>> Rule("head", weight=8, activation=None)
+        Rule('head', weight=8, activation=None)
+    """
+
+    match: str | type[nn.Module]
+    weight: SpecLike | Literal["default"] = "default"
+    activation: SpecLike | Literal["default"] = "default"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.match, str) and not (
+            isinstance(self.match, type) and issubclass(self.match, nn.Module)
+        ):
+            raise TypeError(f"`match` must be a glob on module names or a module type. Found {self.match!r}.")
+        if not self.match:
+            raise ValueError('`match` must name something. Found an empty glob: "*" matches every module.')
+        if self.weight != "default":
+            weight_spec(self.weight)  # type: ignore[arg-type]
+        if self.activation != "default":
+            activation_spec(self.activation)  # type: ignore[arg-type]
+
+    def matches(self, name: str, module_type: type[nn.Module]) -> bool:
+        """Whether the rule speaks of a module with this dotted name and type."""
+        if isinstance(self.match, str):
+            return fnmatchcase(name, self.match)
+        return module_type is self.match
+
+    def __repr__(self) -> str:
+        match = repr(self.match) if isinstance(self.match, str) else self.match.__qualname__
+        given = ((k, getattr(self, k)) for k in ("weight", "activation"))
+        return f"Rule({', '.join([match, *(f'{k}={v!r}' for k, v in given if v != 'default')])})"

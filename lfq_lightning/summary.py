@@ -1,0 +1,150 @@
+"""A table of every quantizer, with how well it represents what it is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.audio import signal_noise_ratio
+
+from lfq_lightning.host import hosts, quantizers
+from lfq_lightning.quantizer import LearnableFakeQuantize
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One quantizer: saturation is a share from 0 to 1, SQNR is in dB; NaN where nothing was measured."""
+
+    quantizer: str
+    bits: int
+    kind: str
+    scale: float
+    zero_point: float
+    saturation: float
+    sqnr: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Every quantizer of a model, and the bytes of the quantized layers' weights; prints as a table.
+
+    `weight_bytes` counts packed integer codes with a float32 scale, and a zero point where it is affine;
+    `float_weight_bytes` the same weights in float32.
+    """
+
+    rows: tuple[SummaryRow, ...]
+    weight_bytes: int
+    float_weight_bytes: int
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The rows as plain dictionaries."""
+        return [asdict(row) for row in self.rows]
+
+    def __str__(self) -> str:
+        table = [("quantizer", "bits", "kind", "scale", "zero point", "saturation", "SQNR dB")]
+        for r in self.rows:
+            share = "" if math.isnan(r.saturation) else f"{r.saturation:.2%}"
+            sqnr = "" if math.isnan(r.sqnr) else f"{r.sqnr:.1f}"
+            table.append((r.quantizer, str(r.bits), r.kind, f"{r.scale:.4g}", f"{r.zero_point:.1f}", share, sqnr))
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        numeric = (False, True, False, True, True, True, True)
+        lines = [
+            "  ".join(
+                cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True)
+            ).rstrip()
+            for row in table
+        ]
+        size = f"weights of quantized layers: {self.float_weight_bytes:,} -> {self.weight_bytes:,} bytes"
+        return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:], size])
+
+
+class _Capture:
+    """A hook that compares a quantizer's input with its quantized self."""
+
+    def __init__(self) -> None:
+        self.saturation = self.sqnr = math.nan
+
+    def __call__(self, quantizer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        assert isinstance(quantizer, LearnableFakeQuantize)
+        self.measure(quantizer, args[0])
+
+    @torch.no_grad()
+    def measure(self, quantizer: LearnableFakeQuantize, x: Tensor) -> None:
+        """Saturation and signal-to-quantization-noise ratio, whatever the phase."""
+        self.saturation = float(quantizer.saturation(x)[0])
+        self.sqnr = float(signal_noise_ratio(quantizer.quantized(x).float().flatten(), x.float().flatten()))
+
+
+def summarize(model: nn.Module, batch: Any = None) -> Summary:
+    """Describe every quantizer of a model.
+
+    Args:
+        model: a model that `attach` was called on; it is run in eval mode on `batch`, and its modes are restored.
+        batch: one input for the model (a mapping is passed as keywords, of a tuple or list the first entry is passed);
+            without one, nothing is measured about the layers' inputs.
+
+    Returns:
+        A table; `print` shows it.
+
+    Raises:
+        ValueError: if the model has no quantizers.
+
+    Example:
+        >>> import torch, lfq_lightning as lfq
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> _ = lfq.attach(model)
+        >>> lfq.calibrate(model, [torch.randn(8, 4)])
+        >>> [row.quantizer for row in lfq.summarize(model).rows]
+        ['0.weight_quantizer', '0.input_quantizer']
+    """
+    found = quantizers(model)
+    if not found:
+        raise ValueError("The model has no quantizers to describe: call `lfq_lightning.attach` first.")
+    captures = {name: _Capture() for name in found}
+    if batch is not None:
+        _run(model, batch, {found[name]: capture for name, capture in captures.items()})
+    packed = full = 0
+    known: set[LearnableFakeQuantize] = set()
+    for layer in hosts(model).values():
+        quantizer, weight = layer.weight_quantizer, layer.weight
+        if isinstance(quantizer, LearnableFakeQuantize) and isinstance(weight, Tensor) and quantizer not in known:
+            known.add(quantizer)
+            name = next(n for n, q in found.items() if q is quantizer)
+            captures[name].measure(quantizer, weight)
+            qparams = quantizer.scale.numel() * (4 if quantizer.symmetric else 5)
+            packed += math.ceil(weight.numel() * quantizer.bitwidth / 8) + qparams
+            full += weight.numel() * 4
+    rows = tuple(
+        SummaryRow(
+            name,
+            q.bitwidth,
+            q.kind,
+            float(q.scale.mean()),
+            float(q.zero_point.mean()),
+            captures[name].saturation,
+            captures[name].sqnr,
+        )
+        for name, q in found.items()
+    )
+    return Summary(rows, packed, full)
+
+
+def _run(model: nn.Module, batch: Any, captures: dict[LearnableFakeQuantize, _Capture]) -> None:
+    handles = [quantizer.register_forward_hook(capture) for quantizer, capture in captures.items()]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            if isinstance(batch, Mapping):
+                model(**batch)
+            else:
+                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,246 @@
+"""Records each quantizer's scale, zero point and saturation as CSV, one row per quantizer and step."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+FILE_NAME = "trajectory.csv"
+
+
+@dataclass(frozen=True)
+class TrajectoryRow:
+    """What one quantizer looked like at one step.
+
+    Mean, minimum and maximum are taken over the channels (or groups) that have a scale of their own, and are
+    equal for a per-tensor quantizer. NaN means that nothing was measured at this step.
+
+    Args:
+        step: Number of optimizer steps taken so far.
+        epoch: Epoch of that step.
+        phase: Phase that was in force: ``off``, ``observe``, ``estimate``, ``learn`` or ``freeze``.
+        quantizer: Dotted name of the quantizer in the model.
+        scale_mean: Mean scale.
+        scale_min: Smallest scale.
+        scale_max: Largest scale.
+        zero_point_mean: Mean zero point, in integer steps.
+        zero_point_min: Smallest zero point.
+        zero_point_max: Largest zero point.
+        saturation: Share of the elements that were clamped, between 0 and 1.
+        gradient_norm: Euclidean norm of the gradient of the scale.
+
+    Example:
+        >>> TrajectoryRow(3, 0, "learn", "conv1.weight_quantizer", 0.1, 0.1, 0.1, 0, 0, 0, 0.01, 0.5).phase
+        'learn'
+    """
+
+    step: int
+    epoch: int
+    phase: str
+    quantizer: str
+    scale_mean: float
+    scale_min: float
+    scale_max: float
+    zero_point_mean: float
+    zero_point_min: float
+    zero_point_max: float
+    saturation: float
+    gradient_norm: float
+
+
+COLUMNS = [field.name for field in fields(TrajectoryRow)]
+
+
+class Trajectory:
+    """Appends rows to ``<directory>/trajectory.csv``, and never stops a training because it cannot.
+
+    A file that is already there and is not continued belongs to another run: it is kept aside as
+    ``trajectory.csv.bak`` (``.bak1``, ... where that name is taken). If writing fails, one warning names the
+    path and the error, and recording stays off from then on. In a distributed run, make one on rank zero.
+
+    Args:
+        directory: Where the file lies; created with the first row.
+        continue_from: Trajectory file of the run that is being resumed, in this directory or another. Its
+            rows up to ``step`` are carried over; later rows, and a last line torn by a crash, are not. If it
+            cannot be read as a trajectory, a warning says why and recording starts afresh.
+        step: Step of the checkpoint that is being resumed.
+
+    Example:
+        >>> import tempfile
+        >>> trajectory = Trajectory(tempfile.mkdtemp())
+        >>> row = TrajectoryRow(1, 0, "learn", "fc.weight_quantizer", 0.1, 0.1, 0.1, 0, 0, 0, 0.01, 0.5)
+        >>> trajectory.append([row])
+        >>> read_trajectory(trajectory.path) == [row]
+        True
+    """
+
+    def __init__(self, directory: Path | str, continue_from: Path | str | None = None, step: int = 0) -> None:
+        # Absolute, because a training script may change its working directory after this.
+        self.path = Path(directory).absolute() / FILE_NAME
+        self.recording = True
+        try:
+            if continue_from is None:
+                self._keep_aside()
+            else:
+                self._carry_over(Path(continue_from).absolute(), step)
+        except OSError as error:
+            self._stop(error)
+
+    def append(self, rows: Iterable[TrajectoryRow]) -> None:
+        """Write these rows to the file, or, where that fails, warn once and record nothing more.
+
+        Args:
+            rows: Usually one per quantizer, all of the same step. None at all leaves the file untouched.
+        """
+        lines = _as_csv([_as_fields(row) for row in rows])
+        if not self.recording or not lines:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                # The file's length decides, not a memory of it: it may have been deleted since the last row.
+                header = _as_csv([COLUMNS]) if file.tell() == 0 else ""
+                # One write, so that a crash tears the end of the file and nothing else.
+                file.write((header + lines).encode())
+        except OSError as error:
+            self._stop(error)
+
+    def _carry_over(self, source: Path, step: int) -> None:
+        try:
+            text = _rows_up_to(source, step)
+        except (OSError, ValueError) as error:
+            aside = self._keep_aside()
+            kept = f", and the file that was there is kept as `{aside}`" if aside else ""
+            warnings.warn(
+                f"The trajectory of the resumed run cannot be continued from `{source}` ({error}). "
+                f"Recording starts afresh in `{self.path}`{kept}.",
+                stacklevel=3,
+            )
+            return
+        if source.resolve() != self.path.resolve():
+            self._keep_aside()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(FILE_NAME + ".tmp")
+        try:
+            temporary.write_bytes(text.encode())
+            os.replace(temporary, self.path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def _keep_aside(self) -> Path | None:
+        if not self.path.is_file():
+            return None
+        aside, number = self.path.with_name(FILE_NAME + ".bak"), 0
+        while aside.exists():
+            number += 1
+            aside = self.path.with_name(f"{FILE_NAME}.bak{number}")
+        os.replace(self.path, aside)
+        return aside
+
+    def _stop(self, error: OSError) -> None:
+        self.recording = False
+        warnings.warn(
+            f"The trajectory cannot be written to `{self.path}` ({error}). Training goes on, and nothing "
+            "more is recorded: free the disk or choose a writable directory before the next run.",
+            stacklevel=3,
+        )
+
+
+def read_trajectory(path: Path | str) -> list[TrajectoryRow]:
+    """Read the rows of a ``trajectory.csv``, leaving out a last line that a crash has torn.
+
+    Args:
+        path: The CSV file; its columns may stand in any order, among others.
+
+    Returns:
+        The rows in the order of the file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A column is missing, or a line is not a row of a trajectory.
+
+    Example:
+        >>> import tempfile
+        >>> trajectory = Trajectory(tempfile.mkdtemp())
+        >>> row = TrajectoryRow(1, 0, "learn", "fc.weight_quantizer", 0.1, 0.1, 0.1, 0, 0, 0, 0.01, 0.5)
+        >>> trajectory.append([row])
+        >>> read_trajectory(trajectory.path)[0].scale_mean
+        0.1
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"A trajectory is read from the `{FILE_NAME}` that a run has written. Found no file `{path}`: "
+            "pass the path of the file, and check that the run has recorded its first step."
+        )
+    records = _records(path)
+    _, header = next(records, (0, []))
+    missing = [column for column in COLUMNS if column not in header]
+    if missing:
+        raise ValueError(
+            f"A trajectory has the columns {', '.join(COLUMNS)}. Found none named {', '.join(missing)} "
+            f"in `{path}`: pass a file that the callback has written."
+        )
+    positions = [header.index(column) for column in COLUMNS]
+    rows = []
+    for line, found in records:
+        step, epoch, phase, quantizer, *numbers = (found[position] for position in positions)
+        try:
+            values = [float(number) if number else math.nan for number in numbers]
+            rows.append(TrajectoryRow(int(step), int(epoch), phase, quantizer, *values))
+        except ValueError as error:
+            raise ValueError(f"{_not_a_row(path, line, found)} ({error})") from None
+    return rows
+
+
+def _rows_up_to(path: Path, step: int) -> str:
+    records = _records(path)
+    _, header = next(records, (0, []))
+    if header != COLUMNS:
+        raise ValueError(f"a trajectory starts with the columns {', '.join(COLUMNS)}; found {header}")
+    # The fields stay text: what is carried over keeps its bytes.
+    return _as_csv([COLUMNS] + [found for _, found in records if int(found[0]) <= step])
+
+
+def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line number and fields of each complete record, the header first."""
+    raw = path.read_bytes()
+    # What follows the last line break is torn.
+    complete = raw[: raw.rfind(b"\n") + 1]
+    reader = csv.reader(io.StringIO(complete.decode(errors="replace"), newline=""))
+    width = None
+    try:
+        for found in reader:
+            if width is not None and len(found) != width:
+                line = reader.line_num
+                # A record whose quoted name holds a line break can be torn there.
+                if next(reader, None) is None:
+                    return
+                raise ValueError(_not_a_row(path, line, found))
+            width = len(found)
+            yield reader.line_num, found
+    except csv.Error as error:
+        raise ValueError(f"`{path}` is not a CSV file ({error})") from None
+
+
+def _not_a_row(path: Path, line: int, found: list[str]) -> str:
+    return f"Every line of a trajectory holds one row. Found {found} in line {line} of `{path}`: remove it."
+
+
+def _as_fields(row: TrajectoryRow) -> list[str]:
+    step, epoch, phase, quantizer, *numbers = vars(row).values()
+    # Nine significant digits identify every float32.
+    return [str(step), str(epoch), phase, quantizer] + ["" if math.isnan(n) else f"{n:.9g}" for n in numbers]
+
+
+def _as_csv(records: Iterable[list[str]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(records)
+    return text.getvalue()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning as L
@@ -12,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lfq_lightning.checkpoint import fit_to
-from lfq_lightning.host import qparams, quantizers
+from lfq_lightning.host import quantizers
 from lfq_lightning.optimizer import (
     OptimizerFactory,
     QParamOptimizer,
@@ -20,12 +19,18 @@ from lfq_lightning.optimizer import (
     default_optimizer,
     hidden_qparams,
 )
-from lfq_lightning.phases import estimate_weights, merge_statistics, set_gathering, set_phase
+from lfq_lightning.phases import (
+    check_ranks_agree,
+    estimate_weights,
+    merge_statistics,
+    model_phase,
+    set_gathering,
+    set_phase,
+)
 from lfq_lightning.placement import Placement, apply, plan
-from lfq_lightning.recording import measure_weights, probed, record
+from lfq_lightning.recorder import Recorder
 from lfq_lightning.schedule import PHASES, Phase, PhaseSchedule
 from lfq_lightning.spec import QuantSpec, Rule, SpecLike, activation_spec, weight_spec
-from lfq_lightning.trajectory import Trajectory, TrajectoryRow
 from lfq_lightning.wrapping import Wrappers
 
 
@@ -79,21 +84,16 @@ class QuantizationAwareTraining(L.Callback):
         for name, value in (("optimizer", optimizer), ("lr_schedule", lr_schedule)):
             if value is not None and not callable(value):
                 raise TypeError(f"`{name}` must be a callable that makes one, or None. Found {value!r}.")
-        if record_every_n_steps is not None and record_every_n_steps < 1:
-            raise ValueError(f"`record_every_n_steps` must be at least 1. Found {record_every_n_steps}.")
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.reobserve = reobserve
         self.record_every_n_steps = record_every_n_steps
 
+        self._recorder = Recorder(record_every_n_steps)
         self.placement: Placement | None = None
         self.qparam_optimizer: QParamOptimizer | None = None
-        self.trajectory: Trajectory | None = None
         self._schedule_in_force: PhaseSchedule | None = self.schedule
         self._restored: dict[str, Any] = {}
         self._wrappers = Wrappers()
-        self._batch = ExitStack()
-        self._measured: dict[str, Tensor] | None = None
-        self._step_before = 0
 
     # ---- before the run -------------------------------------------------------------------------------------------
 
@@ -119,9 +119,6 @@ class QuantizationAwareTraining(L.Callback):
         self._wrappers.around(pl_module, "on_load_checkpoint", on_load_checkpoint)
 
     def _check_run(self, trainer: L.Trainer, stage: str) -> None:
-        others = [callback for callback in trainer.callbacks if isinstance(callback, QuantizationAwareTraining)]  # type: ignore[attr-defined]
-        if len(others) > 1:
-            raise ValueError(f"A Trainer takes one QuantizationAwareTraining. Found {len(others)}: use `rules`.")
         if stage == "fit" and self.schedule is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else torch.inf
             self.schedule.check_reaches_learn(epochs, trainer.max_steps if trainer.max_steps != -1 else torch.inf)
@@ -152,9 +149,7 @@ class QuantizationAwareTraining(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Settle the schedule and where the trajectory goes, and enter the phase; a resumed epoch has no start."""
         self._settle_schedule(trainer)
-        directory = trainer.log_dir or trainer.default_root_dir
-        if trainer.is_global_zero:
-            self.trajectory = Trajectory(directory, self._restored.get("trajectory"), trainer.global_step)
+        self._recorder.open(trainer, self._restored.get("trajectory"))
         self._show_phase(trainer, pl_module)
         self._enter_phase(trainer, pl_module)
         self._restored = {}
@@ -178,6 +173,10 @@ class QuantizationAwareTraining(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Enter the epoch's phase."""
         self._enter_phase(trainer, pl_module)
+        phase = PHASES.index(model_phase(pl_module))
+        self.log("lfq/phase", float(phase), on_step=False, on_epoch=True)
+        if self.qparam_optimizer is not None and self.qparam_optimizer.optimizers:
+            self.log("lfq/lr", self.qparam_optimizer.learning_rates[0], on_step=False, on_epoch=True)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -185,103 +184,54 @@ class QuantizationAwareTraining(L.Callback):
         """Gather statistics from this batch's forward passes, and measure them where a record is due."""
         self._enter_phase(trainer, pl_module)
         set_gathering(pl_module, True)
-        self._step_before = trainer.global_step
-        if self._is_due(trainer, trainer.global_step + max(1, len(trainer.optimizers))):
-            self._measured = self._batch.enter_context(probed(pl_module))
+        self._recorder.before_batch(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Merge the batch's statistics over ranks, and record."""
         set_gathering(pl_module, False)
-        self._batch.close()
         self._merge(trainer, pl_module)
-        if self._is_due(trainer, trainer.global_step):
-            self._record(trainer, pl_module)
-        self._measured = None
+        for name, value in self._recorder.after_batch(trainer, pl_module).items():
+            self.log(name, value, on_step=True, on_epoch=False)
 
     def _merge(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        def over_ranks(flat: Tensor) -> Tensor:
-            return trainer.strategy.reduce(flat, reduce_op="max")  # type: ignore[return-value,arg-type]
-
-        met = merge_statistics(pl_module, over_ranks if trainer.world_size > 1 else None)
+        met = merge_statistics(pl_module, self._over_ranks(trainer) if trainer.world_size > 1 else None)
         for name, flag in met.items():
             if flag.device.type == "cpu":
                 quantizers(pl_module)[name].warn_non_finite(flag, name)
         if self._phase(trainer) == "estimate":
             estimate_weights(pl_module)
 
+    @staticmethod
+    def _over_ranks(trainer: L.Trainer) -> Callable[[Tensor], Tensor]:
+        return lambda flat: trainer.strategy.reduce(flat, reduce_op="max")  # type: ignore[return-value,arg-type]
+
     def _phase(self, trainer: L.Trainer) -> Phase:
         assert self._schedule_in_force is not None
         return self._schedule_in_force.phase(trainer.current_epoch, trainer.global_step)
 
     def _enter_phase(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        found = quantizers(pl_module)
-        if not found:
+        first = next(iter(quantizers(pl_module).values()), None)
+        if first is None:
             return
-        phase, first = self._phase(trainer), next(iter(found.values()))
+        phase, before = self._phase(trainer), first.phase
         if first.learned and phase in ("off", "observe", "estimate"):
             phase = "learn"
-        if first.phase == phase:
-            return
         if phase in ("learn", "freeze") and trainer.fast_dev_run:  # type: ignore[attr-defined]
             phase = "off"
-        before = first.phase
+        if phase == before:
+            return
         set_phase(pl_module, phase)
         if trainer.world_size > 1:
-            self._check_ranks_agree(trainer, pl_module)
+            check_ranks_agree(pl_module, self._over_ranks(trainer))
         rank_zero_info(
-            f"Epoch {trainer.current_epoch}, step {trainer.global_step}: {len(found)} quantizers {before} -> {phase}"
+            f"Epoch {trainer.current_epoch}, step {trainer.global_step}: quantizers go from {before} to {phase}."
         )
-
-    def _check_ranks_agree(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        mine = torch.cat([p.detach() for p in qparams(pl_module)])
-        highest = trainer.strategy.reduce(mine.clone(), reduce_op="max")  # type: ignore[arg-type]
-        lowest = -trainer.strategy.reduce(-mine, reduce_op="max")  # type: ignore[arg-type,operator]
-        if not torch.equal(highest, lowest):  # type: ignore[arg-type]
-            raise RuntimeError(
-                "Scales and zero points must be equal on every rank. Found a difference of "
-                f"{float((highest - lowest).abs().max()):g}: was a parameter changed on one rank alone?"  # type: ignore[operator]
-            )
-
-    # ---- what is seen ---------------------------------------------------------------------------------------------
-
-    def _is_due(self, trainer: L.Trainer, step: int) -> bool:
-        every = self.record_every_n_steps or max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        return step // every > self._step_before // every
-
-    def _record(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        measured = {**(self._measured or {}), **measure_weights(pl_module)}
-        first = next(iter(quantizers(pl_module).values()), None)
-        phase = first.phase if first is not None else "off"
-        rows, not_finite = record(pl_module, trainer.global_step, trainer.current_epoch, phase, measured)
-        for name in not_finite:
-            quantizers(pl_module)[name].warn_non_finite(torch.ones(1), name)
-        if self.trajectory is not None:
-            self.trajectory.append(rows)
-        for logger in trainer.loggers:
-            logger.log_metrics(_per_quantizer(rows), step=trainer.global_step)
-        for name, value in self._summary(rows).items():
-            self.log(name, value, on_step=True, on_epoch=False)
-        self.log("lfq/phase", float(PHASES.index(phase)), on_step=False, on_epoch=True)  # type: ignore[arg-type]
-
-    def _summary(self, rows: list[TrajectoryRow]) -> dict[str, float]:
-        summary = {}
-        for role in ("weight", "input"):
-            of_role = [row for row in rows if row.quantizer.endswith(f"{role}_quantizer")]
-            if of_role:
-                summary[f"lfq/{role}_scale"] = sum(row.scale_mean for row in of_role) / len(of_role)
-                shares = [row.saturation for row in of_role if row.saturation == row.saturation]
-                if shares:
-                    summary[f"lfq/{role}_saturation"] = sum(shares) / len(shares)
-        if self.qparam_optimizer is not None and self.qparam_optimizer.optimizers:
-            summary["lfq/lr"] = self.qparam_optimizer.learning_rates[0]
-        return summary
 
     def _show_phase(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         def get_metrics(original: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            first = next(iter(quantizers(pl_module).values()), None)
-            return {**original(*args, **kwargs), **({"phase": first.phase} if first is not None else {})}
+            return {**original(*args, **kwargs), "phase": model_phase(pl_module)}
 
         if trainer.progress_bar_callback is not None:
             self._wrappers.around(trainer.progress_bar_callback, "get_metrics", get_metrics)
@@ -290,9 +240,9 @@ class QuantizationAwareTraining(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if the run ended before anything was learned."""
-        first = next(iter(quantizers(pl_module).values()), None)
-        if first is not None and first.phase not in ("learn", "freeze") and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_warn(f"The run ended in phase {first.phase!r}: scales and zero points were not learned.")
+        phase = model_phase(pl_module)
+        if quantizers(pl_module) and phase not in ("learn", "freeze") and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(f"The run ended in phase {phase!r}: scales and zero points were not learned.")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave nothing behind but the quantizers."""
@@ -303,7 +253,7 @@ class QuantizationAwareTraining(L.Callback):
         self._let_go(pl_module)
 
     def _let_go(self, pl_module: L.LightningModule) -> None:
-        self._batch.close()
+        self._recorder.close()
         self._wrappers.remove()
         set_gathering(pl_module, None)
         if self.qparam_optimizer is not None:
@@ -318,8 +268,8 @@ class QuantizationAwareTraining(L.Callback):
             state["schedule"] = self._schedule_in_force.to_dict()
         if self.qparam_optimizer is not None:
             state["qparam_optimizer"] = self.qparam_optimizer.state_dict()
-        if self.trajectory is not None:
-            state["trajectory"] = str(self.trajectory.path)
+        if self._recorder.path is not None:
+            state["trajectory"] = str(self._recorder.path)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -329,12 +279,3 @@ class QuantizationAwareTraining(L.Callback):
     def __repr__(self) -> str:
         given = {"weight": self.weight, "activation": self.activation, "rules": self.rules, "schedule": self.schedule}
         return f"QuantizationAwareTraining({', '.join(f'{k}={v!r}' for k, v in given.items())})"
-
-
-def _per_quantizer(rows: Iterable[TrajectoryRow]) -> dict[str, float]:
-    """The rows as logger metrics; what was not measured is left out."""
-    metrics = {}
-    for row in rows:
-        values = {"scale": row.scale_mean, "zero_point": row.zero_point_mean, "saturation": row.saturation}
-        metrics |= {f"lfq/{kind}/{row.quantizer}": value for kind, value in values.items() if value == value}
-    return metrics

@@ -37,7 +37,7 @@ def candidates(model: nn.Module, rules: Iterable[Rule]) -> tuple[dict[str, nn.Mo
 
 def _reason_against(module: nn.Module, layer_type: type[nn.Module], asked: bool) -> str | None:
     """None: it can be quantized. Empty: it has no weights to speak of. Else: the reason to name."""
-    if layer_type in QUANTIZABLE or (asked and issubclass(layer_type, QUANTIZABLE)):
+    if layer_type in QUANTIZABLE or is_lazy(module) or (asked and issubclass(layer_type, QUANTIZABLE)):
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             return "max_norm changes its weights in forward"
         return None
@@ -47,7 +47,7 @@ def _reason_against(module: nn.Module, layer_type: type[nn.Module], asked: bool)
         return "attention reads these weights directly"
     if isinstance(module, nn.RNNBase):
         return "recurrent layers are not supported"
-    if isinstance(module, QUANTIZABLE) and _is_parametrized(module):
+    if isinstance(module, QUANTIZABLE) and parametrize.is_parametrized(module, "weight"):
         raise ValueError(
             f"A layer with a parametrized weight cannot be quantized. Found {type(module).__name__}: call "
             "`torch.nn.utils.parametrize.remove_parametrizations` first, or attach before parametrizing."
@@ -57,14 +57,15 @@ def _reason_against(module: nn.Module, layer_type: type[nn.Module], asked: bool)
     return ""
 
 
-def _is_parametrized(module: nn.Module) -> bool:
-    return parametrize.is_parametrized(module, "weight")
+def is_lazy(module: nn.Module) -> bool:
+    """Whether the layer waits for a first batch to know its shapes."""
+    return isinstance(module, QUANTIZABLE) and isinstance(module.weight, nn.parameter.UninitializedParameter)
 
 
 def check_quantizable(name: str, layer: nn.Module, weight: QuantSpec | None, activation: QuantSpec | None) -> None:
     """Raise unless this layer can take these specifications now."""
     tensor = layer.weight
-    if isinstance(tensor, nn.parameter.UninitializedParameter):
+    if is_lazy(layer):
         raise ValueError(
             f"Shapes must be known when quantizers are attached. Found the lazy layer {name!r} without a weight: run "
             "one batch through the model first."

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.host import hosts, quantizers
+from lfq_lightning.host import hosts, qparams, quantizers
 from lfq_lightning.observers import Observer
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.schedule import Phase, check_phase
@@ -61,6 +61,28 @@ def set_phase(model: nn.Module, phase: Phase) -> None:
             quantizer.begin_learning()
         quantizer.phase = phase
     forget_compiled_code()
+
+
+def model_phase(model: nn.Module) -> str:
+    """The phase of a model's quantizers, which change it together; "off" without any."""
+    first = next(iter(quantizers(model).values()), None)
+    return "off" if first is None else first.phase
+
+
+def check_ranks_agree(model: nn.Module, highest: Callable[[Tensor], Tensor]) -> None:
+    """Raise RuntimeError unless every rank has the same scales and zero points.
+
+    Args:
+        model: a model with quantizers.
+        highest: the elementwise maximum of a flat tensor over all ranks.
+    """
+    mine = torch.cat([p.detach() for p in qparams(model)])
+    high, low = highest(mine.clone()), -highest(-mine)
+    if not torch.equal(high, low):
+        raise RuntimeError(
+            "Scales and zero points must be equal on every rank. Found a difference of "
+            f"{float((high - low).abs().max()):g}: was a parameter changed on one rank alone?"
+        )
 
 
 def forget_compiled_code() -> None:

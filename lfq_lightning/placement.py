@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from torch import Tensor, nn
 
 from lfq_lightning.host import QuantizedLayer, float_type, hosts, plain_name, quantize_layer, restore_layer
-from lfq_lightning.layers import TRANSPOSED, candidates, check_quantizable, input_channels
+from lfq_lightning.layers import TRANSPOSED, candidates, check_quantizable, input_channels, is_lazy
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.spec import QuantSpec, Rule, SpecLike, activation_spec, weight_spec
 
@@ -116,8 +116,9 @@ def plan(
     for position, (name, layer, specs, ruled) in enumerate(chosen):
         if position in (0, len(chosen) - 1):
             specs = [s if r else _at_least_8_bits(s) for s, r in zip(specs, ruled, strict=True)]
-        if final:
-            check_quantizable(name, layer, *specs)
+        if not final and is_lazy(layer):
+            continue
+        check_quantizable(name, layer, *specs)
         placed.append(PlacedLayer(name, float_type(layer).__name__, specs[0], specs[1]))
     if final and not placed:
         warnings.warn(

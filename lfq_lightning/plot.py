@@ -7,7 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .trajectory import FILE_NAME, TrajectoryRow, read_trajectory
+from lfq_lightning.trajectory import FILE_NAME, TrajectoryRow, read_trajectory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -207,7 +207,8 @@ def _scale_axis(axes: Axes, quantity: str, values: list[float]) -> None:
         axes.set_yscale("log", nonpositive="mask")
         # Between 1, 2, 5 and 10 a narrow range may hold no tick at all.
         subs = (1, 2, 5) if spread < 100 else (1,)
-        axes.yaxis.set_major_locator(MaxNLocator(5) if spread < 4 else LogLocator(subs=subs))
+        few = MaxNLocator(5, steps=[1, 2, 5, 10])
+        axes.yaxis.set_major_locator(few if spread < 4 else LogLocator(subs=subs))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter("{x:g}")
 

@@ -12,22 +12,10 @@ from torch import Tensor, nn
 
 from lfq_lightning.observers import OBSERVERS, Observer
 from lfq_lightning.ops import FakeQuantize, Unchanged, check_range, saturation
-from lfq_lightning.schedule import Phase, check_phase
 from lfq_lightning.spec import QuantSpec
+from lfq_lightning.switches import Switches
 
-# (fake_quant_enabled, static_enabled, learning_enabled)
-_SWITCHES: dict[Phase, tuple[bool, bool, bool]] = {
-    "off": (False, False, False),
-    "observe": (False, True, False),
-    "estimate": (True, True, False),
-    "learn": (True, False, True),
-    "freeze": (True, False, False),
-}
-
-_STATE = ("phase", "learned", "quant_min", "quant_max")
-
-
-class LearnableFakeQuantize(nn.Module):
+class LearnableFakeQuantize(Switches, nn.Module):
     """Fake-quantizes its input with a scale and a zero point that backpropagation can learn.
 
     Learned Step Size Quantization (Esser et al. 2020) and LSQ+ (Bhalgat et al. 2020), with the states of PyTorch's
@@ -104,7 +92,6 @@ class LearnableFakeQuantize(nn.Module):
         self.register_buffer("scale_reference", start * scale)
         self.observer = observer
 
-        self.fake_quant_enabled, self.static_enabled, self.learning_enabled = _SWITCHES["estimate"]
         self.learned = False
         # None: observe in forward while training. Else statistics are gathered while True, and merged by a caller.
         self.gathering: bool | None = None
@@ -149,54 +136,6 @@ class LearnableFakeQuantize(nn.Module):
         )
         made.spec, made.is_weight, made.saturation_rule = spec, weight, spec.saturation
         return made
-
-    def start_off(self) -> LearnableFakeQuantize:
-        """Switch everything off, and return self."""
-        self.phase = "off"
-        return self
-
-    # ---- phases ---------------------------------------------------------------------------------------------------
-
-    @property
-    def phase(self) -> str:
-        """The named state of the three switches; "mixed" for a combination without a name."""
-        switches = (bool(self.fake_quant_enabled), bool(self.static_enabled), bool(self.learning_enabled))
-        return next((phase for phase, named in _SWITCHES.items() if named == switches), "mixed")
-
-    @phase.setter
-    def phase(self, phase: Phase) -> None:
-        check_phase(phase)
-        self.fake_quant_enabled, self.static_enabled, self.learning_enabled = _SWITCHES[phase]
-
-    def enable_param_learning(self) -> LearnableFakeQuantize:
-        """Learn scale and zero point; the output is fake-quantized."""
-        self.phase = "learn"
-        return self
-
-    def enable_static_estimate(self) -> LearnableFakeQuantize:
-        """Set scale and zero point from the observer; the output is fake-quantized."""
-        self.phase = "estimate"
-        return self
-
-    def enable_static_observation(self) -> LearnableFakeQuantize:
-        """Observe only; the output is the input."""
-        self.phase = "observe"
-        return self
-
-    def toggle_observer_update(self, enabled: bool = True) -> LearnableFakeQuantize:
-        """Switch observing on or off."""
-        self.static_enabled = enabled
-        return self
-
-    def toggle_qparam_learning(self, enabled: bool = True) -> LearnableFakeQuantize:
-        """Switch the gradients of scale and zero point on or off."""
-        self.learning_enabled = enabled
-        return self
-
-    def toggle_fake_quant(self, enabled: bool = True) -> LearnableFakeQuantize:
-        """Switch quantization of the output on or off."""
-        self.fake_quant_enabled = enabled
-        return self
 
     # ---- qparams --------------------------------------------------------------------------------------------------
 
@@ -257,7 +196,7 @@ class LearnableFakeQuantize(nn.Module):
 
     @torch.no_grad()
     def saturation(self, x: Tensor) -> Tensor:
-        """The share of x outside the range of codes, and 1 if any of it is not finite; shape (2,)."""
+        """The share of x that is clamped to the range of codes, and 1 if any of it is not finite; shape (2,)."""
         arguments = (self.quant_min, self.quant_max, self.axis, self.group_size)
         return saturation(x.detach(), self.scale, self.zero_point, *arguments)
 
@@ -314,7 +253,7 @@ class LearnableFakeQuantize(nn.Module):
                     self.observer.update(statistics)
                 else:
                     self.observer(x.detach())
-                if self.fake_quant_enabled:
+                if self.fake_quant_enabled and not self.learned:
                     self.estimate()
         elif self.gathering and not self.is_weight and isinstance(self.observer, Observer):
             statistics = self.observer.statistics(x)
@@ -336,10 +275,14 @@ class LearnableFakeQuantize(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Phase, range and specification, as plain values; together these are a checkpoint's manifest."""
-        state = {name: getattr(self, name) for name in _STATE}
-        state["switches"] = [bool(self.fake_quant_enabled), bool(self.static_enabled), bool(self.learning_enabled)]
-        state["spec"] = None if self.spec is None else self.spec.to_dict()
-        return state
+        return {
+            "phase": self.phase,
+            "switches": self.switches,
+            "learned": self.learned,
+            "quant_min": self.quant_min,
+            "quant_max": self.quant_max,
+            "spec": None if self.spec is None else self.spec.to_dict(),
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up what `get_extra_state` gave."""

@@ -123,8 +123,8 @@ def summarize(model: nn.Module, batch: Any = None) -> Summary:
             name,
             q.bitwidth,
             q.kind,
-            float(q.scale.mean()),
-            float(q.zero_point.mean()),
+            float(q.scale.detach().mean()),
+            float(q.zero_point.detach().mean()),
             captures[name].saturation,
             captures[name].sqnr,
         )

@@ -123,12 +123,12 @@ class Trajectory:
                 stacklevel=3,
             )
             return
-        if source.resolve() != self.path.resolve():
-            self._keep_aside()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(FILE_NAME + ".tmp")
         try:
             temporary.write_bytes(text.encode())
+            if source.resolve() != self.path.resolve():
+                self._keep_aside()
             os.replace(temporary, self.path)
         except OSError:
             temporary.unlink(missing_ok=True)

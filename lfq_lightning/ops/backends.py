@@ -47,11 +47,22 @@ def backends() -> Backends:
 
 
 def select(x: Tensor) -> ModuleType:
-    """The module whose `forward` and `backward` serve this tensor."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and native.serves(x):
-        name, _ = _choose_and_warn("cpu", os.environ.get("LFQ_BACKEND"))
+    """The module whose `forward` and `backward` serve this tensor.
+
+    Raises:
+        RuntimeError: if `LFQ_BACKEND` forces one that cannot.
+    """
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        forced = os.environ.get("LFQ_BACKEND")
+        name, _ = _choose_and_warn("cpu", forced)
         if name == "native":
-            return native
+            if native.serves(x):
+                return native
+            if forced == "native":
+                raise RuntimeError(
+                    f"LFQ_BACKEND=native serves plain strided tensors of {', '.join(map(str, native.DTYPES))}. Found "
+                    f"{type(x).__name__} of {x.dtype}: unset it to let plain torch serve this tensor."
+                )
     return reference
 
 

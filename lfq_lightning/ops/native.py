@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lfq_lightning.ops.layout import Layout, plan
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _SATURATIONS = {"lsq": 0, "exclusive": 1, "inclusive": 2}
 
 
@@ -65,7 +65,7 @@ def openmp_runtimes() -> list[str]:
 def serves(x: Tensor) -> bool:
     """Whether the kernels read this tensor: plain, strided, on the CPU, of one of four dtypes."""
     return (
-        x.dtype in _DTYPES
+        x.dtype in DTYPES
         and x.layout is torch.strided
         and type(x) in (Tensor, torch.nn.Parameter)
         and not x.is_neg()
@@ -88,9 +88,11 @@ def forward(
         layout = plan(x.shape, x.stride(), axis, group_size, scale.numel())
         assert layout is not None
     y = torch.empty_like(x)
-    qparams = torch.empty((3, layout.channels))
+    # Made of a tensor, not by torch.empty: the default dtype and device may be others, and the kernels trust pointers.
+    qparams = scale.new_empty((3, layout.channels))
+    scale, zero_point = scale.contiguous(), zero_point.contiguous()
     library().lfq_forward(
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         x.data_ptr(),
         y.data_ptr(),
         scale.data_ptr(),
@@ -127,10 +129,10 @@ def backward(
     if dy.stride() != x.stride() or dy.dtype != x.dtype:
         dy = torch.empty_like(x).copy_(dy)
     dx = torch.empty_like(x)
-    d_scale = torch.empty(scales) if need_scale else None
-    d_zero_point = torch.empty(scales) if need_zero_point else None
+    d_scale = qparams.new_empty(scales) if need_scale else None
+    d_zero_point = qparams.new_empty(scales) if need_zero_point else None
     library().lfq_backward(
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         dy.data_ptr(),
         x.data_ptr(),
         dx.data_ptr(),

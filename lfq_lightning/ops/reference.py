@@ -115,10 +115,16 @@ def _pairwise_sum(flat: Tensor) -> Tensor:
 
 
 def saturation(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None, group_size: int | None
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    group_size: int | None,
 ) -> Tensor:
-    """The share of the elements outside the range of codes, and 1 if any is not finite; shape (2,)."""
+    """The share of the elements that are clamped to the range of codes, and 1 if any is not finite; shape (2,)."""
     s, z = (_spread(p, x.shape, axis, group_size) for p in effective(scale, zero_point, quant_min, quant_max))
-    u = x.float() / s
-    outside = (u <= quant_min - z) | (u >= quant_max - z)
-    return torch.stack((outside.float().mean(), (~x.isfinite()).any().float()))
+    r = (x.float() / s).round()
+    clamped = (r < quant_min - z) | (r > quant_max - z)
+    return torch.stack((clamped.float().mean(), (~x.isfinite()).any().float()))

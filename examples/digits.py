@@ -1,0 +1,49 @@
+"""scikit-learn's handwritten digits, 1797 images of 8x8 pixels, as a LightningDataModule."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Digits(L.LightningDataModule):
+    """60 % of the images for training, 10 % for validation, 30 % for the test: one split, whatever the seed.
+
+    Args:
+        batch_size: Images in a training batch.
+    """
+
+    def __init__(self, batch_size: int = 64) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    def setup(self, stage: str) -> None:
+        pixels, labels = load_digits(return_X_y=True)
+        rest, test, rest_labels, test_labels = train_test_split(
+            pixels, labels, test_size=0.3, stratify=labels, random_state=0
+        )
+        train, val, train_labels, val_labels = train_test_split(
+            rest, rest_labels, test_size=1 / 7, stratify=rest_labels, random_state=0
+        )
+        self.train = as_images(train, train_labels)
+        self.val = as_images(val, val_labels)
+        self.test = as_images(test, test_labels)
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.train, self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.val, batch_size=256)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.test, batch_size=256)
+
+
+def as_images(pixels: object, labels: object) -> TensorDataset:
+    """Rows of 64 gray values in 0..16 become images of shape (1, 8, 8) in 0..1."""
+    images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    return TensorDataset(images, torch.as_tensor(labels))

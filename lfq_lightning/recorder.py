@@ -1,0 +1,99 @@
+"""Records quantizers during a run: to trajectory.csv, to every logger, and as a summary to log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lfq_lightning.host import quantizers
+from lfq_lightning.phases import model_phase
+from lfq_lightning.recording import measure_weights, probed, record
+from lfq_lightning.trajectory import Trajectory, TrajectoryRow
+
+
+class Recorder:
+    """Measures one batch in `every`, counted in optimizer steps.
+
+    Args:
+        every: optimizer steps between two records; None takes the Trainer's `log_every_n_steps`.
+
+    Raises:
+        ValueError: if `every` is less than 1.
+    """
+
+    def __init__(self, every: int | None) -> None:
+        if every is not None and every < 1:
+            raise ValueError(f"`record_every_n_steps` must be at least 1. Found {every}.")
+        self.every = every
+        self._trajectory: Trajectory | None = None
+        self._probes = ExitStack()
+        self._measured: dict[str, Tensor] = {}
+        self._step_before = 0
+
+    @property
+    def path(self) -> Path | None:
+        """Where the trajectory is written, on the rank that writes it."""
+        return None if self._trajectory is None else self._trajectory.path
+
+    def open(self, trainer: L.Trainer, continue_from: str | None) -> None:
+        """Begin in the run's directory, with the rows of the run that is resumed."""
+        directory = trainer.log_dir or trainer.default_root_dir  # every rank takes part in the first
+        if trainer.is_global_zero:
+            self._trajectory = Trajectory(directory, continue_from, trainer.global_step)
+
+    def before_batch(self, trainer: L.Trainer, model: L.LightningModule) -> None:
+        """Measure in the coming forward passes if a record may be due after them."""
+        self._step_before = trainer.global_step
+        if self._is_due(trainer, trainer.global_step + max(1, len(trainer.optimizers))):
+            self._measured = self._probes.enter_context(probed(model))
+
+    def after_batch(self, trainer: L.Trainer, model: L.LightningModule) -> dict[str, float]:
+        """Record if it is due; the summary to log."""
+        self._probes.close()
+        measured, self._measured = self._measured, {}
+        if not self._is_due(trainer, trainer.global_step):
+            return {}
+        measured |= measure_weights(model)
+        rows, not_finite = record(model, trainer.global_step, trainer.current_epoch, model_phase(model), measured)
+        for name in not_finite:
+            quantizers(model)[name].warn_non_finite(torch.ones(1), name)
+        if self._trajectory is not None:
+            self._trajectory.append(rows)
+        for logger in trainer.loggers:
+            logger.log_metrics(_per_quantizer(rows), step=trainer.global_step)
+        return _summary(rows)
+
+    def close(self) -> None:
+        """Stop measuring."""
+        self._probes.close()
+
+    def _is_due(self, trainer: L.Trainer, step: int) -> bool:
+        every = self.every or max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        return step // every > self._step_before // every
+
+
+def _summary(rows: Iterable[TrajectoryRow]) -> dict[str, float]:
+    """Mean scale and saturation of weights and inputs; what was not measured is left out."""
+    rows = list(rows)
+    summary = {}
+    for role in ("weight", "input"):
+        for kind, column in (("scale", "scale_mean"), ("saturation", "saturation")):
+            values = [getattr(row, column) for row in rows if row.quantizer.endswith(f"{role}_quantizer")]
+            values = [value for value in values if value == value]
+            if values:
+                summary[f"lfq/{role}_{kind}"] = sum(values) / len(values)
+    return summary
+
+
+def _per_quantizer(rows: Iterable[TrajectoryRow]) -> dict[str, float]:
+    """The rows as logger metrics; what was not measured is left out."""
+    metrics = {}
+    for row in rows:
+        values = {"scale": row.scale_mean, "zero_point": row.zero_point_mean, "saturation": row.saturation}
+        metrics |= {f"lfq/{kind}/{row.quantizer}": value for kind, value in values.items() if value == value}
+    return metrics

@@ -1,0 +1,19 @@
+"""What every test starts from: one thread, a fixed seed, quiet logs."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; processes that tests start inherit it
+
+import pytest
+import torch
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)

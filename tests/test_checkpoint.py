@@ -1,0 +1,161 @@
+"""State dicts and checkpoints: float and quantized into each other, strictly, in any process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+import lfq_lightning as lfq
+from tests.runs import Net, every_epoch, fit, images, loader, qat, trainer
+
+X = images().tensors[0]
+
+
+def learned(width: int = 4) -> Net:
+    model = Net(width)
+    lfq.attach(model, weight=4, activation=4)
+    lfq.calibrate(model, [X])
+    lfq.set_phase(model, "learn")
+    return model
+
+
+def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value, key
+
+
+def test_attach_adds_keys_and_changes_none() -> None:
+    model = Net()
+    before = list(model.state_dict())
+    lfq.attach(model)
+    after = list(model.state_dict())
+    assert [key for key in after if key in before] == before
+    added = {key.rpartition(".")[0].partition(".")[2] for key in after if key not in before}
+    assert added <= {"weight_quantizer", "input_quantizer", "weight_quantizer.observer", "input_quantizer.observer"}
+
+
+def test_a_float_state_dict_loads_strictly_into_a_quantized_model_and_back() -> None:
+    source, quantized, back = Net(), learned(), Net()
+    scales = {name: q.scale.detach().clone() for name, q in lfq.quantizers(quantized).items()}
+    lfq.load_state_dict(quantized, source.state_dict())
+    assert torch.equal(quantized.second.weight, source.second.weight)
+    assert all(torch.equal(q.scale, scales[name]) for name, q in lfq.quantizers(quantized).items())
+    lfq.load_state_dict(back, quantized.state_dict())
+    assert_same_state(back.state_dict(), source.state_dict())
+
+
+def test_a_quantized_state_dict_loads_into_an_attached_model_with_phase_and_all() -> None:
+    source, target = learned(), Net()
+    lfq.attach(target, weight=4, activation=4)
+    lfq.load_state_dict(target, {"state_dict": source.state_dict()})
+    assert_same_state(target.state_dict(), source.state_dict())
+    assert torch.equal(target.eval()(X), source.eval()(X))
+    assert {q.phase for q in lfq.quantizers(target).values()} == {"learn"}
+
+
+@pytest.mark.parametrize("key", ["second.weight", "second.input_quantizer.scale", "norm.running_mean"])
+def test_loading_is_strict_and_a_failure_changes_nothing(key: str) -> None:
+    source, target = learned(), learned()
+    before = {k: v.clone() if isinstance(v, Tensor) else v for k, v in target.state_dict().items()}
+    missing = {k: v for k, v in source.state_dict().items() if k != key}
+    with pytest.raises(ValueError, match=f"missing {key}"):
+        lfq.load_state_dict(target, missing)
+    with pytest.raises(ValueError, match="unexpected stranger"):
+        lfq.load_state_dict(target, {**source.state_dict(), "stranger": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"has shape \(3,\)"):
+        lfq.load_state_dict(target, {**source.state_dict(), key: torch.zeros(3)})
+    assert_same_state(target.state_dict(), before)
+
+
+def test_a_state_dict_quantized_differently_is_refused_with_both_shown() -> None:
+    other = Net()
+    lfq.attach(other, weight=2, activation=4)
+    with pytest.raises(ValueError, match=r"second\.weight_quantizer: the checkpoint has QuantSpec\(bits=2.*model has Qu"):
+        lfq.load_state_dict(learned(), other.state_dict())
+
+
+@pytest.mark.parametrize("nonsense", [3, {"state_dict": 3}, {1: 2}])
+def test_what_is_no_state_dict_is_refused(nonsense: Any) -> None:
+    with pytest.raises(ValueError, match="must be a state dict or a Lightning checkpoint"):
+        lfq.load_state_dict(Net(), nonsense)
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_checkpoint_rebuilds_the_module_without_the_callback(tmp_path: Path, weights_only: bool) -> None:
+    model, made, _ = fit(tmp_path, Net(width=5))
+    made.save_checkpoint(tmp_path / "x.ckpt", weights_only=weights_only)
+    again = lfq.load_from_checkpoint(Net, tmp_path / "x.ckpt")
+    assert_same_state(again.state_dict(), model.state_dict())
+    assert torch.equal(again(X), model.eval()(X))
+
+
+def test_a_float_checkpoint_loads_as_the_float_module(tmp_path: Path) -> None:
+    model = Net()
+    made = trainer(tmp_path, [], max_epochs=1)
+    made.fit(model, loader())
+    made.save_checkpoint(tmp_path / "x.ckpt")
+    assert not lfq.quantizers(lfq.load_from_checkpoint(Net, tmp_path / "x.ckpt"))
+
+
+def test_a_truncated_or_foreign_file_is_refused_with_the_reason(tmp_path: Path) -> None:
+    _, made, _ = fit(tmp_path)
+    made.save_checkpoint(tmp_path / "x.ckpt")
+    whole = (tmp_path / "x.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.ckpt")
+    with pytest.raises(ValueError, match="may have been cut short"):
+        lfq.load_from_checkpoint(Net, tmp_path / "cut.ckpt")
+    with pytest.raises(ValueError, match="no `state_dict`"):
+        lfq.load_from_checkpoint(Net, tmp_path / "foreign.ckpt")
+    with pytest.raises(FileNotFoundError):
+        lfq.load_from_checkpoint(Net, tmp_path / "absent.ckpt")
+
+
+def test_the_best_checkpoint_is_tested_in_the_same_process(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="val_loss")
+    model, made, _ = fit(tmp_path, callbacks=[best])
+    [metrics] = made.test(model, loader(), ckpt_path="best", verbose=False)
+    expected = lfq.load_from_checkpoint(Net, best.best_model_path)
+    losses = [torch.nn.functional.cross_entropy(expected(x), y).detach() for x, y in loader()]
+    assert metrics["test_loss"] == pytest.approx(float(sum(losses) / len(losses)), rel=1e-6)
+
+
+def test_a_checkpoint_is_tested_validated_and_predicted_in_a_fresh_process(tmp_path: Path) -> None:
+    model, made, _ = fit(tmp_path, callbacks=[every_epoch(tmp_path)])
+    torch.save(torch.cat(made.predict(model, loader(), return_predictions=True)), tmp_path / "expected.pt")
+    code = f"""
+import torch
+from tests.runs import Net, loader, qat, trainer
+made, model = trainer({str(tmp_path)!r}, [qat()]), Net()
+found = torch.cat(made.predict(model, loader(), ckpt_path={str(tmp_path / "epoch=2.ckpt")!r}))
+assert torch.equal(found, torch.load({str(tmp_path / "expected.pt")!r}))
+made.test(model, loader(), ckpt_path={str(tmp_path / "epoch=2.ckpt")!r})
+made.validate(model, loader(), ckpt_path={str(tmp_path / "epoch=2.ckpt")!r})
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+def test_a_checkpoint_that_disagrees_with_the_callback_is_refused_with_both_shown(tmp_path: Path) -> None:
+    fit(tmp_path, callbacks=[every_epoch(tmp_path)])
+    with pytest.raises(ValueError, match="the checkpoint has QuantSpec.bits=4.*the model has QuantSpec.bits=3"):
+        trainer(tmp_path, [qat(weight=3)]).test(
+            Net(), loader(), ckpt_path=tmp_path / "epoch=2.ckpt", weights_only=True, verbose=False
+        )
+
+
+def test_a_quantized_fit_starts_from_a_float_checkpoint(tmp_path: Path) -> None:
+    floating = Net()
+    made = trainer(tmp_path, [every_epoch(tmp_path)], max_epochs=1)
+    made.fit(floating, loader())
+    more = {"callbacks": [every_epoch(tmp_path)], "max_epochs": 4}
+    model, made, _ = fit(tmp_path / "qat", ckpt_path=tmp_path / "epoch=0.ckpt", **more)
+    assert made.current_epoch == 4
+    assert {q.phase for q in lfq.quantizers(model).values()} == {"learn"}

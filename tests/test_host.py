@@ -1,0 +1,116 @@
+"""A quantized layer is the layer it was, to everything that handles modules."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import lfq_lightning as lfq
+from tests.runs import Net
+
+
+@pytest.fixture
+def model() -> Net:
+    torch.manual_seed(0)
+    net = Net()
+    lfq.attach(net, weight=4, activation=4)
+    lfq.calibrate(net, [torch.randn(4, 1, 8, 8)])
+    lfq.set_phase(net, "learn")
+    return net.eval()
+
+
+def test_the_weight_is_the_parameter_outside_forward_and_fake_quantized_inside(model: Net) -> None:
+    inside = []
+
+    class Probe(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inside.append(self.weight)
+            return super().forward(x)
+
+    probe = nn.Sequential(Probe(3, 3))
+    lfq.attach(probe, weight=4, activation=None, rules=[lfq.Rule(Probe, weight=4)])
+    lfq.calibrate(probe, [torch.randn(2, 3)])
+    inside.clear()
+    probe(torch.randn(2, 3))
+    assert isinstance(probe[0].weight, nn.Parameter)
+    assert not isinstance(inside[0], nn.Parameter)
+    assert torch.equal(inside[0], probe[0].weight_quantizer(probe[0].weight))
+
+
+def test_an_exception_in_forward_leaves_the_parameter_in_place(model: Net) -> None:
+    with pytest.raises(RuntimeError):
+        model.head(torch.randn(2, 5))
+    assert isinstance(model.head.weight, nn.Parameter)
+
+
+def test_deepcopy_computes_the_same_and_shares_nothing(model: Net) -> None:
+    x = torch.randn(2, 1, 8, 8)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), model(x))
+    assert type(twin.first) is type(model.first)
+    assert twin.first.weight_quantizer.scale is not model.first.weight_quantizer.scale
+
+
+def test_pickle_survives_into_a_fresh_process(model: Net, tmp_path: Path) -> None:
+    layer, x = nn.Sequential(copy.deepcopy(model.head)), torch.randn(2, 36)
+    torch.save((layer, x, layer(x)), tmp_path / "layer.pt")
+    code = "import sys, torch; m, x, y = torch.load(sys.argv[1], weights_only=False); assert torch.equal(m(x), y)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "layer.pt")], check=True, timeout=120)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
+def test_pruning_before_or_after_attach_is_quantized_and_keeps_its_mask() -> None:
+    for attach_first in (True, False):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        if attach_first:
+            lfq.attach(model, weight=4)
+        prune.l1_unstructured(model[0], "weight", amount=0.5)
+        lfq.attach(model, weight=4)
+        lfq.calibrate(model, [torch.randn(4, 8)])
+        lfq.set_phase(model, "learn")
+        model(torch.randn(4, 8)).sum().backward()
+        assert (model[0].weight == 0).float().mean() == 0.5
+        assert model[0].weight_orig.grad is not None
+        prune.remove(model[0], "weight")
+        assert isinstance(model[0].weight, nn.Parameter)
+
+
+def test_the_fused_transformer_path_does_not_bypass_quantizers() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        plain = encoder(x, src_key_padding_mask=padding)
+    lfq.attach(encoder, weight=2, activation=None, rules=[lfq.Rule("*", weight=2)])
+    lfq.calibrate(encoder, [x])
+    with torch.no_grad():
+        quantized = encoder(x, src_key_padding_mask=padding)
+    assert quantized.shape == plain.shape
+    assert not torch.allclose(quantized, plain, atol=1e-3)
+
+
+def test_compiled_without_a_graph_break_it_computes_the_same(model: Net) -> None:
+    x = torch.randn(2, 1, 8, 8)
+    compiled = torch.compile(model, fullgraph=True)
+    # The convolutions may be summed in another order: the quantizers' own outputs are compared bit for bit elsewhere.
+    torch.testing.assert_close(compiled(x), model(x))
+    assert all("_orig_mod" not in name for name in lfq.quantizers(compiled))
+    torch.compiler.reset()
+
+
+def test_integer_and_keyword_inputs_pass_through_or_are_quantized() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
+    lfq.attach(model, weight=8, activation=2, rules=[lfq.Rule("1", activation=2)])
+    lfq.calibrate(model.eval(), [torch.tensor([[0, 1, 2]])])
+    assert model(torch.tensor([[0, 1]])).shape == (1, 2, 2)
+    x = torch.randn(3, 4)
+    assert torch.equal(model[1](input=x), model[1](x))

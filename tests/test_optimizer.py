@@ -1,0 +1,206 @@
+"""The qparams' optimizer: which optimizer it follows, in which units it steps, and what it leaves alone."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lfq_lightning as lfq
+from lfq_lightning.optimizer import QParamOptimizer, hidden_qparams
+from tests.runs import Net, fit, images, qat
+
+X = images().tensors[0]
+
+
+def learned(model: nn.Module, x: Tensor = X) -> nn.Module:
+    lfq.attach(model, weight=4, activation=4)
+    lfq.calibrate(model, [x])
+    lfq.set_phase(model, "learn")
+    return model
+
+
+def scales(model: nn.Module) -> dict[str, Tensor]:
+    return {name: q.scale.detach().clone() for name, q in lfq.quantizers(model).items()}
+
+
+def weights_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """What a user would make, at a learning rate of 0."""
+    with hidden_qparams(model):
+        return torch.optim.SGD(model.parameters(), lr=0.0)
+
+
+def test_the_users_optimizer_never_sees_a_qparam(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    class Careful(Net):
+        def configure_optimizers(self) -> Any:
+            seen.extend(name for name, _ in self.named_parameters())
+            decay = [p for p in self.parameters() if p.ndim >= 2]
+            rest = [p for p in self.parameters() if p.ndim < 2]
+            assert len(decay) + len(rest) == 8
+            groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+            optimizer = torch.optim.AdamW(groups, lr=1e-2)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, lambda _: 0.5])
+            return [optimizer], [schedule]
+
+    model, _, _ = fit(tmp_path, Careful())
+    assert seen
+    assert not any("quantizer" in name for name in seen)
+    assert [name for name, _ in model.named_parameters() if "quantizer" in name]
+
+
+def test_hidden_qparams_come_back_as_they_were() -> None:
+    model = learned(Net())
+    before = list(model.named_parameters())
+    with hidden_qparams(model):
+        assert len(list(model.parameters())) == 8
+        assert model.first.weight_quantizer.scale is dict(before)["first.weight_quantizer.scale"]
+    assert all(a[0] == b[0] and a[1] is b[1] for a, b in zip(before, model.named_parameters(), strict=True))
+
+
+def test_learning_is_invariant_to_the_units_of_an_activation() -> None:
+    torch.manual_seed(0)
+    target, moved = torch.randn(64, 3), []
+    for unit in (1.0, 1000.0):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(5, 3))
+        with torch.no_grad():
+            model[0].weight.div_(unit)
+        x = torch.randn(64, 5, generator=torch.Generator().manual_seed(2)) * unit
+        learned(model, x)
+        optimizer = weights_optimizer(model)
+        QParamOptimizer(model, [optimizer])
+        before = scales(model)
+        for _ in range(20):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), target).backward()
+            optimizer.step()
+        moved.append({name: scale / before[name] for name, scale in scales(model).items()})
+    assert any((ratio - 1).abs().max() > 1e-3 for ratio in moved[0].values())
+    for name, ratio in moved[0].items():
+        torch.testing.assert_close(moved[1][name], ratio, rtol=1e-4, atol=0.0)
+
+
+def test_one_step_changes_a_scale_by_at_most_two_and_keeps_zero_points_in_range() -> None:
+    model = learned(Net())
+    optimizer = weights_optimizer(model)
+    QParamOptimizer(model, [optimizer], partial(torch.optim.SGD, lr=1e9))
+    before = scales(model)
+    model(X).square().sum().backward()
+    optimizer.step()
+    for name, scale in scales(model).items():
+        assert (scale >= before[name] / 2).all()
+        assert (scale <= before[name] * 2).all()
+        quantizer = lfq.quantizers(model)[name]
+        assert (quantizer.zero_point >= quantizer.quant_min).all()
+        assert (quantizer.zero_point <= quantizer.quant_max).all()
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
+    model = learned(Net())
+    optimizer = weights_optimizer(model)
+    QParamOptimizer(model, [optimizer])
+    (model(X) * torch.nan).sum().backward()
+    before = scales(model)
+    optimizer.step()
+    assert all(torch.equal(scale, before[name]) for name, scale in scales(model).items())
+
+
+def test_a_layer_that_took_no_part_keeps_still_despite_momentum() -> None:
+    pair = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    learned(pair, torch.randn(8, 4))
+    optimizer = weights_optimizer(pair)
+    QParamOptimizer(pair, [optimizer])
+    pair(torch.randn(8, 4)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = scales(pair)
+    pair[0](torch.randn(8, 4)).square().sum().backward()
+    optimizer.step()
+    after = scales(pair)
+    assert torch.equal(after["1.weight_quantizer"], before["1.weight_quantizer"])
+    assert not torch.equal(after["0.weight_quantizer"], before["0.weight_quantizer"])
+
+
+def test_each_qparam_follows_the_optimizer_of_its_layers_weight() -> None:
+    pair = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    learned(pair, torch.randn(8, 4))
+    first, second = (torch.optim.SGD(layer.parameters(recurse=False), lr=0.0) for layer in pair)
+    owner = QParamOptimizer(pair, [first, second])
+    pair(torch.randn(8, 4)).square().sum().backward()
+    before = scales(pair)
+    second.step()
+    after = scales(pair)
+    assert torch.equal(after["0.weight_quantizer"], before["0.weight_quantizer"])
+    assert not torch.equal(after["1.weight_quantizer"], before["1.weight_quantizer"])
+    second.zero_grad()
+    assert pair[1].weight_quantizer.scale.grad is None
+    assert pair[0].weight_quantizer.scale.grad is not None
+    owner.remove()
+    before = scales(pair)
+    first.step()
+    assert all(torch.equal(scale, before[name]) for name, scale in scales(pair).items())
+
+
+class Gan(L.LightningModule):
+    """Two networks and two optimizers, stepped by hand."""
+
+    def __init__(self, toggle: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6))
+        self.discriminator = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+        self.toggle = toggle
+        self.leaked: list[bool] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        real = batch[0].flatten(1)[:, :6]
+        for index, optimizer in enumerate(self.optimizers()):
+            if self.toggle:
+                self.toggle_optimizer(optimizer)
+            fake = self.generator(real[:, :4])
+            scores = self.discriminator(fake if index == 0 else torch.cat([real, fake.detach()]))
+            optimizer.zero_grad()
+            own = (self.generator, self.discriminator)[index]
+            self.leaked += [q.scale.grad is not None for q in lfq.quantizers(own).values()]
+            self.manual_backward(scores.square().mean())
+            optimizer.step()
+            if self.toggle:
+                self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(net.parameters(), lr=1e-3) for net in (self.generator, self.discriminator)]
+
+
+@pytest.mark.parametrize("toggle", [False, True])
+def test_in_a_gan_no_qparam_learns_from_the_other_networks_step(tmp_path: Path, toggle: bool) -> None:
+    schedule = lfq.PhaseSchedule(observe=0, estimate=4, learn=8, unit="step")
+    model, _, callback = fit(tmp_path, Gan(toggle), callback=qat(schedule=schedule))
+    assert not any(model.leaked)
+    assert len(callback.qparam_optimizer.optimizers) == 2
+    for quantizer in lfq.quantizers(model).values():
+        assert not torch.equal(quantizer.scale, quantizer.scale_reference)
+
+
+def test_optimizer_and_schedule_are_arguments(tmp_path: Path) -> None:
+    callback = qat(
+        optimizer=partial(torch.optim.SGD, lr=0.5),
+        lr_schedule=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5),
+    )
+    fit(tmp_path, callback=callback)
+    [own] = callback.qparam_optimizer.optimizers
+    assert type(own) is torch.optim.SGD
+    assert callback.qparam_optimizer.learning_rates == [0.5 * 0.5**8]
+
+
+def test_a_factory_that_makes_no_optimizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="must be a callable that makes a torch optimizer"):
+        fit(tmp_path, callback=qat(optimizer=list))
+    with pytest.raises(TypeError, match="must be a callable"):
+        qat(optimizer="adam")

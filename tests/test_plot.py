@@ -1,0 +1,177 @@
+"""The picture of a trajectory shows every quantizer that was in use, and leaves no trace in matplotlib."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lfq_lightning.plot import _panels, _phases, plot_trajectories
+from lfq_lightning.trajectory import Trajectory, TrajectoryRow
+
+pytest.importorskip("matplotlib")
+
+PHASES = ["observe"] * 3 + ["estimate"] * 3 + ["learn"] * 12 + ["freeze"] * 3
+PNG = b"\x89PNG\r\n"
+
+
+def names(count: int) -> list[str]:
+    return [f"block{i // 2}.{('weight', 'input')[i % 2]}_quantizer" for i in range(count)]
+
+
+def run(quantizers: list[str], phases: list[str] = PHASES) -> list[TrajectoryRow]:
+    """Scales that double over the run, and zero points for activations alone."""
+    rows = []
+    for step, phase in enumerate(phases, start=1):
+        for index, name in enumerate(quantizers):
+            scale = 0.01 * (1 + index) * 2 ** (step / len(phases))
+            zero_point = 0.0 if "weight" in name else 7.5
+            saturation = 0.01 * index if step % 2 else math.nan
+            numbers = [scale, scale / 2, scale * 2, *[zero_point] * 3, saturation, 1.0]
+            rows.append(TrajectoryRow(step, step // 3, phase, name, *numbers))
+    return rows
+
+
+def write(directory: Path, rows: list[TrajectoryRow]) -> Path:
+    Trajectory(directory).append(rows)
+    return directory
+
+
+def drawn_lines(directory: Path) -> set[str]:
+    """Names of the lines of a picture, `<quantizer>.<quantity>`."""
+    svg = plot_trajectories(directory, directory / "picture.svg").read_text()
+    return set(re.findall(r'<g id="([^"]*quantizer\.\w+)"', svg))
+
+
+def drawn_words(directory: Path) -> list[str]:
+    # Letters are drawn as outlines; each text stands beside them in a comment.
+    svg = plot_trajectories(directory, directory / "picture.svg").read_text()
+    return re.findall(r"<!-- (.*?) -->", svg)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 25, 60])
+def test_any_number_of_quantizers_gives_a_picture_beside_the_trajectory(tmp_path: Path, count: int) -> None:
+    picture = plot_trajectories(write(tmp_path, run(names(count))))
+    assert picture == tmp_path / "trajectories.png"
+    assert picture.read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("count", [5, 25])
+def test_every_quantizer_has_its_line_in_every_panel_that_it_belongs_to(tmp_path: Path, count: int) -> None:
+    expected = {f"{name}.{q}" for name in names(count) for q in ("scale", "movement", "saturation")}
+    expected |= {f"{name}.zero_point" for name in names(count) if "input" in name}
+    assert drawn_lines(write(tmp_path, run(names(count)))) == expected
+
+
+def test_zero_points_that_stay_zero_take_no_panel(tmp_path: Path) -> None:
+    words = drawn_words(write(tmp_path, run(["fc.weight_quantizer"])))
+    assert "scale" in words and "weights" in words
+    assert "zero point" not in words and "activations" not in words
+
+
+def test_weights_and_activations_have_panels_of_their_own_and_share_colours(tmp_path: Path) -> None:
+    words = drawn_words(write(tmp_path, run(names(4))))
+    assert (words.count("weights"), words.count("activations"), words.count("scale")) == (1, 1, 2)
+    assert (words.count("block0"), words.count("block1")) == (1, 1)
+    assert "all zero points are 0" in words
+
+
+def test_many_layers_are_explained_by_a_colour_bar_that_names_the_first_and_the_last(tmp_path: Path) -> None:
+    words = drawn_words(write(tmp_path, run(names(60))))
+    explained = [word for word in words if word.startswith("block")]
+    assert {explained[0], explained[-1]} == {"block0", "block29"}
+    assert len(explained) == 10
+
+
+def test_the_phases_of_the_run_and_no_others_are_named_above_each_column(tmp_path: Path) -> None:
+    rows = run(names(2), phases=["observe", "observe", "estimate", "learn", "learn"])
+    assert _phases(rows) == [("observe", 1, 3), ("estimate", 3, 4), ("learn", 4, 5)]
+    words = drawn_words(write(tmp_path, rows))
+    assert [words.count(phase) for phase in ("observe", "estimate", "learn", "freeze")] == [2, 2, 2, 0]
+
+
+def test_a_scale_that_is_not_in_use_does_not_change_the_picture(tmp_path: Path) -> None:
+    rows = run(names(2))
+    unset = [replace(r, scale_mean=1e6, zero_point_max=99.0) if r.phase == "observe" else r for r in rows]
+    one, other = (plot_trajectories(write(tmp_path / str(i), r)) for i, r in enumerate([rows, unset]))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_movement_is_one_on_every_entry_into_learning_and_is_blind_to_units() -> None:
+    phases = ["estimate", "learn", "learn", "freeze", "observe", "estimate", "learn", "learn"]
+    rows = run(["fc.weight_quantizer"], phases)
+    movement = _panels(rows)["movement", "weights"]["fc.weight_quantizer"]
+    growth = 2 ** (1 / len(phases))
+    assert [step for step, *_ in movement] == [2, 3, 4, 7, 8]
+    assert [ratio for _, ratio, *_ in movement] == pytest.approx([1, growth, growth**2, 1, growth])
+    larger = [replace(r, scale_mean=1024 * r.scale_mean) for r in rows]
+    assert _panels(larger)["movement", "weights"]["fc.weight_quantizer"] == movement
+
+
+def test_saturation_is_drawn_through_the_steps_at_which_it_was_measured() -> None:
+    curve = _panels(run(names(2), ["learn"] * 5))["saturation", "activations"]["block0.input_quantizer"]
+    assert [(step, share) for step, share, _, _ in curve] == [(1, 0.01), (3, 0.01), (5, 0.01)]
+
+
+def test_the_suffix_decides_the_format_and_missing_directories_are_made(tmp_path: Path) -> None:
+    write(tmp_path, run(names(2)))
+    assert plot_trajectories(tmp_path, tmp_path / "new" / "a.png").read_bytes().startswith(PNG)
+    assert b"<svg" in plot_trajectories(str(tmp_path), str(tmp_path / "a.svg")).read_bytes()
+    assert plot_trajectories(tmp_path, tmp_path / "plain").read_bytes().startswith(PNG)
+
+
+def test_the_file_itself_may_be_named_instead_of_its_directory(tmp_path: Path) -> None:
+    kept = write(tmp_path, run(names(2))).joinpath("trajectory.csv").rename(tmp_path / "best.csv")
+    assert plot_trajectories(kept) == tmp_path / "trajectories.png"
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    ["weight_quantizer", "my_own", "_head.weight_quantizer", r"$\frac{$.input_quantizer", "x" * 99],
+    ids=["root_module", "neither_weight_nor_input", "underscore", "formula", "long"],
+)
+def test_unusual_names_are_drawn(tmp_path: Path, quantizer: str) -> None:
+    assert plot_trajectories(write(tmp_path, run([quantizer]))).exists()
+
+
+@pytest.mark.parametrize("scale", [0.0, math.nan, math.inf, 1e-30])
+def test_a_collapsed_or_diverged_scale_does_not_prevent_the_picture(tmp_path: Path, scale: float) -> None:
+    rows = run(names(2))
+    rows[-1] = replace(rows[-1], scale_mean=scale, scale_min=scale)
+    rows[16] = replace(rows[16], scale_mean=scale, scale_min=scale)
+    assert plot_trajectories(write(tmp_path, rows)).exists()
+
+
+def test_one_recorded_step_is_enough(tmp_path: Path) -> None:
+    assert plot_trajectories(write(tmp_path, run(names(2), ["learn"]))).exists()
+
+
+def test_global_state_of_matplotlib_is_left_alone(tmp_path: Path) -> None:
+    import matplotlib
+    from matplotlib import pyplot
+
+    settings, figures = dict(matplotlib.rcParams), pyplot.get_fignums()
+    plot_trajectories(write(tmp_path, run(names(5))))
+    assert dict(matplotlib.rcParams) == settings
+    assert pyplot.get_fignums() == figures
+
+
+def test_a_run_that_only_observed_so_far_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Found 4 rows without one in .*trajectory\.csv"):
+        plot_trajectories(write(tmp_path, run(names(2), ["off", "observe"])))
+
+
+def test_a_directory_without_a_trajectory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"trajectory\.csv"):
+        plot_trajectories(tmp_path)
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, run(names(2)))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=re.escape('pip install "lfq_lightning[examples]"')):
+        plot_trajectories(tmp_path)

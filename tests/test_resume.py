@@ -1,0 +1,97 @@
+"""A run that was interrupted and resumed equals the uninterrupted one, to the last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+import lfq_lightning as lfq
+from tests.runs import BATCHES, Net, StatefulLoader, every_epoch, fit, loader, qat, trainer
+
+SCHEDULE = lfq.PhaseSchedule(observe=0, estimate=1, learn=2, freeze=4)
+EPOCHS = 6
+
+
+def assert_same_run(found: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    ours, theirs = found[0].state_dict(), expected[0].state_dict()
+    assert list(ours) == list(theirs)
+    for key, value in theirs.items():
+        assert torch.equal(ours[key], value) if isinstance(value, Tensor) else ours[key] == value, key
+    rows = [Path(run[1].default_root_dir, "trajectory.csv").read_text() for run in (found, expected)]
+    assert rows[0] == rows[1]
+    assert found[1].global_step == expected[1].global_step
+
+
+def test_resuming_at_any_epoch_equals_an_uninterrupted_run(tmp_path: Path) -> None:
+    whole = fit(tmp_path, callback=qat(schedule=SCHEDULE), callbacks=[every_epoch(tmp_path)], max_epochs=EPOCHS)
+    for epoch in range(EPOCHS - 1):
+        again = tmp_path / f"from{epoch}"
+        options = {"callbacks": [every_epoch(tmp_path)], "max_epochs": EPOCHS, "callback": qat(schedule=SCHEDULE)}
+        part = fit(again, ckpt_path=tmp_path / f"epoch={epoch}.ckpt", **options)
+        assert_same_run(part, whole)
+
+
+@pytest.mark.parametrize("steps", [(3, 9, 10), (12, 17, 19, 22)])
+def test_resuming_in_the_middle_of_an_epoch_equals_an_uninterrupted_run(tmp_path: Path, steps: tuple[int]) -> None:
+    schedule = lfq.PhaseSchedule(observe=0, estimate=10, learn=18, unit="step")
+
+    def every_step() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+
+    def run(directory: Path, **more: Any) -> tuple[Any, ...]:
+        options = {"callback": qat(schedule=schedule), "callbacks": [every_step()], "data": StatefulLoader()}
+        return fit(directory, **options, **more)
+
+    whole = run(tmp_path)
+    assert whole[1].global_step == 3 * BATCHES
+    for step in steps:
+        assert_same_run(run(tmp_path / f"from{step}", ckpt_path=tmp_path / f"step={step}.ckpt"), whole)
+
+
+def test_a_derived_schedule_is_kept_by_the_run_that_resumes(tmp_path: Path) -> None:
+    options = {"callbacks": [every_epoch(tmp_path)], "callback": qat(schedule=None), "max_epochs": 4}
+    whole = fit(tmp_path, **options)
+    longer = qat(schedule=None)
+    fit(tmp_path / "more", ckpt_path=tmp_path / "epoch=0.ckpt", **{**options, "callback": longer, "max_epochs": 40})
+    assert longer.state_dict()["schedule"] == whole[2].state_dict()["schedule"]
+
+
+def test_a_second_fit_goes_on_learning_and_reobserve_starts_over(tmp_path: Path) -> None:
+    model, _, _ = fit(tmp_path)
+    reference = model.second.weight_quantizer.scale_reference.clone()
+    seen: list[str] = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            seen.append(pl_module.second.weight_quantizer.phase)
+
+    fit(tmp_path / "second", model, callbacks=[Watch()])
+    assert set(seen) == {"learn"}
+    assert torch.equal(model.second.weight_quantizer.scale_reference, reference)
+    seen.clear()
+    fit(tmp_path / "third", model, callback=qat(reobserve=True), callbacks=[Watch()])
+    assert list(dict.fromkeys(seen)) == ["observe", "estimate", "learn"]
+
+
+def test_after_detach_a_fit_attaches_again(tmp_path: Path) -> None:
+    model, _, _ = fit(tmp_path)
+    lfq.detach(model)
+    fit(tmp_path / "again", model)
+    assert {q.phase for q in lfq.quantizers(model).values()} == {"learn"}
+
+
+def test_the_trajectory_goes_on_in_the_directory_of_the_resumed_run(tmp_path: Path) -> None:
+    fit(tmp_path / "a", callbacks=[every_epoch(tmp_path)])
+    callback = qat()
+    L.seed_everything(3, verbose=False)
+    resumed = trainer(tmp_path / "b", [callback, every_epoch(tmp_path)], max_epochs=5)
+    resumed.fit(Net(), loader(), loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    steps = [int(line.split(",")[0]) for line in (tmp_path / "b/trajectory.csv").read_text().splitlines()[1:]]
+    assert steps == sorted(steps)
+    assert set(steps) == set(range(3, 5 * BATCHES + 1, 3))

@@ -80,7 +80,8 @@ class Classifier(L.LightningModule):
     """Any network from images to class scores, trained with cross-entropy and a cosine learning rate.
 
     `network` and `optimizer` are Hydra nodes and stay among the hyperparameters, so that a checkpoint rebuilds
-    the whole module: `Classifier.load_from_checkpoint(path)`.
+    the whole module: `Classifier.load_from_checkpoint(path)`. What a node names is called, so load only checkpoints
+    that you trust.
     """
 
     def __init__(

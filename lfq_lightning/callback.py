@@ -155,9 +155,7 @@ class QuantizationAwareTraining(L.Callback):
         self._restored = {}
 
     def _settle_schedule(self, trainer: L.Trainer) -> None:
-        steps = float(trainer.estimated_stepping_batches)
-        steps = torch.inf if steps < 0 else steps * max(1, len(trainer.optimizers))
-        epochs = torch.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)  # type: ignore[arg-type]
+        epochs, steps = _length_of(trainer)
         if self.schedule is not None:
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self.schedule.check_reaches_learn(epochs, steps)
@@ -279,3 +277,13 @@ class QuantizationAwareTraining(L.Callback):
     def __repr__(self) -> str:
         given = {"weight": self.weight, "activation": self.activation, "rules": self.rules, "schedule": self.schedule}
         return f"QuantizationAwareTraining({', '.join(f'{k}={v!r}' for k, v in given.items())})"
+
+
+def _length_of(trainer: L.Trainer) -> tuple[float, float]:
+    """Epochs and optimizer steps that the run will have; infinite where it cannot be known."""
+    epochs = torch.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)  # type: ignore[arg-type]
+    steps = float(trainer.estimated_stepping_batches)
+    if steps < 0 or steps == torch.inf:
+        return epochs, torch.inf
+    in_an_epoch = max(1.0, float(trainer.num_training_batches) / trainer.accumulate_grad_batches)
+    return min(epochs, steps / in_an_epoch), steps * max(1, len(trainer.optimizers))

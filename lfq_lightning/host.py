@@ -25,14 +25,14 @@ class QuantizedLayer:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         weight = self.weight  # type: ignore[attr-defined]
         if self.input_quantizer is not None:
-            quantize, learn = self.input_quantizer, weight.requires_grad
-            args = tuple(quantize(a, learn) if _is_floating(a) else a for a in args)
-            kwargs = {k: quantize(a, learn) if _is_floating(a) else a for k, a in kwargs.items()}
+            quantizer, learn = self.input_quantizer, weight.requires_grad
+            args = tuple(_quantize(quantizer, a, learn) for a in args)
+            kwargs = {name: _quantize(quantizer, a, learn) for name, a in kwargs.items()}
         if self.weight_quantizer is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         # An instance attribute hides the parameter, which nn.Module finds only when nothing else has the name.
         pruned = self.__dict__.get("weight")
-        object.__setattr__(self, "weight", self.weight_quantizer(weight, weight.requires_grad))
+        object.__setattr__(self, "weight", _quantize(self.weight_quantizer, weight, weight.requires_grad))
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
@@ -45,8 +45,10 @@ class QuantizedLayer:
         return _rebuild, (float_type(self),), self.__dict__  # type: ignore[arg-type]
 
 
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _quantize(quantizer: LearnableFakeQuantize, value: Any, learn: bool) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return quantizer.in_graph(quantizer(value, learn))
+    return value
 
 
 @lru_cache(maxsize=None)

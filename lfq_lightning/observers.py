@@ -68,11 +68,14 @@ class Observer(nn.Module):
         if x.numel() == 0:
             return self.nothing()
         rows = _rows(x.detach(), self.axis, self.group_size)
-        low, high = _aminmax(rows)
-        finite = low.isfinite() & high.isfinite()
-        # 0 is inside every range that is kept, so it can stand for what is not finite.
-        clean_low, clean_high = _aminmax(rows.nan_to_num(0.0, 0.0, 0.0))
-        return torch.stack((-clean_low.float(), clean_high.float(), (~finite).float()))
+        low, high = torch.aminmax(rows, dim=1)
+        at_fault = ~(low.isfinite() & high.isfinite())
+        # Looking at the answer is free on the CPU alone; elsewhere it would wait for the device.
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or bool(at_fault.any()):
+            finite = rows.isfinite()
+            low = torch.where(finite, rows, torch.inf).amin(1)
+            high = torch.where(finite, rows, -torch.inf).amax(1)
+        return torch.stack((-low.float(), high.float(), at_fault.float()))
 
     @staticmethod
     def merge(a: Tensor, b: Tensor) -> Tensor:
@@ -113,7 +116,8 @@ class Observer(nn.Module):
                 scale = torch.maximum(scale, low / self.quant_min)
             zero_point = torch.zeros_like(scale)
         else:
-            scale = (high - low) / (self.quant_max - self.quant_min)
+            levels = self.quant_max - self.quant_min
+            scale = high / levels - low / levels  # the difference itself may overflow
             zero_point = (self.quant_min - low / scale.clamp(min=_EPS)).clamp(self.quant_min, self.quant_max).round()
         return torch.where(seen, scale.clamp(min=_EPS), 1.0), torch.where(seen, zero_point, 0.0)
 
@@ -159,8 +163,9 @@ def _rows(x: Tensor, axis: int | None, group_size: int | None) -> Tensor:
     if group_size is not None:
         rows, inputs = x.shape[:2]
         groups = -(-inputs // group_size)
-        padded = nn.functional.pad(x.reshape(rows, inputs, -1), (0, 0, 0, groups * group_size - inputs))
-        return padded.reshape(rows * groups, -1)
+        # The last input stands in for those that the last group lacks, and changes no range.
+        index = torch.arange(groups * group_size, device=x.device).clamp(max=inputs - 1)
+        return x[:, index].reshape(rows * groups, -1)
     if axis is None:
         return x.reshape(1, -1) if x.is_contiguous() else x.permute(_dense_order(x)).reshape(1, -1)
     return x.movedim(axis, 0).reshape(x.shape[axis], -1)
@@ -169,8 +174,3 @@ def _rows(x: Tensor, axis: int | None, group_size: int | None) -> Tensor:
 def _dense_order(x: Tensor) -> list[int]:
     """Dimensions in memory order, so that flattening a channels_last tensor copies nothing."""
     return sorted(range(x.ndim), key=lambda d: -x.stride(d))
-
-
-def _aminmax(rows: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = torch.aminmax(rows, dim=1)
-    return low, high

@@ -67,7 +67,10 @@ class LearnableFakeQuantize(Switches, nn.Module):
         super().__init__()
         check_range(quant_min, quant_max)
         _check_start(scale, zero_point, channel_len, grad_factor)
-        _check_container(observer, quant_min, quant_max)
+        _check_observer(observer, quant_min, quant_max, channel_len)
+        for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
+            if hasattr(observer, name):
+                setattr(observer, name, value)
         scheme = str(getattr(observer, "qscheme", ""))
         self.symmetric = bool(getattr(observer, "symmetric", "symmetric" in scheme))
         axis = getattr(observer, "axis", getattr(observer, "ch_axis", None))
@@ -212,13 +215,19 @@ class LearnableFakeQuantize(Switches, nn.Module):
         Returns:
             A tensor of the shape and dtype of x.
         """
+        if (self.static_enabled or self.fake_quant_enabled) and not x.is_floating_point():
+            raise TypeError(f"`x` must be a floating tensor. Found {x.dtype}: pass integers around the quantizer.")
         if self.static_enabled:
             self._observe(x)
         if not self.fake_quant_enabled:
-            if torch.is_grad_enabled() and self.scale.requires_grad:
-                return Unchanged.apply(x, self.scale, self.zero_point)  # type: ignore[no-any-return,no-untyped-call]
             return x
         return self.quantized(x, self._gradient_factor(x) if self.learning_enabled and learn else 0.0)
+
+    def in_graph(self, x: Tensor) -> Tensor:
+        """x, with the qparams in its graph in every phase: DDP wants each parameter used in each backward."""
+        if self.fake_quant_enabled or not torch.is_grad_enabled():
+            return x
+        return Unchanged.apply(x, self.scale, self.zero_point)  # type: ignore[no-any-return,no-untyped-call]
 
     def quantized(self, x: Tensor, grad_factor: float = 0.0) -> Tensor:
         """x on the integer grid and back, whatever the phase; with a factor of 0 the qparams get no gradient."""
@@ -331,7 +340,16 @@ def _check_start(scale: float, zero_point: float, channel_len: int, grad_factor:
         raise ValueError(f'`grad_factor` must be a number or "lsq". Found {grad_factor!r}.')
 
 
-def _check_container(observer: nn.Module, quant_min: int, quant_max: int) -> None:
+def _check_observer(observer: nn.Module, quant_min: int, quant_max: int, channel_len: int) -> None:
+    if not callable(getattr(observer, "calculate_qparams", None)):
+        raise TypeError(
+            f"`observer` must have `calculate_qparams()`. Found {type(observer).__name__}: use one of "
+            "`lfq_lightning.observers` or `torch.ao.quantization`."
+        )
+    if isinstance(observer, Observer) and observer.channels != max(channel_len, 1):
+        raise ValueError(
+            f"`channel_len` must be the observer's number of channels. Found {channel_len} for {observer.channels}."
+        )
     dtype = getattr(observer, "dtype", None)
     if isinstance(dtype, torch.dtype):
         limits = torch.iinfo(dtype)

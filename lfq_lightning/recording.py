@@ -15,14 +15,17 @@ from lfq_lightning.trajectory import TrajectoryRow
 
 
 class _Probe:
-    """A pre-hook that measures what a quantizer is given."""
+    """A pre-hook that measures what a quantizer is given: the last use's saturation, any use's non-finite values."""
 
     def __init__(self, name: str, into: dict[str, Tensor]) -> None:
         self.name, self.into = name, into
 
     def __call__(self, quantizer: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(quantizer, LearnableFakeQuantize)
-        self.into[self.name] = quantizer.saturation(args[0])
+        measured, before = quantizer.saturation(args[0]), self.into.get(self.name)
+        if before is not None:
+            measured[1] = torch.maximum(measured[1], before[1])
+        self.into[self.name] = measured
 
 
 @contextmanager

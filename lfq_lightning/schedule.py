@@ -89,8 +89,10 @@ class PhaseSchedule:
 
         One epoch each to observe and to estimate, but together at most a fifth of the run.
         """
-        if epochs >= 10 or math.isinf(steps):
+        if math.isinf(steps):
             return cls() if epochs > 2 else cls(estimate=50, learn=100, unit="step")
+        if 10 <= epochs < math.inf:
+            return cls()
         learn = max(1, round(steps / 5))
         return cls(estimate=max(1, round(steps / 10)), learn=learn, unit="step")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -74,11 +75,17 @@ class QuantSpec:
         self._check_granularity()
         self._check_range()
         if self.grad_factor != "lsq":
-            if isinstance(self.grad_factor, (str, bool)) or not self.grad_factor > 0:
+            if isinstance(self.grad_factor, bool) or not isinstance(self.grad_factor, (int, float, str)):
+                raise TypeError(f'`grad_factor` must be "lsq" or a number. Found {self.grad_factor!r}.')
+            if isinstance(self.grad_factor, str) or not 0 < self.grad_factor < math.inf:
                 raise ValueError(f'`grad_factor` must be "lsq" or a positive number. Found {self.grad_factor!r}.')
             object.__setattr__(self, "grad_factor", float(self.grad_factor))
 
     def _check_granularity(self) -> None:
+        for name in ("axis", "group_size"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"`{name}` must be an int. Found {value!r} of type {type(value).__name__}.")
         if (self.group_size is not None) != (self.granularity == "per_group"):
             raise ValueError(
                 f"`group_size` goes with granularity 'per_group'. Found group_size={self.group_size} with "
@@ -202,10 +209,12 @@ class Rule:
             raise TypeError(f"`match` must be a glob on module names or a module type. Found {self.match!r}.")
         if not self.match:
             raise ValueError('`match` must name something. Found an empty glob: "*" matches every module.')
-        if self.weight != "default":
-            weight_spec(self.weight)  # type: ignore[arg-type]
-        if self.activation != "default":
-            activation_spec(self.activation)  # type: ignore[arg-type]
+        for name, check in (("weight", weight_spec), ("activation", activation_spec)):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, dict(value))
+            if value != "default":
+                check(value)
 
     def matches(self, name: str, module_type: type[nn.Module]) -> bool:
         """Whether the rule speaks of a module with this dotted name and type."""
@@ -217,3 +226,7 @@ class Rule:
         match = repr(self.match) if isinstance(self.match, str) else self.match.__qualname__
         given = ((k, getattr(self, k)) for k in ("weight", "activation"))
         return f"Rule({', '.join([match, *(f'{k}={v!r}' for k, v in given if v != 'default')])})"
+
+
+# OmegaConf takes a dataclass in a list for a schema, and its schemas know no unions: to it a Rule is any object.
+delattr(Rule, "__dataclass_fields__")

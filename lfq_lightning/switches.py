@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from typing_extensions import Self
+from typing import Self
 
 from lfq_lightning.schedule import Phase, check_phase
 

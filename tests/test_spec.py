@@ -121,8 +121,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"grad_factor": -1.0}, ValueError, "`grad_factor` must be .*. Found -1.0"),
     ({"grad_factor": float("nan")}, ValueError, "`grad_factor` must be .*. Found nan"),
     ({"grad_factor": "1e-3"}, ValueError, "`grad_factor` must be .*. Found '1e-3'"),
-    ({"grad_factor": True}, ValueError, "`grad_factor` must be .*. Found True"),
-    ({"grad_factor": None}, ValueError, "`grad_factor` must be .*. Found None"),
+    ({"grad_factor": True}, TypeError, "`grad_factor` must be .*. Found True"),
+    ({"grad_factor": None}, TypeError, "`grad_factor` must be .*. Found None"),
     ({"bitwidth": 8}, TypeError, "unexpected keyword argument 'bitwidth'"),
 ]
 

@@ -51,7 +51,7 @@ class FakeQuantize(torch.autograd.Function):
             dy, x, qparams, *ctx.arguments, learn and need_scale, learn and need_zero_point
         )
         if torch.is_grad_enabled():
-            gradients = _OnceDifferentiable.apply(dy, *gradients)
+            gradients = _OnceDifferentiable.apply(dy.new_zeros((), requires_grad=True), *gradients)
         return (*gradients, None, None, None, None, None, None)
 
 
@@ -71,7 +71,7 @@ class _OnceDifferentiable(torch.autograd.Function):
     """Hands gradients on, and refuses to be differentiated itself."""
 
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return tuple(None if g is None else g.view_as(g) for g in gradients)
 
     @staticmethod
@@ -132,7 +132,7 @@ def fake_quantize(
         >>> lfq.fake_quantize(x, torch.tensor([0.5]), torch.tensor([0.0]), quant_min=-2, quant_max=1)
         tensor([-1.0000, -0.5000,  0.5000,  0.5000])
     """
-    _check(x, scale, zero_point, quant_min, quant_max, axis, group_size, saturation)
+    _check(x, scale, zero_point, quant_min, quant_max, axis, group_size, grad_factor, saturation)
     return FakeQuantize.apply(  # type: ignore[no-any-return,no-untyped-call]
         x, scale, zero_point, quant_min, quant_max, axis, group_size, float(grad_factor), saturation
     )
@@ -163,9 +163,18 @@ def _check(
     quant_max: int,
     axis: int | None,
     group_size: int | None,
+    grad_factor: float,
     saturation: str,
 ) -> None:
     check_range(quant_min, quant_max)
+    for name, tensor in (("x", x), ("scale", scale), ("zero_point", zero_point)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"`{name}` must be a tensor. Found {tensor!r} of type {type(tensor).__name__}.")
+    for name, number in (("axis", axis), ("group_size", group_size)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+            raise TypeError(f"`{name}` must be an int or None. Found {number!r} of type {type(number).__name__}.")
+    if isinstance(grad_factor, bool) or not isinstance(grad_factor, (int, float)):
+        raise TypeError(f"`grad_factor` must be a number. Found {grad_factor!r} of type {type(grad_factor).__name__}.")
     if not x.is_floating_point():
         raise TypeError(f"`x` must be a floating tensor. Found {x.dtype}: convert it first, or leave it unquantized.")
     for name, p in (("scale", scale), ("zero_point", zero_point)):

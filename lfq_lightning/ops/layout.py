@@ -34,8 +34,6 @@ _SHORTEST_RUN = 32
 def memory_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int] | None:
     """The dimensions longer than 1, outermost in memory first, or None if the tensor has gaps or overlaps."""
     order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: (-stride[d], d))
-    if 0 in shape:
-        return order
     expected = 1
     for dimension in reversed(order):
         if stride[dimension] != expected:
@@ -55,6 +53,8 @@ def plan(
     """
     check_scales(shape, axis, group_size, scales)
     numel = math.prod(shape)
+    if numel == 0:
+        return Layout(scales, 0, 0, 1, 0, 0)
     order = memory_order(shape, stride)
     if order is None:
         return None
@@ -67,7 +67,7 @@ def plan(
     inner = math.prod(shape[d] for d in order[position + 1 :])
     if inner < _SHORTEST_RUN:
         return Layout(scales, numel, 0, 1, 0, 0, width=scales * inner, repeat=inner)
-    return Layout(scales, numel, numel // max(inner, 1), 1, inner, inner)
+    return Layout(scales, numel, numel // inner, 1, inner, inner)
 
 
 def _grouped(shape: tuple[int, ...], group_size: int, scales: int, numel: int) -> Layout:

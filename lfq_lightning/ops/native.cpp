@@ -312,7 +312,7 @@ EXPORT void lfq_forward(int dtype, const void* x, void* y, const float* scale, c
                         const Layout* layout, float quant_min, float quant_max, int threads) {
     for (int64_t c = 0; c < layout->channels; ++c) {
         const float z = round_half_even(clamp(zero_point[c], quant_min, quant_max));
-        qparams[c] = clamp(scale[c], EPS, __builtin_inff());
+        qparams[c] = z != z ? z : clamp(scale[c], EPS, __builtin_inff());  // NaN in, NaN out
         qparams[layout->channels + c] = quant_min - z;
         qparams[2 * layout->channels + c] = quant_max - z;
     }

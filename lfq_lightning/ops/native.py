@@ -84,9 +84,8 @@ def forward(
     """See `reference.forward`; the second result is s, low and high, shape (3, scales)."""
     layout = plan(x.shape, x.stride(), axis, group_size, scale.numel())
     if layout is None:
-        x = x.contiguous()
-        layout = plan(x.shape, x.stride(), axis, group_size, scale.numel())
-        assert layout is not None
+        y, qparams = forward(_dense(x, group_size), scale, zero_point, quant_min, quant_max, axis, group_size)
+        return _like(y, x), qparams
     y = torch.empty_like(x)
     # Made of a tensor, not by torch.empty: the default dtype and device may be others, and the kernels trust pointers.
     qparams = scale.new_empty((3, layout.channels))
@@ -123,10 +122,10 @@ def backward(
     scales = qparams.shape[1]
     layout = plan(x.shape, x.stride(), axis, group_size, scales)
     if layout is None:
-        x = x.contiguous()
-        layout = plan(x.shape, x.stride(), axis, group_size, scales)
-        assert layout is not None
-    if dy.stride() != x.stride() or dy.dtype != x.dtype:
+        same = (quant_min, quant_max, axis, group_size, grad_factor, saturation, need_scale, need_zero_point)
+        dx, *rest = backward(dy, _dense(x, group_size), qparams, *same)
+        return _like(dx, x), *rest
+    if dy.stride() != x.stride() or dy.dtype != x.dtype or dy.is_neg():
         dy = torch.empty_like(x).copy_(dy)
     dx = torch.empty_like(x)
     d_scale = qparams.new_empty(scales) if need_scale else None
@@ -145,6 +144,17 @@ def backward(
         torch.get_num_threads(),
     )
     return dx, d_scale, d_zero_point
+
+
+def _dense(x: Tensor, group_size: int | None) -> Tensor:
+    """A copy of x without gaps, in the order of the dimensions that the kernels take."""
+    return x.contiguous() if group_size is not None else torch.empty_like(x).copy_(x)
+
+
+def _like(result: Tensor, x: Tensor) -> Tensor:
+    """The result as torch's own elementwise operations on x would lay it out."""
+    out = torch.empty_like(x)
+    return result if out.stride() == result.stride() else out.copy_(result)
 
 
 @lru_cache(maxsize=4096)

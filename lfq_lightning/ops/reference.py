@@ -67,10 +67,10 @@ def backward(
     if need_scale:
         c = torch.clamp(r, low, high)
         terms = torch.where(finite, g * torch.where(learns, c - u, c), 0.0)
-        d_scale = _share_sums(terms, axis, group_size) * grad_factor
+        d_scale = _share_sums(terms, axis, group_size, qparams.shape[1]) * grad_factor
     if need_zero_point:
         terms = torch.where(finite & ~learns, -g * s, 0.0)
-        d_zero_point = _share_sums(terms, axis, group_size) * grad_factor
+        d_zero_point = _share_sums(terms, axis, group_size, qparams.shape[1]) * grad_factor
     return dx, d_scale, d_zero_point
 
 
@@ -85,8 +85,10 @@ def _spread(p: Tensor, shape: torch.Size, axis: int | None, group_size: int | No
     return p.view([-1 if d == axis % len(shape) else 1 for d in range(len(shape))])
 
 
-def _share_sums(terms: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+def _share_sums(terms: Tensor, axis: int | None, group_size: int | None, scales: int) -> Tensor:
     """The sum of the terms that share one scale, shape (scales,)."""
+    if terms.numel() == 0:
+        return terms.new_zeros(scales)
     if group_size is not None:
         rows, inputs = terms.shape[:2]
         groups = math.ceil(inputs / group_size)
@@ -104,8 +106,6 @@ def _share_sums(terms: Tensor, axis: int | None, group_size: int | None) -> Tens
 
 def _pairwise_sum(flat: Tensor) -> Tensor:
     """Sums of the rows by halves: elementwise additions alone, so no number of threads changes their order."""
-    if flat.shape[1] == 0:
-        return flat.new_zeros(flat.shape[0])
     while (length := flat.shape[1]) > 1:
         half = (length + 1) // 2
         folded = flat[:, :half].clone()

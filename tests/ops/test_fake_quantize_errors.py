@@ -47,7 +47,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
     "x complex": (
         {"x": torch.ones(2, 6, dtype=torch.complex64)}, TypeError, "`x` must be a floating tensor", "torch.complex64",
     ),
-    "x a list": ({"x": [1.0]}, TypeError, "`x` must be a floating tensor", "list"),
+    "x a list": ({"x": [1.0]}, TypeError, "`x` must be a tensor", "list"),
     "scale a number": ({"scale": 0.5}, TypeError, "`scale` must be", "float"),
     "zero point a number": ({"zero_point": 0}, TypeError, "`zero_point` must be", "int"),
     "scale float64": ({"scale": ONE.double()}, TypeError, "`scale` must be float32", "torch.float64"),

@@ -53,7 +53,8 @@ class QuantizationAwareTraining(L.Callback):
         lr_schedule: makes a learning-rate scheduler for that optimizer, stepped with it.
         reobserve: start over with observing where the model has learned scales already; otherwise a further fit goes
             on learning.
-        record_every_n_steps: optimizer steps between two records; None takes the Trainer's `log_every_n_steps`.
+        record_every_n_steps: optimizer steps between two records; None takes the Trainer's `log_every_n_steps`, or less
+            in a run so short that there would be fewer than 50.
 
     Raises:
         TypeError, ValueError: if an argument is wrong, here or when a fit begins.
@@ -119,7 +120,7 @@ class QuantizationAwareTraining(L.Callback):
         self._wrappers.around(pl_module, "on_load_checkpoint", on_load_checkpoint)
 
     def _check_run(self, trainer: L.Trainer, stage: str) -> None:
-        if stage == "fit" and self.schedule is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if stage == "fit" and self.schedule is not None and not _is_dev_run(trainer):
             epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else torch.inf
             self.schedule.check_reaches_learn(epochs, trainer.max_steps if trainer.max_steps != -1 else torch.inf)
 
@@ -148,16 +149,16 @@ class QuantizationAwareTraining(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Settle the schedule and where the trajectory goes, and enter the phase; a resumed epoch has no start."""
-        self._settle_schedule(trainer)
-        self._recorder.open(trainer, self._restored.get("trajectory"))
+        epochs, steps = _length_of(trainer)
+        self._settle_schedule(trainer, epochs, steps)
+        self._recorder.open(trainer, steps, self._restored.get("recorder", {}))
         self._show_phase(trainer, pl_module)
         self._enter_phase(trainer, pl_module)
         self._restored = {}
 
-    def _settle_schedule(self, trainer: L.Trainer) -> None:
-        epochs, steps = _length_of(trainer)
+    def _settle_schedule(self, trainer: L.Trainer, epochs: float, steps: float) -> None:
         if self.schedule is not None:
-            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if not _is_dev_run(trainer):
                 self.schedule.check_reaches_learn(epochs, steps)
             self._schedule_in_force = self.schedule
         elif self._restored.get("schedule"):
@@ -172,9 +173,9 @@ class QuantizationAwareTraining(L.Callback):
         """Enter the epoch's phase."""
         self._enter_phase(trainer, pl_module)
         phase = PHASES.index(model_phase(pl_module))
-        self.log("lfq/phase", float(phase), on_step=False, on_epoch=True)
+        pl_module.log("lfq/phase", float(phase), on_step=False, on_epoch=True)
         if self.qparam_optimizer is not None and self.qparam_optimizer.optimizers:
-            self.log("lfq/lr", self.qparam_optimizer.learning_rates[0], on_step=False, on_epoch=True)
+            pl_module.log("lfq/lr", self.qparam_optimizer.learning_rates[0], on_step=False, on_epoch=True)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -191,7 +192,7 @@ class QuantizationAwareTraining(L.Callback):
         set_gathering(pl_module, False)
         self._merge(trainer, pl_module)
         for name, value in self._recorder.after_batch(trainer, pl_module).items():
-            self.log(name, value, on_step=True, on_epoch=False)
+            pl_module.log(name, value, on_step=True, on_epoch=False)
 
     def _merge(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         met = merge_statistics(pl_module, self._over_ranks(trainer) if trainer.world_size > 1 else None)
@@ -203,7 +204,7 @@ class QuantizationAwareTraining(L.Callback):
 
     @staticmethod
     def _over_ranks(trainer: L.Trainer) -> Callable[[Tensor], Tensor]:
-        return lambda flat: trainer.strategy.reduce(flat, reduce_op="max")  # type: ignore[return-value,arg-type]
+        return lambda flat: trainer.strategy.reduce(flat, reduce_op="max")
 
     def _phase(self, trainer: L.Trainer) -> Phase:
         assert self._schedule_in_force is not None
@@ -216,7 +217,7 @@ class QuantizationAwareTraining(L.Callback):
         phase, before = self._phase(trainer), first.phase
         if first.learned and phase in ("off", "observe", "estimate"):
             phase = "learn"
-        if phase in ("learn", "freeze") and trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if phase in ("learn", "freeze") and _is_dev_run(trainer):
             phase = "off"
         if phase == before:
             return
@@ -239,7 +240,7 @@ class QuantizationAwareTraining(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if the run ended before anything was learned."""
         phase = model_phase(pl_module)
-        if quantizers(pl_module) and phase not in ("learn", "freeze") and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if quantizers(pl_module) and phase not in ("learn", "freeze") and not _is_dev_run(trainer):
             rank_zero_warn(f"The run ended in phase {phase!r}: scales and zero points were not learned.")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -261,13 +262,11 @@ class QuantizationAwareTraining(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule in force, the qparams' optimizer, and where the trajectory is; plain values and tensors."""
-        state: dict[str, Any] = {}
+        state: dict[str, Any] = {"recorder": self._recorder.state_dict()}
         if self._schedule_in_force is not None:
             state["schedule"] = self._schedule_in_force.to_dict()
         if self.qparam_optimizer is not None:
             state["qparam_optimizer"] = self.qparam_optimizer.state_dict()
-        if self._recorder.path is not None:
-            state["trajectory"] = str(self._recorder.path)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -279,9 +278,13 @@ class QuantizationAwareTraining(L.Callback):
         return f"QuantizationAwareTraining({', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
 
+def _is_dev_run(trainer: L.Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
 def _length_of(trainer: L.Trainer) -> tuple[float, float]:
     """Epochs and optimizer steps that the run will have; infinite where it cannot be known."""
-    epochs = torch.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)  # type: ignore[arg-type]
+    epochs = torch.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)
     steps = float(trainer.estimated_stepping_batches)
     if steps < 0 or steps == torch.inf:
         return epochs, torch.inf

@@ -75,8 +75,8 @@ def fit_to(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         shown = "\n  ".join(differences[:10] + ["..."] * (len(differences) > 10))
         raise ValueError(
             "A checkpoint must be quantized as the model is. Found these differences:\n  "
-            f"{shown}\nGive the callback (or `attach`) the settings that the checkpoint was trained with, or start from "
-            "its float weights with `lfq_lightning.load_state_dict` into a model before `attach`."
+            f"{shown}\nGive the callback (or `attach`) the settings that the checkpoint was trained with, or start "
+            "from its float weights with `lfq_lightning.load_state_dict` into a model before `attach`."
         )
     return dict(state_dict)
 
@@ -141,7 +141,7 @@ def attach_manifest(model: nn.Module, specs: Manifest) -> None:
             f"The checkpoint quantizes layers that the model has not. Found {', '.join(missing[:5])}: build the model "
             "with the arguments that it was saved with."
         )
-    placed = {}
+    placed: dict[int, PlacedLayer] = {}
     for name, by_role in layers.items():
         layer = PlacedLayer(name, type(modules[name]).__name__, by_role.get(WEIGHT), by_role.get(INPUT))
         placed.setdefault(id(modules[name]), layer)
@@ -194,8 +194,8 @@ def read_checkpoint(path: str | Path | IO[bytes], map_location: Any = None) -> d
         raise
     except Exception as error:  # torch.load has no common error for a file that is no checkpoint
         raise ValueError(
-            f"{path} must be a complete checkpoint. Found a file that torch cannot read ({error}): it may have been cut "
-            "short, or be of another kind."
+            f"{path} must be a complete checkpoint. Found a file that torch cannot read ({error}): it may have been "
+            "cut short, or be of another kind."
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} must be a Lightning checkpoint. Found no `state_dict` in it: use `load_state_dict`.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,29 +12,30 @@ from lfq_lightning.quantizer import LearnableFakeQuantize
 WEIGHT, INPUT = "weight_quantizer", "input_quantizer"
 
 
-class QuantizedLayer:
+class QuantizedLayer(nn.Module):
     """Mixed into a layer's class at run time, as FSDP2 does, so that the layer keeps its type, keys and behaviour.
 
     Within the layer's own forward, `self.weight` is the fake-quantized weight; everywhere else (optimizers,
     initialisers, weight tying, pruning) it is the parameter.
     """
 
+    weight: Tensor
     weight_quantizer: LearnableFakeQuantize | None
     input_quantizer: LearnableFakeQuantize | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        weight = self.weight  # type: ignore[attr-defined]
+        weight = self.weight
         if self.input_quantizer is not None:
             quantizer, learn = self.input_quantizer, weight.requires_grad
             args = tuple(_quantize(quantizer, a, learn) for a in args)
             kwargs = {name: _quantize(quantizer, a, learn) for name, a in kwargs.items()}
         if self.weight_quantizer is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         # An instance attribute hides the parameter, which nn.Module finds only when nothing else has the name.
         pruned = self.__dict__.get("weight")
         object.__setattr__(self, "weight", _quantize(self.weight_quantizer, weight, weight.requires_grad))
         try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         finally:
             if pruned is None:
                 del self.__dict__["weight"]
@@ -42,7 +43,7 @@ class QuantizedLayer:
                 object.__setattr__(self, "weight", pruned)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (float_type(self),), self.__dict__  # type: ignore[arg-type]
+        return _rebuild, (float_type(self),), self.__dict__
 
 
 def _quantize(quantizer: LearnableFakeQuantize, value: Any, learn: bool) -> Any:
@@ -51,7 +52,7 @@ def _quantize(quantizer: LearnableFakeQuantize, value: Any, learn: bool) -> Any:
     return value
 
 
-@lru_cache(maxsize=None)
+@cache
 def quantized_type(layer_type: type[nn.Module]) -> type[nn.Module]:
     """The class that a layer of this type takes while it is quantized."""
     return type(f"Quantized{layer_type.__name__}", (QuantizedLayer, layer_type), {"__module__": __name__})
@@ -63,7 +64,7 @@ def float_type(module: nn.Module) -> type[nn.Module]:
 
 
 def _rebuild(layer_type: type[nn.Module]) -> nn.Module:
-    made = quantized_type(layer_type)
+    made = quantized_type(layer_type)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
@@ -78,7 +79,7 @@ def quantize_layer(
     layer: nn.Module, weight: LearnableFakeQuantize | None, activation: LearnableFakeQuantize | None
 ) -> None:
     """Turn a layer into a quantized one in place."""
-    layer.__class__ = quantized_type(type(layer))
+    layer.__class__ = quantized_type(type(layer))  # type: ignore[arg-type]
     layer.add_module(WEIGHT, weight)
     layer.add_module(INPUT, activation)
     layer.__dict__["_slow_path_hook"] = layer.register_forward_pre_hook(KeepSlowPath())
@@ -91,11 +92,9 @@ def restore_layer(layer: nn.Module) -> None:
     layer.__class__ = float_type(layer)
 
 
-def hosts(model: nn.Module) -> dict[str, nn.Module]:
+def hosts(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The quantized layers of a model by dotted name, in order of registration."""
-    return {
-        plain_name(name): module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)
-    }
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
 def plain_name(name: str) -> str:
@@ -120,14 +119,10 @@ def quantizers(model: nn.Module) -> dict[str, LearnableFakeQuantize]:
         ['0.weight_quantizer', '0.input_quantizer']
     """
     return {
-        plain_name(name): module
-        for name, module in model.named_modules()
-        if isinstance(module, LearnableFakeQuantize)
+        plain_name(name): module for name, module in model.named_modules() if isinstance(module, LearnableFakeQuantize)
     }
 
 
 def qparams(model: nn.Module) -> list[nn.Parameter]:
     """The learnable scales and zero points of a model."""
     return [p for quantizer in quantizers(model).values() for p in quantizer.parameters(recurse=False)]
-
-

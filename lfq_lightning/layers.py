@@ -95,4 +95,3 @@ def check_quantizable(name: str, layer: nn.Module, weight: QuantSpec | None, act
 def input_channels(layer: nn.Module) -> int:
     """How many channels a layer's input has."""
     return int(getattr(layer, "in_features", None) or layer.in_channels)  # type: ignore[arg-type]
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -158,11 +159,32 @@ class MovingAverageObserver(Observer):
 OBSERVERS: dict[str, type[Observer]] = {"minmax": MinMaxObserver, "moving_average": MovingAverageObserver}
 
 
+def check_observer(observer: nn.Module, quant_min: int, quant_max: int, channel_len: int) -> None:
+    """Raise unless a quantizer of this range and number of channels (-1 for one in all) can use the observer."""
+    if not callable(getattr(observer, "calculate_qparams", None)):
+        raise TypeError(
+            f"`observer` must have `calculate_qparams()`. Found {type(observer).__name__}: use one of "
+            "`lfq_lightning.observers` or `torch.ao.quantization`."
+        )
+    if isinstance(observer, Observer) and observer.channels != max(channel_len, 1):
+        raise ValueError(
+            f"`channel_len` must be the observer's number of channels. Found {channel_len} for {observer.channels}."
+        )
+    dtype = getattr(observer, "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        limits = torch.iinfo(dtype)
+        if quant_min < limits.min or quant_max > limits.max:
+            raise ValueError(
+                f"The observer's dtype {dtype} holds {limits.min} to {limits.max}. Found quant_min={quant_min} and "
+                f"quant_max={quant_max}: give the observer a wider dtype, or narrow the range."
+            )
+
+
 def _rows(x: Tensor, axis: int | None, group_size: int | None) -> Tensor:
     """The elements that share one range as rows, shape (channels, elements)."""
     if group_size is not None:
-        rows, inputs = x.shape[:2]
-        groups = -(-inputs // group_size)
+        rows, inputs = x.shape[0], x.shape[1]
+        groups = math.ceil(inputs / group_size)
         # The last input stands in for those that the last group lacks, and changes no range.
         index = torch.arange(groups * group_size, device=x.device).clamp(max=inputs - 1)
         return x[:, index].reshape(rows * groups, -1)
@@ -173,4 +195,4 @@ def _rows(x: Tensor, axis: int | None, group_size: int | None) -> Tensor:
 
 def _dense_order(x: Tensor) -> list[int]:
     """Dimensions in memory order, so that flattening a channels_last tensor copies nothing."""
-    return sorted(range(x.ndim), key=lambda d: -x.stride(d))
+    return sorted(range(x.ndim), key=lambda d: -x.stride()[d])

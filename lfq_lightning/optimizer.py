@@ -1,4 +1,4 @@
-"""The optimizer of scales and zero points: it learns in units of its own, and steps when the weights' optimizer does."""
+"""The optimizer of scales and zero points: it has units of its own, and steps when the weights' optimizer does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
-from lfq_lightning.host import hosts, quantizers
+from lfq_lightning.host import QuantizedLayer, hosts, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
@@ -51,12 +51,13 @@ class _Slot:
 
     quantizer: LearnableFakeQuantize
     name: str
-    host: nn.Module
+    host: QuantizedLayer
     proxy: nn.Parameter
 
     @property
     def value(self) -> Tensor:
-        return getattr(self.quantizer, self.name)  # type: ignore[no-any-return]
+        value: Tensor = getattr(self.quantizer, self.name)
+        return value
 
     def unit(self) -> Tensor | float:
         """What the qparam is measured in: the scale it began to learn with, or the range of codes."""
@@ -66,8 +67,8 @@ class _Slot:
 
     def take_gradient(self) -> bool:
         """Hand value and gradient to the proxy; False where there is nothing to learn from."""
-        gradient, weight = self.value.grad, self.host.weight
-        if gradient is None or not self.quantizer.learning_enabled or not weight.requires_grad:  # type: ignore[union-attr]
+        gradient = self.value.grad
+        if gradient is None or not self.quantizer.learning_enabled or not self.host.weight.requires_grad:
             self.proxy.grad = None
             return False
         unit = self.unit()
@@ -82,7 +83,8 @@ class _Slot:
             moved = torch.minimum(torch.maximum(moved, self.value / 2), self.value * 2).clamp(min=_EPS)
         else:
             moved = moved.clamp(self.quantizer.quant_min, self.quantizer.quant_max)
-        sound = self.value.grad.isfinite() & moved.isfinite()  # type: ignore[union-attr]
+        assert self.value.grad is not None
+        sound = self.value.grad.isfinite() & moved.isfinite()
         self.value.data.copy_(torch.where(sound, moved, self.value))
 
 
@@ -178,7 +180,8 @@ class QParamOptimizer:
         Raises:
             ValueError: if it is of other optimizers.
         """
-        for name, own in (("optimizers", self.optimizers), ("schedules", self._schedules)):
+        mine: dict[str, Sequence[Any]] = {"optimizers": self.optimizers, "schedules": self._schedules}
+        for name, own in mine.items():
             if len(state[name]) != len(own):
                 raise ValueError(
                     f"The checkpoint's qparams have {len(state[name])} {name}. Found {len(own)} here: resume with the "
@@ -218,7 +221,7 @@ def _assign(model: nn.Module, followed: Sequence[Optimizer]) -> dict[int, list[_
     for layer in hosts(model).values() if followed else ():
         index = next((holder[id(p)] for p in layer.parameters(recurse=False) if id(p) in holder), 0)
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-            if isinstance(quantizer, LearnableFakeQuantize) and quantizer not in known:
+            if quantizer is not None and quantizer not in known:
                 known.add(quantizer)
                 for name in quantizer._parameters:
                     proxy = nn.Parameter(torch.zeros_like(getattr(quantizer, name)))

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lfq_lightning.host import hosts, qparams, quantizers
 from lfq_lightning.observers import Observer
-from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.schedule import Phase, check_phase
 
 _QUANTIZED: tuple[Phase, ...] = ("estimate", "learn", "freeze")
@@ -44,17 +43,17 @@ def set_phase(model: nn.Module, phase: Phase) -> None:
     if not found:
         raise ValueError(f"The model has no quantizers to put in phase {phase!r}: call `lfq_lightning.attach` first.")
     if phase in ("learn", "freeze"):
-        blind = [n for n, q in found.items() if not (q.is_weight or q.learned or _saw_data(q))]
+        blind = [n for n, q in found.items() if not (q.is_weight or q.learned or q.saw_data())]
         if blind:
             raise ValueError(
                 f"A quantizer must see data before phase {phase!r}. Found none for {', '.join(blind)}: observe for "
-                "longer (`schedule`), call `lfq_lightning.calibrate`, or leave a layer that is never used in float with "
-                "a Rule."
+                "longer (`schedule`), call `lfq_lightning.calibrate`, or leave a layer that is never used in float "
+                "with a Rule."
             )
     if phase in _QUANTIZED:
         estimate_weights(model)
         for quantizer in found.values():
-            if not (quantizer.is_weight or quantizer.learned) and _saw_data(quantizer):
+            if not (quantizer.is_weight or quantizer.learned) and quantizer.saw_data():
                 quantizer.estimate()
     for quantizer in found.values():
         if phase == "learn":
@@ -91,17 +90,12 @@ def forget_compiled_code() -> None:
         torch.compiler.reset()
 
 
-def _saw_data(quantizer: LearnableFakeQuantize) -> bool:
-    observer = quantizer.observer
-    return observer.saw_data() if isinstance(observer, Observer) else True
-
-
 def estimate_weights(model: nn.Module) -> None:
     """Set the qparams of weights that have not begun to learn from the weights as they are."""
     for layer in hosts(model).values():
         quantizer = layer.weight_quantizer
-        if isinstance(quantizer, LearnableFakeQuantize) and not quantizer.learned:
-            quantizer.estimate_from(layer.weight)  # type: ignore[arg-type]
+        if quantizer is not None and not quantizer.learned:
+            quantizer.estimate_from(layer.weight)
 
 
 @contextmanager
@@ -132,33 +126,33 @@ def merge_statistics(model: nn.Module, reduce: Callable[[Tensor], Tensor] | None
     Returns:
         For each observing quantizer a tensor that is positive if it met values that are not finite.
     """
-    observing = {
-        n: q for n, q in quantizers(model).items() if q.static_enabled and isinstance(q.observer, Observer)
+    inputs = {
+        name: (quantizer, quantizer.observer)
+        for name, quantizer in quantizers(model).items()
+        if quantizer.static_enabled and not quantizer.is_weight and isinstance(quantizer.observer, Observer)
     }
-    inputs = {n: q for n, q in observing.items() if not q.is_weight}
     if not inputs:
         return {}
     parts = [
-        q.observer.nothing() if q.batch_statistics is None else q.batch_statistics for q in inputs.values()
+        observer.nothing() if quantizer.batch_statistics is None else quantizer.batch_statistics
+        for quantizer, observer in inputs.values()
     ]
     flat = torch.cat([part.flatten() for part in parts])
     if reduce is not None:
         flat = reduce(flat)
     merged = flat.split([part.numel() for part in parts])
     met = {}
-    for (name, quantizer), part in zip(inputs.items(), merged, strict=True):
+    for (name, (quantizer, observer)), part in zip(inputs.items(), merged, strict=True):
         statistics = part.view(3, -1)
         quantizer.batch_statistics = None
-        quantizer.observer.update(statistics)
+        observer.update(statistics)
         met[name] = statistics[2].amax()
         if quantizer.fake_quant_enabled and not quantizer.learned:
             quantizer.estimate()
     return met
 
 
-def calibrate(
-    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
-) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None) -> None:
     """Give an attached model its first qparams without training: observe in eval mode, then go to phase "estimate".
 
     Args:

@@ -44,9 +44,7 @@ class Placement:
         return "\n".join([lines[0], "-" * sum(widths, 6), *lines[1:]])
 
 
-def attach(
-    model: nn.Module, weight: SpecLike = 8, activation: SpecLike = 8, rules: Iterable[Rule] = ()
-) -> Placement:
+def attach(model: nn.Module, weight: SpecLike = 8, activation: SpecLike = 8, rules: Iterable[Rule] = ()) -> Placement:
     """Put learnable fake quantizers on the weights and inputs of a model's layers, in place.
 
     Layers of exactly the types Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d and Embedding are quantized (an Embedding's
@@ -97,16 +95,16 @@ def plan(
         _check_rules(rules, model, found)
     chosen: list[tuple[str, nn.Module, list[QuantSpec | None], list[bool]]] = []
     for name, layer in found.items():
-        rule = next((r for r in rules if r.matches(name, float_type(layer))), None)
+        decides = next((r for r in rules if r.matches(name, float_type(layer))), None)
         specs, ruled = list(defaults), [False, False]
-        if rule is not None and rule.weight != "default":
-            specs[0], ruled[0] = weight_spec(rule.weight), True  # type: ignore[arg-type]
-        if rule is not None and rule.activation != "default":
-            specs[1], ruled[1] = activation_spec(rule.activation), True  # type: ignore[arg-type]
+        if decides is not None and decides.weight != "default":
+            specs[0], ruled[0] = weight_spec(decides.weight), True
+        if decides is not None and decides.activation != "default":
+            specs[1], ruled[1] = activation_spec(decides.activation), True
         if isinstance(layer, nn.Embedding):
             if ruled[1] and specs[1] is not None:
                 raise ValueError(
-                    f"The input of an Embedding is integers and cannot be quantized. Found {rule!r} for {name!r}: "
+                    f"The input of an Embedding is integers and cannot be quantized. Found {decides!r} for {name!r}: "
                     "leave `activation` out."
                 )
             specs[1] = None
@@ -170,7 +168,7 @@ def apply(model: nn.Module, placement: Placement) -> None:
     for layer in fresh:
         restore_layer(layer)
     shared: dict[int, LearnableFakeQuantize] = {
-        id(layer.weight): layer.weight_quantizer  # type: ignore[misc]
+        id(layer.weight): layer.weight_quantizer
         for layer in hosts(model).values()
         if layer.weight_quantizer is not None
     }
@@ -190,13 +188,14 @@ def apply(model: nn.Module, placement: Placement) -> None:
             quantize_layer(layer, weight, _activation_quantizer(layer, placed.activation))
 
 
-def _specs(layer: nn.Module) -> tuple[QuantSpec | None, ...]:
-    return tuple(None if q is None else q.spec for q in (layer.weight_quantizer, layer.input_quantizer))  # type: ignore[union-attr]
+def _specs(layer: QuantizedLayer) -> tuple[QuantSpec | None, QuantSpec | None]:
+    weight, activation = layer.weight_quantizer, layer.input_quantizer
+    return weight.spec if weight else None, activation.spec if activation else None
 
 
-def _check_replaceable(name: str, layer: nn.Module, placed: PlacedLayer | None) -> None:
+def _check_replaceable(name: str, layer: QuantizedLayer, placed: PlacedLayer | None) -> None:
     for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-        if isinstance(quantizer, LearnableFakeQuantize) and (quantizer.learned or quantizer.observer.saw_data()):  # type: ignore[operator]
+        if quantizer is not None and (quantizer.learned or quantizer.saw_data()):
             raise ValueError(
                 f"{name!r} is already quantized as {_specs(layer)} and has learned from data. Found other settings: "
                 f"{(placed.weight, placed.activation) if placed else 'float'}. Use the same settings, or call "
@@ -222,7 +221,9 @@ def _activation_quantizer(layer: nn.Module, spec: QuantSpec | None) -> Learnable
     if spec is None:
         return None
     channels = input_channels(layer) if spec.granularity == "per_channel" else None
-    return LearnableFakeQuantize.from_spec(spec, channels, device=layer.weight.device).start_off()  # type: ignore[union-attr,arg-type]
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return LearnableFakeQuantize.from_spec(spec, channels, device=weight.device).start_off()
 
 
 def detach(model: nn.Module) -> None:

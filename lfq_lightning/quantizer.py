@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.observers import OBSERVERS, Observer
+from lfq_lightning.observers import OBSERVERS, Observer, check_observer
+from lfq_lightning.observing import Observing
 from lfq_lightning.ops import FakeQuantize, Unchanged, check_range, saturation
 from lfq_lightning.spec import QuantSpec
 from lfq_lightning.switches import Switches
 
-class LearnableFakeQuantize(Switches, nn.Module):
+
+class LearnableFakeQuantize(Switches, Observing):
     """Fake-quantizes its input with a scale and a zero point that backpropagation can learn.
 
     Learned Step Size Quantization (Esser et al. 2020) and LSQ+ (Bhalgat et al. 2020), with the states of PyTorch's
@@ -50,8 +51,6 @@ class LearnableFakeQuantize(Switches, nn.Module):
         0.20000000298023224
     """
 
-    scale: Tensor
-    zero_point: Tensor
     scale_reference: Tensor
 
     def __init__(
@@ -67,7 +66,7 @@ class LearnableFakeQuantize(Switches, nn.Module):
         super().__init__()
         check_range(quant_min, quant_max)
         _check_start(scale, zero_point, channel_len, grad_factor)
-        _check_observer(observer, quant_min, quant_max, channel_len)
+        check_observer(observer, quant_min, quant_max, channel_len)
         for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
             if hasattr(observer, name):
                 setattr(observer, name, value)
@@ -94,12 +93,6 @@ class LearnableFakeQuantize(Switches, nn.Module):
             self.zero_point = nn.Parameter(start * zero_point)
         self.register_buffer("scale_reference", start * scale)
         self.observer = observer
-
-        self.learned = False
-        # None: observe in forward while training. Else statistics are gathered while True, and merged by a caller.
-        self.gathering: bool | None = None
-        self.batch_statistics: Tensor | None = None
-        self._warned_non_finite = False
 
     @classmethod
     def from_spec(
@@ -135,7 +128,11 @@ class LearnableFakeQuantize(Switches, nn.Module):
             quant_min, quant_max, spec.symmetric, axis, spec.group_size, channels or 1, device
         )
         made = cls(
-            observer, quant_min, quant_max, channel_len=-1 if channels is None else channels, grad_factor=spec.grad_factor
+            observer,
+            quant_min,
+            quant_max,
+            channel_len=-1 if channels is None else channels,
+            grad_factor=spec.grad_factor,
         )
         made.spec, made.is_weight, made.saturation_rule = spec, weight, spec.saturation
         return made
@@ -147,48 +144,16 @@ class LearnableFakeQuantize(Switches, nn.Module):
         """Bits that hold every code."""
         return math.ceil(math.log2(self.quant_max - self.quant_min + 1))
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """The observer's scale and zero point; the module's own are unchanged."""
-        return self.observer.calculate_qparams()  # type: ignore[operator,no-any-return]
-
     def observe_quant_params(self) -> None:
         """Print scale and zero point."""
         print(f"LearnableFakeQuantize scale: {self.scale.detach()}")
         print(f"LearnableFakeQuantize zero_point: {self.zero_point.detach()}")
-
-    @torch.no_grad()
-    def estimate(self) -> None:
-        """Set scale, zero point and, where it is open, the sign of the codes from the observer."""
-        observer = self.observer
-        if isinstance(observer, Observer) and self.spec is not None:
-            if self.spec.symmetric and self.spec.signed is None and not self.is_weight:
-                signed = bool((observer.minimum < 0).any())
-                self.quant_min, self.quant_max = self.spec.code_range(signed)
-                observer.quant_min, observer.quant_max = self.quant_min, self.quant_max
-        scale, zero_point = self.calculate_qparams()
-        self.scale.copy_(scale)
-        self.zero_point.copy_(zero_point)
-
-    @torch.no_grad()
-    def estimate_from(self, x: Tensor) -> None:
-        """Set the qparams from this tensor alone, as for a weight."""
-        if isinstance(self.observer, Observer):
-            self.observer.reset()
-        self.observer(x.detach())
-        self.estimate()
 
     def begin_learning(self) -> None:
         """Remember the scale in whose units learning goes on; once only, so that a second fit continues."""
         if not self.learned:
             self.scale_reference.copy_(self.scale.detach())
             self.learned = True
-
-    def forget(self) -> None:
-        """Return to the state before any data: nothing observed, nothing learned."""
-        self.learned = False
-        self.batch_statistics = None
-        if isinstance(self.observer, Observer):
-            self.observer.reset()
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -227,11 +192,11 @@ class LearnableFakeQuantize(Switches, nn.Module):
         """x, with the qparams in its graph in every phase: DDP wants each parameter used in each backward."""
         if self.fake_quant_enabled or not torch.is_grad_enabled():
             return x
-        return Unchanged.apply(x, self.scale, self.zero_point)  # type: ignore[no-any-return,no-untyped-call]
+        return Unchanged.apply(x, self.scale, self.zero_point)
 
     def quantized(self, x: Tensor, grad_factor: float = 0.0) -> Tensor:
-        """x on the integer grid and back, whatever the phase; with a factor of 0 the qparams get no gradient."""
-        return FakeQuantize.apply(  # type: ignore[no-any-return,no-untyped-call]
+        """X on the integer grid and back, whatever the phase; with a factor of 0 the qparams get no gradient."""
+        return FakeQuantize.apply(
             x,
             self.scale,
             self.zero_point,
@@ -250,35 +215,6 @@ class LearnableFakeQuantize(Switches, nn.Module):
         # With the batch as the channel axis, a channel is one sample.
         channels = 1 if self.axis == 0 and not self.is_weight else self.scale.numel()
         return 1.0 / math.sqrt(max(elements // channels, 1) * max(abs(self.quant_min), abs(self.quant_max)))
-
-    def _observe(self, x: Tensor) -> None:
-        if self.gathering is None:
-            if self.training:
-                if isinstance(self.observer, Observer):
-                    if self.is_weight:
-                        self.observer.reset()
-                    statistics = self.observer.statistics(x)
-                    self.warn_non_finite(statistics[2])
-                    self.observer.update(statistics)
-                else:
-                    self.observer(x.detach())
-                if self.fake_quant_enabled and not self.learned:
-                    self.estimate()
-        elif self.gathering and not self.is_weight and isinstance(self.observer, Observer):
-            statistics = self.observer.statistics(x)
-            if self.batch_statistics is not None:
-                statistics = self.observer.merge(self.batch_statistics, statistics)
-            self.batch_statistics = statistics
-
-    def warn_non_finite(self, met: Tensor, name: str = "A quantizer used alone") -> None:
-        """Warn once if values that are not finite were met (copies to the host)."""
-        if not self._warned_non_finite and bool(met.any()):
-            self._warned_non_finite = True
-            warnings.warn(
-                f"{name} was given NaN or infinite values. They pass through (infinities saturate) and are left out of "
-                "its range and gradients: look for a diverging loss or a faulty input.",
-                stacklevel=3,
-            )
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
@@ -338,26 +274,6 @@ def _check_start(scale: float, zero_point: float, channel_len: int, grad_factor:
         raise ValueError(f"`zero_point` must be finite. Found {zero_point}.")
     if isinstance(grad_factor, str) and grad_factor != "lsq":
         raise ValueError(f'`grad_factor` must be a number or "lsq". Found {grad_factor!r}.')
-
-
-def _check_observer(observer: nn.Module, quant_min: int, quant_max: int, channel_len: int) -> None:
-    if not callable(getattr(observer, "calculate_qparams", None)):
-        raise TypeError(
-            f"`observer` must have `calculate_qparams()`. Found {type(observer).__name__}: use one of "
-            "`lfq_lightning.observers` or `torch.ao.quantization`."
-        )
-    if isinstance(observer, Observer) and observer.channels != max(channel_len, 1):
-        raise ValueError(
-            f"`channel_len` must be the observer's number of channels. Found {channel_len} for {observer.channels}."
-        )
-    dtype = getattr(observer, "dtype", None)
-    if isinstance(dtype, torch.dtype):
-        limits = torch.iinfo(dtype)
-        if quant_min < limits.min or quant_max > limits.max:
-            raise ValueError(
-                f"The observer's dtype {dtype} holds {limits.min} to {limits.max}. Found quant_min={quant_min} and "
-                f"quant_max={quant_max}: give the observer a wider dtype, or narrow the range."
-            )
 
 
 def _device_of(module: nn.Module) -> torch.device | None:

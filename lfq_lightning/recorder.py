@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -20,7 +21,7 @@ class Recorder:
     """Measures one batch in `every`, counted in optimizer steps.
 
     Args:
-        every: optimizer steps between two records; None takes the Trainer's `log_every_n_steps`.
+        every: optimizer steps between two records; None is settled when the run begins.
 
     Raises:
         ValueError: if `every` is less than 1.
@@ -30,6 +31,7 @@ class Recorder:
         if every is not None and every < 1:
             raise ValueError(f"`record_every_n_steps` must be at least 1. Found {every}.")
         self.every = every
+        self.interval = every or 1
         self._trajectory: Trajectory | None = None
         self._probes = ExitStack()
         self._measured: dict[str, Tensor] = {}
@@ -40,23 +42,35 @@ class Recorder:
         """Where the trajectory is written, on the rank that writes it."""
         return None if self._trajectory is None else self._trajectory.path
 
-    def open(self, trainer: L.Trainer, continue_from: str | None) -> None:
-        """Begin in the run's directory, with the rows of the run that is resumed."""
+    def open(self, trainer: L.Trainer, steps: float, restored: Mapping[str, Any]) -> None:
+        """Begin in the run's directory, with the interval and the rows of the run that is resumed.
+
+        Args:
+            trainer: whose loggers and directory are used.
+            steps: the length of the run in optimizer steps, or infinity; a short run is recorded 50 times.
+            restored: what `state_dict` gave, or nothing.
+        """
+        usual = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        self.interval = self.every or restored.get("every") or int(max(1, min(usual, steps // 50)))
         directory = trainer.log_dir or trainer.default_root_dir  # every rank takes part in the first
         if trainer.is_global_zero:
-            self._trajectory = Trajectory(directory, continue_from, trainer.global_step)
+            self._trajectory = Trajectory(directory, restored.get("path"), trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The interval, and where the rows are on the rank that writes them."""
+        return {"every": self.interval, "path": None if self.path is None else str(self.path)}
 
     def before_batch(self, trainer: L.Trainer, model: L.LightningModule) -> None:
         """Measure in the coming forward passes if a record may be due after them."""
         self._step_before = trainer.global_step
-        if self._is_due(trainer, trainer.global_step + max(1, len(trainer.optimizers))):
+        if self._is_due(trainer.global_step + max(1, len(trainer.optimizers))):
             self._measured = self._probes.enter_context(probed(model))
 
     def after_batch(self, trainer: L.Trainer, model: L.LightningModule) -> dict[str, float]:
         """Record if it is due; the summary to log."""
         self._probes.close()
         measured, self._measured = self._measured, {}
-        if not self._is_due(trainer, trainer.global_step):
+        if not self._is_due(trainer.global_step):
             return {}
         measured |= measure_weights(model)
         rows, not_finite = record(model, trainer.global_step, trainer.current_epoch, model_phase(model), measured)
@@ -72,9 +86,8 @@ class Recorder:
         """Stop measuring."""
         self._probes.close()
 
-    def _is_due(self, trainer: L.Trainer, step: int) -> bool:
-        every = self.every or max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        return step // every > self._step_before // every
+    def _is_due(self, step: int) -> bool:
+        return step // self.interval > self._step_before // self.interval
 
 
 def _summary(rows: Iterable[TrajectoryRow]) -> dict[str, float]:
@@ -92,7 +105,7 @@ def _summary(rows: Iterable[TrajectoryRow]) -> dict[str, float]:
 
 def _per_quantizer(rows: Iterable[TrajectoryRow]) -> dict[str, float]:
     """The rows as logger metrics; what was not measured is left out."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     for row in rows:
         values = {"scale": row.scale_mean, "zero_point": row.zero_point_mean, "saturation": row.saturation}
         metrics |= {f"lfq/{kind}/{row.quantizer}": value for kind, value in values.items() if value == value}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.host import hosts, quantizers
+from lfq_lightning.host import WEIGHT, hosts, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.trajectory import TrajectoryRow
 
@@ -45,10 +45,9 @@ def probed(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 @torch.no_grad()
 def measure_weights(model: nn.Module) -> dict[str, Tensor]:
     """The saturation of every weight, as `probed` gives it."""
-    layers = hosts(model).items()
     return {
-        f"{name}.weight_quantizer": layer.weight_quantizer.saturation(layer.weight)  # type: ignore[union-attr,operator]
-        for name, layer in layers
+        f"{name}.{WEIGHT}": layer.weight_quantizer.saturation(layer.weight)
+        for name, layer in hosts(model).items()
         if layer.weight_quantizer is not None
     }
 

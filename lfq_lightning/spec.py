@@ -100,11 +100,11 @@ class QuantSpec:
 
     def _check_range(self) -> None:
         if not self.symmetric and self.signed:
-            raise ValueError("An affine quantizer (symmetric=False) has unsigned codes. Found signed=True: leave it out.")
-        if (self.quant_min is None) != (self.quant_max is None):
             raise ValueError(
-                f"Give `quant_min` and `quant_max` together. Found {self.quant_min} and {self.quant_max}."
+                "An affine quantizer (symmetric=False) has unsigned codes. Found signed=True: leave it out."
             )
+        if (self.quant_min is None) != (self.quant_max is None):
+            raise ValueError(f"Give `quant_min` and `quant_max` together. Found {self.quant_min} and {self.quant_max}.")
         if self.quant_min is not None and self.quant_max is not None:
             check_range(self.quant_min, self.quant_max)
             if self.quant_max - self.quant_min >= 2**self.bits:
@@ -203,9 +203,7 @@ class Rule:
     activation: SpecLike | Literal["default"] = "default"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.match, str) and not (
-            isinstance(self.match, type) and issubclass(self.match, nn.Module)
-        ):
+        if not isinstance(self.match, str) and not (isinstance(self.match, type) and issubclass(self.match, nn.Module)):
             raise TypeError(f"`match` must be a glob on module names or a module type. Found {self.match!r}.")
         if not self.match:
             raise ValueError('`match` must name something. Found an empty glob: "*" matches every module.')

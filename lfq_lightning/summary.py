@@ -111,7 +111,7 @@ def summarize(model: nn.Module, batch: Any = None) -> Summary:
     known: set[LearnableFakeQuantize] = set()
     for layer in hosts(model).values():
         quantizer, weight = layer.weight_quantizer, layer.weight
-        if isinstance(quantizer, LearnableFakeQuantize) and isinstance(weight, Tensor) and quantizer not in known:
+        if quantizer is not None and quantizer not in known:
             known.add(quantizer)
             name = next(n for n, q in found.items() if q is quantizer)
             captures[name].measure(quantizer, weight)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from typing import Self
+from typing import Any, Self
 
 from lfq_lightning.schedule import Phase, check_phase
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import lfq_lightning as lfq
 from lfq_lightning.host import QuantizedLayer
 from lfq_lightning.trajectory import read_trajectory
-from tests.runs import BATCHES, Net, fit, loader, qat, trainer
+from tests.runs import BATCHES, Net, fit, qat, trainer
 
 
 class Tokens(IterableDataset[Any]):
@@ -260,7 +260,7 @@ def test_qparams_stay_float32_in_every_precision(tmp_path: Path, precision: str)
 def test_disk_trouble_stops_recording_and_not_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.warns(UserWarning, match="trajectory"):
-        model, made, _ = fit(tmp_path / "file" / "run")
+        _, made, _ = fit(tmp_path / "file" / "run")
     assert made.current_epoch == 3
 
 

@@ -78,7 +78,7 @@ def test_loading_is_strict_and_a_failure_changes_nothing(key: str) -> None:
 def test_a_state_dict_quantized_differently_is_refused_with_both_shown() -> None:
     other = Net()
     lfq.attach(other, weight=2, activation=4)
-    with pytest.raises(ValueError, match=r"second\.weight_quantizer: the checkpoint has QuantSpec\(bits=2.*model has Qu"):
+    with pytest.raises(ValueError, match=r"second\.weight_quantizer: the checkpoint has QuantSpec\(bits=2.*model has"):
         lfq.load_state_dict(learned(), other.state_dict())
 
 
@@ -145,7 +145,7 @@ made.validate(model, loader(), ckpt_path={str(tmp_path / "epoch=2.ckpt")!r})
 
 def test_a_checkpoint_that_disagrees_with_the_callback_is_refused_with_both_shown(tmp_path: Path) -> None:
     fit(tmp_path, callbacks=[every_epoch(tmp_path)])
-    with pytest.raises(ValueError, match="the checkpoint has QuantSpec.bits=4.*the model has QuantSpec.bits=3"):
+    with pytest.raises(ValueError, match=r"the checkpoint has QuantSpec.bits=4.*the model has QuantSpec.bits=3"):
         trainer(tmp_path, [qat(weight=3)]).test(
             Net(), loader(), ckpt_path=tmp_path / "epoch=2.ckpt", weights_only=True, verbose=False
         )

@@ -50,12 +50,14 @@ model = Net()
 schedule = lfq.PhaseSchedule(observe=0, estimate=10, learn=20, unit="step")
 strategy = "ddp" if ranks > 1 else "auto"
 made = trainer(
-    out, [qat(schedule=schedule)], max_epochs=1, devices=ranks, strategy=strategy, use_distributed_sampler=False, **options
+    out, [qat(schedule=schedule)], max_epochs=1, devices=ranks, strategy=strategy, **options,
+    use_distributed_sampler=False,
 )
 made.fit(model, DataLoader(data, batch_sampler=parts))
 assert model.equal, "ranks differ"
 if made.is_global_zero:
-    torch.save({k: v for k, v in model.state_dict().items() if "quantizer" in k and torch.is_tensor(v)}, out + "/state.pt")
+    state = {k: v for k, v in model.state_dict().items() if "quantizer" in k and torch.is_tensor(v)}
+    torch.save(state, out + "/state.pt")
 """
 
 

@@ -150,7 +150,7 @@ def test_projection_makes_every_qparam_legal(model: Net) -> None:
 
 
 def test_an_unknown_phase_and_a_model_without_quantizers_are_refused(model: Net) -> None:
-    with pytest.raises(ValueError, match="one of off, observe, estimate, learn, freeze. Found 'train'"):
+    with pytest.raises(ValueError, match=r"one of off, observe, estimate, learn, freeze. Found 'train'"):
         lfq.set_phase(model, "train")
     with pytest.raises(ValueError, match="no quantizers"):
         lfq.set_phase(nn.Linear(2, 2), "learn")

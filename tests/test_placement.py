@@ -154,7 +154,7 @@ def test_a_parametrized_weight_is_refused_with_the_remedy() -> None:
 
 
 def test_an_unmaterialised_lazy_layer_is_refused_with_the_remedy() -> None:
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="run\\s+one batch"):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="run one batch"):
         warnings.simplefilter("ignore")
         lfq.attach(nn.Sequential(nn.LazyLinear(3)))
 

@@ -1,0 +1,105 @@
+"""How a quantizer comes by its qparams before it learns: what it sees, and when that counts."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lfq_lightning.observers import Observer
+from lfq_lightning.spec import QuantSpec
+
+
+class Observing(nn.Module):
+    """The part of a fake quantizer that observes and estimates.
+
+    Attributes:
+        observer: finds the range.
+        gathering: None lets `forward` observe by itself while training. Otherwise statistics are gathered while it is
+            True, in any mode, and a caller merges them after the batch: over uses, and over ranks.
+        batch_statistics: what was gathered and not merged yet.
+        learned: whether the qparams have begun to learn; estimates then leave them alone.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    observer: nn.Module
+    spec: QuantSpec | None
+    is_weight: bool
+    quant_min: int
+    quant_max: int
+    fake_quant_enabled: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gathering: bool | None = None
+        self.batch_statistics: Tensor | None = None
+        self.learned = False
+        self._warned_non_finite = False
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """The observer's scale and zero point; the module's own are unchanged."""
+        qparams: tuple[Tensor, Tensor] = self.observer.calculate_qparams()  # type: ignore[operator]
+        return qparams
+
+    def saw_data(self) -> bool:
+        """Whether the observer knows any range (copies to the host)."""
+        return self.observer.saw_data() if isinstance(self.observer, Observer) else True
+
+    @torch.no_grad()
+    def estimate(self) -> None:
+        """Set scale, zero point and, where it is open, the sign of the codes from the observer."""
+        observer = self.observer
+        spec = None if self.is_weight else self.spec
+        if isinstance(observer, Observer) and spec is not None and spec.symmetric and spec.signed is None:
+            self.quant_min, self.quant_max = spec.code_range(signed=bool((observer.minimum < 0).any()))
+            observer.quant_min, observer.quant_max = self.quant_min, self.quant_max
+        scale, zero_point = self.calculate_qparams()
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    @torch.no_grad()
+    def estimate_from(self, x: Tensor) -> None:
+        """Set the qparams from this tensor alone, as for a weight."""
+        if isinstance(self.observer, Observer):
+            self.observer.reset()
+        self.observer(x.detach())
+        self.estimate()
+
+    def forget(self) -> None:
+        """Return to the state before any data: nothing observed, nothing learned."""
+        self.learned = False
+        self.batch_statistics = None
+        if isinstance(self.observer, Observer):
+            self.observer.reset()
+
+    def _observe(self, x: Tensor) -> None:
+        if self.gathering is None:
+            if self.training:
+                if isinstance(self.observer, Observer):
+                    if self.is_weight:
+                        self.observer.reset()
+                    statistics = self.observer.statistics(x)
+                    self.warn_non_finite(statistics[2])
+                    self.observer.update(statistics)
+                else:
+                    self.observer(x.detach())
+                if self.fake_quant_enabled and not self.learned:
+                    self.estimate()
+        elif self.gathering and not self.is_weight and isinstance(self.observer, Observer):
+            statistics = self.observer.statistics(x)
+            if self.batch_statistics is not None:
+                statistics = self.observer.merge(self.batch_statistics, statistics)
+            self.batch_statistics = statistics
+
+    def warn_non_finite(self, met: Tensor, name: str = "A quantizer used alone") -> None:
+        """Warn once if values that are not finite were met (copies to the host)."""
+        if not self._warned_non_finite and bool(met.any()):
+            self._warned_non_finite = True
+            warnings.warn(
+                f"{name} was given NaN or infinite values. They pass through (infinities saturate) and are left out of "
+                "its range and gradients: look for a diverging loss or a faulty input.",
+                stacklevel=3,
+            )

@@ -108,6 +108,16 @@ def test_a_second_derivative_is_refused_with_the_remedy(backend: str, wrt: str, 
 
 
 @each_backend
+def test_a_second_derivative_of_the_scale_is_refused_where_x_needs_no_gradient(backend: str) -> None:
+    scale, other = torch.tensor([0.3], requires_grad=True), torch.ones(1, requires_grad=True)
+    with on(backend):
+        y = lfq.fake_quantize(torch.linspace(-3, 3, 20), scale, torch.zeros(1), quant_min=-8, quant_max=7)
+        (gradient,) = torch.autograd.grad(y.sum(), scale, create_graph=True)
+        with pytest.raises(RuntimeError, match="can be differentiated once"):
+            ((gradient**2).sum() + other.sum()).backward()
+
+
+@each_backend
 def test_keeping_the_graph_of_a_gradient_is_allowed(backend: str) -> None:
     x, scale, zero_point = torch.randn(20), torch.tensor([0.3]), torch.tensor([1.0])
     inputs = [t.requires_grad_() for t in (x, scale, zero_point)]

@@ -1,0 +1,78 @@
+"""The house: imports point one way, files stay small, nothing lies about at the top."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lfq_lightning"
+
+# A file imports only from rows above its own.
+FLOORS = [
+    ["schedule", "trajectory", "wrapping", "ops.layout"],
+    ["plot", "ops.reference", "ops.native"],
+    ["ops.backends"],
+    ["ops.function"],
+    ["ops"],
+    ["spec", "observers", "switches"],
+    ["observing"],
+    ["quantizer"],
+    ["host"],
+    ["layers", "phases", "optimizer", "recording", "summary"],
+    ["placement", "recorder"],
+    ["checkpoint"],
+    ["callback"],
+    ["__init__"],
+]
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lfq_lightning"):
+            module = node.module.removeprefix("lfq_lightning").lstrip(".")
+            for alias in node.names:
+                inner = f"{module}.{alias.name}" if module else alias.name
+                is_file = (PACKAGE / (inner.replace(".", "/") + ".py")).exists()
+                found.add(inner if is_file else module or "__init__")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_downwards(path: Path) -> None:
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    for imported in imports(path):
+        assert floor[imported] < floor[name_of(path)], f"{name_of(path)} imports {imported}"
+
+
+def test_the_schedule_and_the_trajectory_need_no_torch() -> None:
+    code = "import sys, runpy; [runpy.run_path(p) for p in sys.argv[1:]]; assert 'torch' not in sys.modules"
+    files = [str(PACKAGE / "schedule.py"), str(PACKAGE / "trajectory.py")]
+    subprocess.run([sys.executable, "-c", code, *files], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_are_small_and_begin_with_one_sentence(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    docstring = ast.get_docstring(ast.parse(text))
+    assert docstring
+    assert docstring.splitlines()[0].endswith(".")
+
+
+def test_the_top_level_holds_what_it_should() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    top = {line.split("/")[0] for line in tracked.splitlines() if not line.startswith(".")}
+    allowed = {"pyproject.toml", "LICENSE", "README.md", "lfq_lightning", "conf", "tests", "examples"}
+    assert top <= allowed

@@ -1,0 +1,87 @@
+"""The examples and every configuration, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
+
+import lfq_lightning as lfq
+from lfq_lightning.trajectory import read_trajectory
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+NEEDS_TORCHVISION = {"cifar10", "imagenet", "imagenet_resnet18"}
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def composed(*overrides: str) -> Any:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def test_the_main_job_trains_to_four_bits_and_writes_what_it_says(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples/train.py"), f"hydra.run.dir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    accuracy = {stage: next(v for k, v in m.items() if "accuracy" in k) for stage, m in metrics.items()}
+    assert accuracy["quantized"] >= 0.97
+    assert accuracy["quantized"] >= accuracy["float"] - 0.01
+    assert metrics["quantized"]["weight_bytes"] < 0.16 * metrics["float"]["weight_bytes"]
+    rows = read_trajectory(tmp_path / "quantized/trajectory.csv")
+    assert [p for p in dict.fromkeys(r.phase for r in rows)] == ["observe", "estimate", "learn"]
+    assert (tmp_path / "trajectories.png").stat().st_size > 10_000
+    for word in ("SQNR", "weight_quantizer", "trajectory.csv", "trajectories.png", "last_epoch.ckpt", "metrics.json"):
+        assert word in done.stdout
+    saved = torch.load(tmp_path / "quantized/last_epoch.ckpt", weights_only=True)
+    assert any("QuantizationAwareTraining" in key for key in saved["callbacks"])
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_every_experiment_composes(experiment: str) -> None:
+    config = composed(f"experiment={experiment}")
+    assert isinstance(instantiate(config.quant), lfq.QuantizationAwareTraining)
+    assert config.quantized.trainer.max_epochs > 0
+
+
+@pytest.mark.parametrize("quant", choices("quant"))
+def test_every_quantizer_configuration_makes_a_callback(quant: str) -> None:
+    callback = instantiate(composed(f"quant={quant}").quant)
+    assert callback is None if quant == "float" else isinstance(callback, lfq.QuantizationAwareTraining)
+
+
+@pytest.mark.parametrize("model", [m for m in choices("model") if m not in NEEDS_TORCHVISION])
+def test_every_model_is_made_and_takes_quantizers(model: str) -> None:
+    config = composed(f"model={model}")
+    made = instantiate(config.model, **config.quantized.model)
+    assert lfq.attach(made, weight=4, activation=4).layers
+
+
+@pytest.mark.parametrize("logger", choices("logger"))
+def test_every_logger_is_made(logger: str, tmp_path: Path) -> None:
+    os.chdir(tmp_path)
+    config = composed(f"logger={logger}")
+    config.logger.save_dir = str(tmp_path)
+    assert isinstance(instantiate(config.logger, name="x"), Logger)
+
+
+def test_the_cpu_trainer_is_made() -> None:
+    assert instantiate(composed("trainer=cpu").trainer, max_epochs=1, logger=False).max_epochs == 1
+
+
+def test_a_misspelt_group_names_the_choices() -> None:
+    with pytest.raises(Exception, match="w4a4"):
+        composed("quant=w4a5")

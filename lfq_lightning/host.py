@@ -6,8 +6,10 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
 from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.saving import Saved, compressed
 
 WEIGHT, INPUT = "weight_quantizer", "input_quantizer"
 
@@ -22,18 +24,34 @@ class QuantizedLayer(nn.Module):
     weight: Tensor
     weight_quantizer: LearnableFakeQuantize | None
     input_quantizer: LearnableFakeQuantize | None
+    saved: Saved | None = None  # where `attach` was asked to compress what backward needs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        weight, quantizer = self.weight, self.input_quantizer
+        if quantizer is not None:
+            args = tuple(_quantize(quantizer, a, weight.requires_grad) for a in args)
+            kwargs = {name: _quantize(quantizer, a, weight.requires_grad) for name, a in kwargs.items()}
+        if self.saved is None:
+            return self._forward(self._used_weight(), args, kwargs)
+        used = self._used_weight()
+        quantized = [(a, quantizer) for a in (*args, *kwargs.values()) if quantizer is not None and _is_floating(a)]
+        if self.weight_quantizer is not None:
+            quantized.append((used, self.weight_quantizer))
+        with compressed(quantized, self.saved):
+            return self._forward(used, args, kwargs)
+
+    def _used_weight(self) -> Tensor:
         weight = self.weight
-        if self.input_quantizer is not None:
-            quantizer, learn = self.input_quantizer, weight.requires_grad
-            args = tuple(_quantize(quantizer, a, learn) for a in args)
-            kwargs = {name: _quantize(quantizer, a, learn) for name, a in kwargs.items()}
+        return (
+            weight if self.weight_quantizer is None else _quantize(self.weight_quantizer, weight, weight.requires_grad)
+        )
+
+    def _forward(self, weight: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.weight_quantizer is None:
             return super().forward(*args, **kwargs)
         # An instance attribute hides the parameter, which nn.Module finds only when nothing else has the name.
         pruned = self.__dict__.get("weight")
-        object.__setattr__(self, "weight", _quantize(self.weight_quantizer, weight, weight.requires_grad))
+        object.__setattr__(self, "weight", weight)
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -47,9 +65,11 @@ class QuantizedLayer(nn.Module):
 
 
 def _quantize(quantizer: LearnableFakeQuantize, value: Any, learn: bool) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return quantizer.in_graph(quantizer(value, learn))
-    return value
+    return quantizer.in_graph(quantizer(value, learn)) if _is_floating(value) else value
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 @cache
@@ -88,6 +108,7 @@ def quantize_layer(
 def restore_layer(layer: nn.Module) -> None:
     """Undo `quantize_layer`."""
     layer.__dict__.pop("_slow_path_hook").remove()
+    layer.__dict__.pop("saved", None)
     del layer._modules[INPUT], layer._modules[WEIGHT]
     layer.__class__ = float_type(layer)
 
@@ -95,6 +116,17 @@ def restore_layer(layer: nn.Module) -> None:
 def hosts(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The quantized layers of a model by dotted name, in order of registration."""
     return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def set_compressed(model: nn.Module, compress: bool) -> None:
+    """Whether quantized layers keep what backward needs as 8-bit codes."""
+    if compress and any(isinstance(module, OptimizedModule) for module in model.modules()):
+        raise ValueError(
+            "`compress_saved` goes with eager execution. Found a model compiled by torch.compile, which decides by "
+            "itself what is kept for backward: leave one of the two out."
+        )
+    for layer in hosts(model).values():
+        layer.saved = Saved() if compress else None
 
 
 def plain_name(name: str) -> str:

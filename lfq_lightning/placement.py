@@ -10,7 +10,15 @@ from difflib import get_close_matches
 
 from torch import Tensor, nn
 
-from lfq_lightning.host import QuantizedLayer, float_type, hosts, plain_name, quantize_layer, restore_layer
+from lfq_lightning.host import (
+    QuantizedLayer,
+    float_type,
+    hosts,
+    plain_name,
+    quantize_layer,
+    restore_layer,
+    set_compressed,
+)
 from lfq_lightning.layers import TRANSPOSED, candidates, check_quantizable, input_channels, is_lazy
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.spec import QuantSpec, Rule, SpecLike, activation_spec, weight_spec
@@ -44,7 +52,13 @@ class Placement:
         return "\n".join([lines[0], "-" * sum(widths, 6), *lines[1:]])
 
 
-def attach(model: nn.Module, weight: SpecLike = 8, activation: SpecLike = 8, rules: Iterable[Rule] = ()) -> Placement:
+def attach(
+    model: nn.Module,
+    weight: SpecLike = 8,
+    activation: SpecLike = 8,
+    rules: Iterable[Rule] = (),
+    compress_saved: bool = False,
+) -> Placement:
     """Put learnable fake quantizers on the weights and inputs of a model's layers, in place.
 
     Layers of exactly the types Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d and Embedding are quantized (an Embedding's
@@ -56,6 +70,9 @@ def attach(model: nn.Module, weight: SpecLike = 8, activation: SpecLike = 8, rul
         weight: bits, a QuantSpec or None (float) for the weights. An int means symmetric per channel.
         activation: the same for layer inputs. An int means affine per tensor.
         rules: exceptions; the first that matches a layer decides.
+        compress_saved: keep what layers need for backward as 8-bit codes instead of float32, without changing a bit of
+            any gradient: less memory for some time. Eager execution only; where a layer saves something else (a copy
+            in another dtype), that is stored as usual. Each layer's `saved` tells the bytes.
 
     Returns:
         What was placed where. Attaching again with the same arguments changes nothing.
@@ -76,6 +93,7 @@ def attach(model: nn.Module, weight: SpecLike = 8, activation: SpecLike = 8, rul
     """
     placement = plan(model, weight, activation, rules)
     apply(model, placement)
+    set_compressed(model, compress_saved)
     return placement
 
 

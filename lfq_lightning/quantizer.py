@@ -140,6 +140,11 @@ class LearnableFakeQuantize(Switches, Observing):
     # ---- qparams --------------------------------------------------------------------------------------------------
 
     @property
+    def code_range(self) -> tuple[int, int]:
+        """The smallest and the largest integer code."""
+        return self.quant_min, self.quant_max
+
+    @property
     def bitwidth(self) -> int:
         """Bits that hold every code."""
         return math.ceil(math.log2(self.quant_max - self.quant_min + 1))

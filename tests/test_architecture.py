@@ -22,6 +22,7 @@ FLOORS = [
     ["spec", "observers", "switches"],
     ["observing"],
     ["quantizer"],
+    ["saving"],
     ["host"],
     ["layers", "phases", "optimizer", "recording", "summary"],
     ["placement", "recorder"],

@@ -2,6 +2,16 @@
 
 from lfq_lightning.ops.backends import backends
 from lfq_lightning.ops.function import FakeQuantize, Saturation, Unchanged, check_range, fake_quantize
-from lfq_lightning.ops.reference import saturation
+from lfq_lightning.ops.reference import effective, saturation, spread
 
-__all__ = ["FakeQuantize", "Saturation", "Unchanged", "backends", "check_range", "fake_quantize", "saturation"]
+__all__ = [
+    "FakeQuantize",
+    "Saturation",
+    "Unchanged",
+    "backends",
+    "check_range",
+    "effective",
+    "fake_quantize",
+    "saturation",
+    "spread",
+]

@@ -65,10 +65,7 @@ def openmp_runtimes() -> list[str]:
 def serves(x: Tensor) -> bool:
     """Whether the kernels read this tensor: plain, strided, on the CPU, of one of four dtypes."""
     return (
-        x.dtype in DTYPES
-        and x.layout is torch.strided
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not x.is_neg()
+        x.dtype in DTYPES and x.layout is torch.strided and type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg()
     )
 
 

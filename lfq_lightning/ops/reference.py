@@ -11,7 +11,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def effective(scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """s and z, shape (2, scales): scales above zero and integer zero points within the range."""
+    """S and z, shape (2, scales): scales above zero and integer zero points within the range."""
     s = scale.clamp(min=EPS)
     z = zero_point.clamp(quant_min, quant_max).round()
     return torch.stack((s, z))
@@ -26,9 +26,9 @@ def forward(
     axis: int | None,
     group_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """y = (clamp(round(x / s) + z, quant_min, quant_max) - z) * s, rounding half to even, and what backward needs."""
+    """Y = (clamp(round(x / s) + z, quant_min, quant_max) - z) * s, rounding half to even, and what backward needs."""
     qparams = effective(scale, zero_point, quant_min, quant_max)
-    s, z = (_spread(p, x.shape, axis, group_size) for p in qparams)
+    s, z = (spread(p, x.shape, axis, group_size) for p in qparams)
     q = torch.clamp((x.float() / s).round() + z, quant_min, quant_max)
     return ((q - z) * s).to(x.dtype), qparams
 
@@ -50,7 +50,7 @@ def backward(
 
     LSQ (Esser et al. 2020), equations 3 and 5, with LSQ+ (Bhalgat et al. 2020), section 3.1, for the zero point.
     """
-    s, z = (_spread(p, x.shape, axis, group_size) for p in qparams)
+    s, z = (spread(p, x.shape, axis, group_size) for p in qparams)
     value, g = x.float(), dy.float()
     u = value / s
     r = u.round()
@@ -74,7 +74,7 @@ def backward(
     return dx, d_scale, d_zero_point
 
 
-def _spread(p: Tensor, shape: torch.Size, axis: int | None, group_size: int | None) -> Tensor:
+def spread(p: Tensor, shape: torch.Size, axis: int | None, group_size: int | None) -> Tensor:
     """The qparam of each element, as a view that broadcasts against x where there is one."""
     if group_size is not None:
         groups = math.ceil(shape[1] / group_size)
@@ -124,7 +124,7 @@ def saturation(
     group_size: int | None,
 ) -> Tensor:
     """The share of the elements that are clamped to the range of codes, and 1 if any is not finite; shape (2,)."""
-    s, z = (_spread(p, x.shape, axis, group_size) for p in effective(scale, zero_point, quant_min, quant_max))
+    s, z = (spread(p, x.shape, axis, group_size) for p in effective(scale, zero_point, quant_min, quant_max))
     r = (x.float() / s).round()
     clamped = (r < quant_min - z) | (r > quant_max - z)
     return torch.stack((clamped.float().mean(), (~x.isfinite()).any().float()))

@@ -1,0 +1,119 @@
+"""Backward from 8-bit codes: the same bits for less memory."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lfq_lightning as lfq
+from lfq_lightning.host import hosts, set_compressed
+from tests.runs import Net, images
+
+X = images().tensors[0]
+
+
+def learned(model: nn.Module, x: Tensor, **settings: object) -> nn.Module:
+    lfq.attach(model, **{"weight": 4, "activation": 4, **settings})
+    lfq.calibrate(model, [x])
+    lfq.set_phase(model, "learn")
+    return model
+
+
+def gradients(model: nn.Module, x: Tensor, compress: bool) -> dict[str, Tensor]:
+    twin = copy.deepcopy(model)
+    for layer in hosts(twin).values():
+        assert layer.saved is None
+    set_compressed(twin, compress)
+    x = x.clone().requires_grad_()
+    twin(x).square().sum().backward()
+    kept = [layer.saved for layer in hosts(twin).values()]
+    assert all(s is None or 0 < s.stored < 0.5 * s.full for s in kept)
+    return {"x": x.grad, **{name: p.grad for name, p in twin.named_parameters() if p.grad is not None}}
+
+
+MODELS = {
+    "convolutions": (Net(), X),
+    "channels_last": (Net().to(memory_format=torch.channels_last), X.to(memory_format=torch.channels_last)),
+    "linear": (nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(64, 64)),
+    "sequence": (nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(8, 16, 64)),
+    "transposed": (nn.Sequential(nn.ConvTranspose2d(16, 16, 3)), torch.randn(4, 16, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradients_are_the_same_bits_with_and_without(kind: str, bits: int) -> None:
+    model, x = MODELS[kind]
+    model = learned(copy.deepcopy(model), x, weight=bits, activation=bits)
+    plain, compressed = gradients(model, x, False), gradients(model, x, True)
+    assert plain.keys() == compressed.keys()
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, compressed[name]), name
+
+
+def test_groups_and_a_channel_axis_of_the_input_are_rebuilt_too() -> None:
+    x = torch.randn(32, 70)
+    weight = lfq.QuantSpec(bits=4, granularity="per_group", group_size=32)
+    activation = lfq.QuantSpec(bits=4, symmetric=False, granularity="per_channel", axis=-1)
+    model = learned(nn.Sequential(nn.Linear(70, 70)), x, weight=weight, activation=activation)
+    plain, compressed = gradients(model, x, False), gradients(model, x, True)
+    assert all(torch.equal(gradient, compressed[name]) for name, gradient in plain.items())
+
+
+def test_more_than_256_codes_are_stored_as_usual() -> None:
+    x = torch.randn(32, 64)
+    wide = lfq.QuantSpec(bits=10)
+    model = learned(nn.Sequential(nn.Linear(64, 64)), x, weight=wide, activation=wide)
+    set_compressed(model, True)
+    model(x).sum().backward()
+    assert model[0].saved.stored == model[0].saved.full > 0
+
+
+def test_a_copy_in_another_dtype_is_stored_as_usual_and_reported() -> None:
+    x = torch.randn(32, 64)
+    model = learned(nn.Sequential(nn.Linear(64, 64)), x)
+    expected = copy.deepcopy(model)
+    set_compressed(model, True)
+    for twin in (model, expected):
+        with torch.autocast("cpu", torch.bfloat16):
+            twin(x).float().square().sum().backward()
+    assert torch.equal(model[0].weight.grad, expected[0].weight.grad)
+    assert model[0].saved.stored > 0.4 * model[0].saved.full
+
+
+def test_a_nan_reaches_the_gradients() -> None:
+    x = torch.randn(32, 64)
+    model = learned(nn.Sequential(nn.Linear(64, 64)), x)
+    set_compressed(model, True)
+    x[3, 3] = torch.nan
+    model(x).square().sum().backward()
+    assert model[0].weight.grad.isnan().float().mean() > 0.9
+
+
+def test_without_gradients_nothing_is_packed_and_in_float_phases_nothing_is_lost() -> None:
+    model = Net()
+    lfq.attach(model, weight=4, activation=4, compress_saved=True)
+    lfq.set_phase(model, "observe")
+    model(X).sum().backward()
+    assert model.second.saved.stored == model.second.saved.full
+    with torch.no_grad():
+        model(X)
+
+
+def test_it_is_refused_where_a_compiler_decides_what_is_saved() -> None:
+    with pytest.raises(ValueError, match="goes with eager execution"):
+        lfq.attach(torch.compile(Net()), compress_saved=True)
+    model = learned(Net(), X)
+    set_compressed(model, True)
+    with pytest.raises(Exception, match="goes with eager execution"):
+        torch.compile(model, fullgraph=True)(X)
+    torch.compiler.reset()
+
+
+def test_detach_takes_it_off() -> None:
+    model = learned(Net(), X, compress_saved=True)
+    lfq.detach(model)
+    assert "saved" not in vars(model.second)

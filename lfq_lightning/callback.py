@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lfq_lightning.checkpoint import fit_to
-from lfq_lightning.host import quantizers
+from lfq_lightning.host import quantizers, set_compressed
 from lfq_lightning.optimizer import (
     OptimizerFactory,
     QParamOptimizer,
@@ -53,6 +53,7 @@ class QuantizationAwareTraining(L.Callback):
         lr_schedule: makes a learning-rate scheduler for that optimizer, stepped with it.
         reobserve: start over with observing where the model has learned scales already; otherwise a further fit goes
             on learning.
+        compress_saved: keep what layers need for backward as 8-bit codes; gradients keep every bit. Eager only.
         record_every_n_steps: optimizer steps between two records; None takes the Trainer's `log_every_n_steps`, or less
             in a run so short that there would be fewer than 50.
 
@@ -73,6 +74,7 @@ class QuantizationAwareTraining(L.Callback):
         optimizer: OptimizerFactory | None = None,
         lr_schedule: ScheduleFactory | None = None,
         reobserve: bool = False,
+        compress_saved: bool = False,
         record_every_n_steps: int | None = None,
     ) -> None:
         self.weight: SpecLike = weight if isinstance(weight, int) else weight_spec(weight)
@@ -87,6 +89,7 @@ class QuantizationAwareTraining(L.Callback):
                 raise TypeError(f"`{name}` must be a callable that makes one, or None. Found {value!r}.")
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.reobserve = reobserve
+        self.compress_saved = compress_saved
         self.record_every_n_steps = record_every_n_steps
 
         self._recorder = Recorder(record_every_n_steps)
@@ -127,6 +130,7 @@ class QuantizationAwareTraining(L.Callback):
     def _attach(self, pl_module: L.LightningModule, final: bool) -> None:
         self.placement = plan(pl_module, self.weight, self.activation, self.rules, final)
         apply(pl_module, self.placement)
+        set_compressed(pl_module, self.compress_saved)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over from the user's optimizers what concerns qparams."""

@@ -82,7 +82,8 @@ class Observing(nn.Module):
                     if self.is_weight:
                         self.observer.reset()
                     statistics = self.observer.statistics(x)
-                    self.warn_non_finite(statistics[2])
+                    if not torch.compiler.is_compiling():
+                        self.warn_non_finite(statistics[2])
                     self.observer.update(statistics)
                 else:
                     self.observer(x.detach())

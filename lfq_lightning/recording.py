@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,8 +36,11 @@ def probed(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     handles = [
         quantizer.register_forward_pre_hook(_Probe(name, measured)) for name, quantizer in quantizers(model).items()
     ]
+    # Compiled code does not look at hooks that came later, so a measured batch runs eagerly.
+    stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
-        yield measured
+        with stance:
+            yield measured
     finally:
         for handle in handles:
             handle.remove()

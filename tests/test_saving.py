@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import lfq_lightning as lfq
 from lfq_lightning.host import hosts, set_compressed
-from tests.runs import Net, images
+from tests.runs import Net, fit, images, qat
 
 X = images().tensors[0]
 
@@ -117,3 +118,11 @@ def test_detach_takes_it_off() -> None:
     model = learned(Net(), X, compress_saved=True)
     lfq.detach(model)
     assert "saved" not in vars(model.second)
+
+
+def test_the_callback_trains_to_the_same_bits_with_it(tmp_path: Path) -> None:
+    plain, _, _ = fit(tmp_path / "plain")
+    compressed, _, _ = fit(tmp_path / "compressed", callback=qat(compress_saved=True))
+    assert compressed.second.saved.stored < 0.5 * compressed.second.saved.full
+    for key, value in plain.state_dict().items():
+        assert not isinstance(value, Tensor) or torch.equal(compressed.state_dict()[key], value), key

@@ -1,0 +1,52 @@
+"""How long a Trainer's run will be, and the schedule that fits it."""
+
+from __future__ import annotations
+
+import math
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+
+from lfq_lightning.schedule import PhaseSchedule
+
+
+def is_dev_run(trainer: L.Trainer) -> bool:
+    """Whether it is a `fast_dev_run`, too short for any schedule."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def check_configured_length(trainer: L.Trainer, schedule: PhaseSchedule | None) -> None:
+    """Raise ValueError if the Trainer's own limits show that a schedule never learns, before anything is changed."""
+    if schedule is not None and not is_dev_run(trainer):
+        epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
+        schedule.check_reaches_learn(epochs, trainer.max_steps if trainer.max_steps != -1 else math.inf)
+
+
+def length_of(trainer: L.Trainer) -> tuple[float, float]:
+    """Epochs and optimizer steps that the run will have; infinite where it cannot be known."""
+    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)
+    steps = float(trainer.estimated_stepping_batches)
+    if steps < 0 or steps == math.inf:
+        return epochs, math.inf
+    in_an_epoch = max(1.0, float(trainer.num_training_batches) / trainer.accumulate_grad_batches)
+    return min(epochs, steps / in_an_epoch), steps * max(1, len(trainer.optimizers))
+
+
+def settle_schedule(
+    trainer: L.Trainer, given: PhaseSchedule | None, restored: PhaseSchedule | None
+) -> tuple[PhaseSchedule, float]:
+    """The schedule in force (the user's, else the resumed run's, else one that fits), and the run's optimizer steps.
+
+    Raises:
+        ValueError: if the user's schedule never learns in this run.
+    """
+    epochs, steps = length_of(trainer)
+    if given is not None:
+        if not is_dev_run(trainer):
+            given.check_reaches_learn(epochs, steps)
+        return given, steps
+    if restored is not None:
+        return restored, steps
+    derived = PhaseSchedule.for_run(epochs, steps)
+    rank_zero_info(f"QuantizationAwareTraining derived {derived} from the length of the run.")
+    return derived, steps

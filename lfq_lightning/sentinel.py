@@ -1,0 +1,111 @@
+"""Notices quantizers that have collapsed, from what is recorded anyway."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lfq_lightning.host import INPUT, WEIGHT, hosts, quantizers
+from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.trajectory import TrajectoryRow
+
+Reaction = Literal["warn", "reinit", "raise"]
+
+# The smallest scale that quantization divides by, with room for the nine digits of a record.
+_FLOOR = torch.finfo(torch.float32).eps * (1 + 1e-6)
+# Nothing useful passes a quantizer that clamps nine elements in ten, three records running.
+_SATURATED, _SATURATED_FOR = 0.9, 3
+# ReLU's zero points rest at an end from the start; only one that moved there and stayed is suspicious.
+_PINNED_FOR = 20
+
+_REMEDY = (
+    "Lower the learning rate of scales and zero points (`optimizer`), observe for longer (`schedule`), give the layer "
+    'more bits with a Rule, or pass `on_collapse="reinit"`.'
+)
+
+
+class Sentinel:
+    """Finds collapsed quantizers in the rows of a trajectory, and reacts to each.
+
+    Collapsed is a quantizer whose scale or zero point is not finite, whose scale fell to its floor, which clamps nearly
+    everything, or whose zero point moved to an end of the range and stays there.
+
+    Args:
+        reaction: "warn" names it once; "reinit" also estimates its qparams anew; "raise" ends the run.
+
+    Raises:
+        ValueError: if the reaction is none of these.
+    """
+
+    def __init__(self, reaction: Reaction = "warn") -> None:
+        if reaction not in get_args(Reaction):
+            raise ValueError(f"`on_collapse` must be one of {', '.join(get_args(Reaction))}. Found {reaction!r}.")
+        self.reaction = reaction
+        self._named: set[str] = set()
+        self._above_floor: set[str] = set()
+        self._streaks: dict[tuple[str, str], float] = {}
+
+    def collapsed(self, model: nn.Module, rows: Iterable[TrajectoryRow]) -> dict[str, str]:
+        """The quantizers that these rows show to have collapsed, and how."""
+        found = quantizers(model)
+        reasons = {row.quantizer: self._reason(row, found[row.quantizer]) for row in rows}
+        return {name: reason for name, reason in reasons.items() if reason}
+
+    def _reason(self, row: TrajectoryRow, quantizer: LearnableFakeQuantize) -> str:
+        name = row.quantizer
+        if not all(map(math.isfinite, (row.scale_min, row.scale_max, row.zero_point_min, row.zero_point_max))):
+            return "its scale or zero point is not finite"
+        if row.scale_min > _FLOOR:
+            self._above_floor.add(name)
+        elif name in self._above_floor:  # a channel of zeros has the smallest scale from the start
+            return f"its scale fell to the floor of {_FLOOR:.2g}"
+        if row.phase != "learn":
+            return ""
+        if self._lasts(name, "saturated", row.saturation > _SATURATED, _SATURATED_FOR):
+            return f"it clamps {row.saturation:.0%} of what it is given"
+        at_end = row.zero_point_max <= quantizer.quant_min or row.zero_point_min >= quantizer.quant_max
+        pinned = at_end and not quantizer.symmetric
+        self._streaks.setdefault((name, "pinned"), -math.inf if pinned else 0)
+        if self._lasts(name, "pinned", pinned, _PINNED_FOR):
+            return f"its zero point went to {row.zero_point_mean:g}, an end of the range, and stays there"
+        return ""
+
+    def _lasts(self, name: str, what: str, holds: bool, records: int) -> bool:
+        streak = self._streaks.get((name, what), 0) + 1 if holds else 0
+        self._streaks[name, what] = streak
+        return streak >= records
+
+    def react(self, model: nn.Module, collapsed: dict[str, str]) -> list[LearnableFakeQuantize]:
+        """Warn of each quantizer once, or raise; with "reinit", start it over, and give those that were.
+
+        Raises:
+            RuntimeError: with "raise".
+        """
+        fresh = {name: reason for name, reason in collapsed.items() if name not in self._named}
+        self._named |= fresh.keys()
+        if fresh:
+            said = f"Quantizers collapsed: {'; '.join(f'{name}: {reason}' for name, reason in fresh.items())}. {_REMEDY}"
+            if self.reaction == "raise":
+                raise RuntimeError(said)
+            rank_zero_warn(said)
+        if self.reaction != "reinit":
+            return []
+        return [_reinitialise(model, name) for name in collapsed]
+
+
+@torch.no_grad()
+def _reinitialise(model: nn.Module, name: str) -> LearnableFakeQuantize:
+    """Estimate a quantizer anew, from the weight as it is or from what was observed of the input."""
+    quantizer = quantizers(model)[name]
+    layer, _, role = name.rpartition(".")
+    if role == WEIGHT:
+        quantizer.estimate_from(hosts(model)[layer].weight)
+    elif role == INPUT and quantizer.saw_data():
+        quantizer.estimate()
+    quantizer.scale_reference.copy_(quantizer.scale)
+    return quantizer

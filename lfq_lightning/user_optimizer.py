@@ -1,0 +1,148 @@
+"""Scales and zero points in the optimizers that the user makes, in a parameter group of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lfq_lightning.host import QuantizedLayer, hosts
+from lfq_lightning.optimizer import hidden_qparams
+from lfq_lightning.quantizer import LearnableFakeQuantize
+
+_REMEDY = (
+    'With `optimizer="user"` each optimizer has one parameter group more, its last, for scales and zero points. A '
+    "scheduler that takes a list needs one entry more, and an optimizer that allows a single group cannot hold them: "
+    "leave `optimizer` out for an optimizer of their own."
+)
+
+
+def _placed(model: nn.Module) -> list[tuple[QuantizedLayer, LearnableFakeQuantize]]:
+    """Each quantizer once, with the first layer that has it."""
+    found: dict[LearnableFakeQuantize, QuantizedLayer] = {}
+    for layer in hosts(model).values():
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            if quantizer is not None:
+                found.setdefault(quantizer, layer)
+    return [(layer, quantizer) for quantizer, layer in found.items()]
+
+
+def _add_group(optimizer: Optimizer, qparams: Sequence[nn.Parameter]) -> None:
+    named = "param_names" in optimizer.param_groups[0]
+    group: dict[str, Any] = {"params": [(f"qparam{i}", p) for i, p in enumerate(qparams)] if named else list(qparams)}
+    if "weight_decay" in optimizer.defaults:
+        group["weight_decay"] = 0.0
+    optimizer.add_param_group(group)
+
+
+@contextmanager
+def grouped_qparams(model: nn.Module) -> Iterator[None]:
+    """Within it, an optimizer that is made takes the qparams of the layers whose parameters it holds as its last group.
+
+    The group is there before a scheduler can look at the optimizer. `model.parameters()` does not know the qparams, as
+    they would end up in groups that decay, or nowhere.
+    """
+    free = [(layer, list(quantizer.parameters(recurse=False))) for layer, quantizer in _placed(model)]
+    init = Optimizer.__init__
+
+    def init_with_group(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        joining = [entry for entry in free if any(id(p) in held for p in entry[0].parameters(recurse=False))]
+        free[:] = [entry for entry in free if not any(entry is other for other in joining)]
+        if joining:
+            _add_group(self, [p for _, qparams in joining for p in qparams])
+
+    Optimizer.__init__ = init_with_group  # type: ignore[method-assign]
+    try:
+        with hidden_qparams(model):
+            yield
+    except Exception as error:
+        error.add_note(_REMEDY)
+        raise
+    finally:
+        Optimizer.__init__ = init  # type: ignore[method-assign]
+
+
+class UserOptimizers:
+    """Keeps qparams sound in optimizers that are not ours: still outside `learn`, and legal after each step.
+
+    Args:
+        model: a model whose optimizers were made within `grouped_qparams`.
+        optimizers: those optimizers.
+        scheduled: whether learning-rate schedulers were made of them already.
+
+    Raises:
+        ValueError: if there are qparams that no optimizer took, and schedulers keep them from joining one now.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], scheduled: bool) -> None:
+        self._placed = _placed(model)
+        qparams = {id(p): p for _, quantizer in self._placed for p in quantizer.parameters(recurse=False)}
+        held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+        missing = [p for key, p in qparams.items() if key not in held]
+        if missing and optimizers:
+            if scheduled:
+                raise ValueError(
+                    f"`optimizer=\"user\"` must find the weights of quantized layers in an optimizer. Found "
+                    f"{len(missing)} scales and zero points of layers that no optimizer of `configure_optimizers` "
+                    "holds, and schedulers that do not expect another group: leave those layers in float with a Rule, "
+                    "or leave `optimizer` out."
+                )
+            _add_group(optimizers[0], missing)
+        self.optimizers = [o for o in optimizers if any(id(p) in qparams for g in o.param_groups for p in g["params"])]
+        self._groups = [g for o in self.optimizers for g in o.param_groups if any(id(p) in qparams for p in g["params"])]
+        self._handles: list[RemovableHandle] = []
+        for optimizer in self.optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(lambda *_: self.keep_still()))
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._project()))
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """The present learning rate of each group of qparams."""
+        return [group["lr"] for group in self._groups]
+
+    def keep_still(self) -> None:
+        """Take gradients away that must move nothing: Adam's momentum moves a parameter whose gradient is zero."""
+        for layer, quantizer in self._placed:
+            if not quantizer.learning_enabled or not layer.weight.requires_grad:
+                for parameter in quantizer.parameters(recurse=False):
+                    parameter.grad = None
+
+    @torch.no_grad()
+    def _project(self) -> None:
+        for _, quantizer in self._placed:
+            quantizer.project_()
+
+    def forget(self, quantizer: LearnableFakeQuantize) -> None:
+        """Drop what optimizers remember of a quantizer."""
+        for optimizer in self.optimizers:
+            for parameter in quantizer.parameters(recurse=False):
+                optimizer.state.pop(parameter, None)
+
+    def remove(self) -> None:
+        """Let go of the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing of its own: the optimizers are in the checkpoint already."""
+        return {"optimizers": [], "schedules": []}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave.
+
+        Raises:
+            ValueError: if the checkpoint's qparams had an optimizer of their own.
+        """
+        if state["optimizers"]:
+            raise ValueError(
+                "The checkpoint's qparams have an optimizer of their own. Found `optimizer=\"user\"` here: resume with "
+                "the `optimizer` that the run began with."
+            )

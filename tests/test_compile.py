@@ -1,0 +1,114 @@
+"""Under torch.compile: no graph break, one compilation a phase and mode, the values of eager execution."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import lfq_lightning as lfq
+from lfq_lightning.phases import merge_statistics, set_gathering
+from lfq_lightning.trajectory import read_trajectory
+from tests.runs import Net, fit, images, qat
+
+X = images().tensors[0]
+PHASES = ("off", "observe", "estimate", "learn", "freeze")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def attached(model: nn.Module, x: Tensor) -> nn.Module:
+    lfq.attach(model, weight=4, activation=4)
+    lfq.calibrate(model, [x])
+    return model
+
+
+def networks() -> dict[str, tuple[nn.Module, Tensor]]:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    grouped = nn.Sequential(nn.Linear(40, 16), nn.ReLU(), nn.Linear(16, 16))
+    return {
+        "convolutions": (Net(), X),
+        "transformer": (layer, torch.randn(4, 6, 16)),
+        "linear": (grouped, torch.randn(8, 40)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["convolutions", "transformer", "linear"])
+def test_each_phase_and_mode_is_compiled_once_and_computes_what_eager_does(kind: str) -> None:
+    model, x = networks()[kind]
+    attached(model, x)
+    for phase in PHASES:
+        lfq.set_phase(model, phase)
+        eager = copy.deepcopy(model)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        for training in (True, False):
+            for net in (compiled, eager):
+                net.train(training)
+            for _ in range(3):
+                outputs = [net(x) for net in (compiled, eager)]
+                torch.testing.assert_close(*outputs)
+                if training:
+                    outputs[0].sum().backward()
+        assert 1 <= counter.frame_count <= 2, phase
+
+
+def test_gathering_under_the_callback_is_compiled_once_too() -> None:
+    model = attached(Net(), X)
+    lfq.set_phase(model, "observe")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(4):
+        set_gathering(model, True)
+        compiled(X)
+        set_gathering(model, False)
+        merge_statistics(model)
+    assert counter.frame_count == 1
+    assert model.second.input_quantizer.observer.saw_data()
+
+
+def test_quantizers_alone_give_the_bits_of_eager_execution_from_the_inductor() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    attached(model, torch.randn(16, 8))
+    lfq.set_phase(model, "learn")
+    x = torch.randn(16, 8) * 3
+    for quantizer in lfq.quantizers(model).values():
+        value = model[0].weight if quantizer.is_weight else x
+        assert torch.equal(torch.compile(quantizer, fullgraph=True)(value), quantizer(value))
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_compiled_module_is_trained_recorded_and_loaded_with_plain_names(tmp_path: Path, inner: bool) -> None:
+    class Wrapped(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            if inner:
+                self.second = torch.compile(self.second, backend="aot_eager")
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])  # Dynamo cannot trace Lightning's `log`
+
+        validation_step = L.LightningModule.validation_step
+
+    model = Wrapped() if inner else torch.compile(Wrapped(), backend="aot_eager")
+    _, made, _ = fit(tmp_path, model, callback=qat(record_every_n_steps=5))
+    rows = read_trajectory(tmp_path / "trajectory.csv")
+    assert {r.quantizer.split(".")[0] for r in rows} == {"first", "second", "head"}
+    assert not any("_orig_mod" in r.quantizer for r in rows)
+    assert not any(math.isnan(r.saturation) for r in rows)
+    made.save_checkpoint(tmp_path / "x.ckpt")
+    again: Any = lfq.load_from_checkpoint(Wrapped, tmp_path / "x.ckpt")
+    assert {q.phase for q in lfq.quantizers(again).values()} == {"learn"}

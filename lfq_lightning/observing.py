@@ -20,6 +20,7 @@ class Observing(nn.Module):
         gathering: None lets `forward` observe by itself while training. Otherwise statistics are gathered while it is
             True, in any mode, and a caller merges them after the batch: over uses, and over ranks.
         batch_statistics: what was gathered and not merged yet.
+        estimated: whether the qparams were ever set from the observer.
         learned: whether the qparams have begun to learn; estimates then leave them alone.
     """
 
@@ -31,12 +32,13 @@ class Observing(nn.Module):
     quant_min: int
     quant_max: int
     fake_quant_enabled: bool
+    static_enabled: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gathering: bool | None = None
         self.batch_statistics: Tensor | None = None
-        self.learned = False
+        self.estimated = self.learned = False
         self._warned_non_finite = False
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
@@ -59,6 +61,13 @@ class Observing(nn.Module):
         scale, zero_point = self.calculate_qparams()
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
+        self.estimated = True
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the output is quantized now: not while a caller has yet to merge the first batch's statistics."""
+        waits = self.static_enabled and self.gathering is not None and not self.estimated
+        return bool(self.fake_quant_enabled) and not waits
 
     @torch.no_grad()
     def estimate_from(self, x: Tensor) -> None:
@@ -70,7 +79,7 @@ class Observing(nn.Module):
 
     def forget(self) -> None:
         """Return to the state before any data: nothing observed, nothing learned."""
-        self.learned = False
+        self.estimated = self.learned = False
         self.batch_statistics = None
         if isinstance(self.observer, Observer):
             self.observer.reset()

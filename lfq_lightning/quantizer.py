@@ -189,13 +189,13 @@ class LearnableFakeQuantize(Switches, Observing):
             raise TypeError(f"`x` must be a floating tensor. Found {x.dtype}: pass integers around the quantizer.")
         if self.static_enabled:
             self._observe(x)
-        if not self.fake_quant_enabled:
+        if not self.quantizes:
             return x
         return self.quantized(x, self._gradient_factor(x) if self.learning_enabled and learn else 0.0)
 
     def in_graph(self, x: Tensor) -> Tensor:
         """x, with the qparams in its graph in every phase: DDP wants each parameter used in each backward."""
-        if self.fake_quant_enabled or not torch.is_grad_enabled():
+        if self.quantizes or not torch.is_grad_enabled():
             return x
         return Unchanged.apply(x, self.scale, self.zero_point)
 
@@ -228,6 +228,7 @@ class LearnableFakeQuantize(Switches, Observing):
         return {
             "phase": self.phase,
             "switches": self.switches,
+            "estimated": self.estimated,
             "learned": self.learned,
             "quant_min": self.quant_min,
             "quant_max": self.quant_max,
@@ -237,7 +238,7 @@ class LearnableFakeQuantize(Switches, Observing):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up what `get_extra_state` gave."""
         self.fake_quant_enabled, self.static_enabled, self.learning_enabled = state["switches"]
-        self.learned = state["learned"]
+        self.estimated, self.learned = state["estimated"], state["learned"]
         self.quant_min, self.quant_max = state["quant_min"], state["quant_max"]
         if isinstance(self.observer, Observer):
             self.observer.quant_min, self.observer.quant_max = self.quant_min, self.quant_max

@@ -85,7 +85,7 @@ class _Saving:
         self._known = {
             value.untyped_storage().data_ptr(): (value, quantizer)
             for value, quantizer in quantized
-            if value.dtype is torch.float32 and quantizer.fake_quant_enabled and quantizer.bitwidth <= 8
+            if value.dtype is torch.float32 and quantizer.quantizes and quantizer.bitwidth <= 8
         }
         self._packed: dict[int, _Codes] = {}
         self.full = self.stored = 0

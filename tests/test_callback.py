@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import math
 import warnings
@@ -110,6 +111,25 @@ def test_without_a_schedule_one_is_derived_even_for_one_epoch(tmp_path: Path) ->
     model, _, callback = fit(tmp_path, callback=qat(schedule=None), max_epochs=1)
     assert callback.state_dict()["schedule"] == lfq.PhaseSchedule.for_run(1, BATCHES).to_dict()
     assert {q.phase for q in lfq.quantizers(model).values()} == {"learn"}
+
+
+def test_without_time_to_observe_the_first_batch_passes_unquantized(tmp_path: Path) -> None:
+    class First(Net):
+        same: bool | None = None
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            if self.same is None:
+                twin = copy.deepcopy(self)
+                lfq.detach(twin)
+                self.same = torch.equal(twin(batch[0]), copy.deepcopy(self)(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    model, _, _ = fit(tmp_path, First(), callback=qat(schedule=lfq.PhaseSchedule(0, 0, 1)))
+    assert not model.same  # the weights are quantized from the start
+    rows = read_trajectory(tmp_path / "trajectory.csv")
+    assert all(r.scale_mean < 1 for r in rows)
+    model, _, _ = fit(tmp_path / "x", First(), callback=qat(weight=None, schedule=lfq.PhaseSchedule(0, 0, 1)))
+    assert model.same
 
 
 def test_a_fast_dev_run_goes_through_without_learning(tmp_path: Path) -> None:

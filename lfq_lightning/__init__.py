@@ -3,6 +3,7 @@
 from lfq_lightning.callback import QuantizationAwareTraining
 from lfq_lightning.checkpoint import load_from_checkpoint, load_state_dict
 from lfq_lightning.host import quantizers
+from lfq_lightning.neighbours import while_learning
 from lfq_lightning.ops import backends, fake_quantize
 from lfq_lightning.phases import calibrate, project_, set_phase
 from lfq_lightning.placement import Placement, attach, detach
@@ -32,4 +33,5 @@ __all__ = [
     "quantizers",
     "set_phase",
     "summarize",
+    "while_learning",
 ]

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import lightning as L
-import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
 
-from lfq_lightning.checkpoint import fit_to
+from lfq_lightning.checkpoint import check_loadable, fit_to
 from lfq_lightning.host import quantizers, set_compressed
-from lfq_lightning.optimizer import (
-    OptimizerFactory,
-    QParamOptimizer,
-    ScheduleFactory,
-    default_optimizer,
-    hidden_qparams,
-)
-from lfq_lightning.phases import (
-    check_ranks_agree,
-    estimate_weights,
-    merge_statistics,
-    model_phase,
-    set_gathering,
-    set_phase,
-)
+from lfq_lightning.neighbours import arrange, check_neighbours, require_gradients
+from lfq_lightning.optimizer import OptimizerFactory, QParamOptimizer, ScheduleFactory, hidden_qparams
+from lfq_lightning.phases import model_phase, set_gathering
 from lfq_lightning.placement import Placement, apply, plan
-from lfq_lightning.recorder import Recorder
+from lfq_lightning.recorder import Recorder, summary_of
+from lfq_lightning.run_length import check_configured_length, is_dev_run, settle_schedule
+from lfq_lightning.run_phases import enter_phase, take_in_batch
 from lfq_lightning.schedule import PHASES, Phase, PhaseSchedule
+from lfq_lightning.sentinel import Reaction, Sentinel
+from lfq_lightning.sharding import check_strategy
 from lfq_lightning.spec import QuantSpec, Rule, SpecLike, activation_spec, weight_spec
+from lfq_lightning.trajectory import TrajectoryRow
+from lfq_lightning.user_optimizer import UserOptimizers, arranged_qparams, make_optimizer
 from lfq_lightning.wrapping import Wrappers
 
 
@@ -49,13 +42,16 @@ class QuantizationAwareTraining(L.Callback):
         schedule: when each phase starts; None derives one from the run's length and prints it.
         optimizer: makes the optimizer of scales and zero points from a list of parameters, for instance
             `functools.partial(torch.optim.Adam, lr=1e-3)`, which is the default. Its learning rate is relative: 1e-3
-            with Adam moves a scale by about a thousandth of its size a step.
+            with Adam moves a scale by about a thousandth of its size a step. "user" puts them into the optimizers of
+            `configure_optimizers` instead, each with its layer's weight, in a last group without weight decay.
         lr_schedule: makes a learning-rate scheduler for that optimizer, stepped with it.
         reobserve: start over with observing where the model has learned scales already; otherwise a further fit goes
             on learning.
         compress_saved: keep what layers need for backward as 8-bit codes; gradients keep every bit. Eager only.
         record_every_n_steps: optimizer steps between two records; None takes the Trainer's `log_every_n_steps`, or less
             in a run so short that there would be fewer than 50.
+        on_collapse: what happens to a quantizer whose scale, zero point or saturation shows that it passes nothing
+            useful any more: "warn" names it once, "reinit" also estimates its qparams anew, "raise" ends the run.
 
     Raises:
         TypeError, ValueError: if an argument is wrong, here or when a fit begins.
@@ -71,11 +67,12 @@ class QuantizationAwareTraining(L.Callback):
         activation: int | QuantSpec | None = 8,
         rules: Iterable[Rule] = (),
         schedule: PhaseSchedule | None = None,
-        optimizer: OptimizerFactory | None = None,
+        optimizer: OptimizerFactory | Literal["user"] | None = None,
         lr_schedule: ScheduleFactory | None = None,
         reobserve: bool = False,
         compress_saved: bool = False,
         record_every_n_steps: int | None = None,
+        on_collapse: Reaction = "warn",
     ) -> None:
         self.weight: SpecLike = weight if isinstance(weight, int) else weight_spec(weight)
         self.activation: SpecLike = activation if isinstance(activation, int) else activation_spec(activation)
@@ -85,107 +82,105 @@ class QuantizationAwareTraining(L.Callback):
         if self.schedule is not None and not isinstance(self.schedule, PhaseSchedule):
             raise TypeError(f"`schedule` must be a PhaseSchedule or None. Found {schedule!r}.")
         for name, value in (("optimizer", optimizer), ("lr_schedule", lr_schedule)):
-            if value is not None and not callable(value):
+            if value is not None and not callable(value) and (name, value) != ("optimizer", "user"):
                 raise TypeError(f"`{name}` must be a callable that makes one, or None. Found {value!r}.")
+        if optimizer == "user" and lr_schedule is not None:
+            raise ValueError(
+                'With `optimizer="user"` the user\'s schedulers apply. Found `lr_schedule` too: leave it out.'
+            )
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.reobserve = reobserve
         self.compress_saved = compress_saved
         self.record_every_n_steps = record_every_n_steps
 
         self._recorder = Recorder(record_every_n_steps)
+        self._sentinel = Sentinel(on_collapse)
         self.placement: Placement | None = None
-        self.qparam_optimizer: QParamOptimizer | None = None
+        self.qparam_optimizer: QParamOptimizer | UserOptimizers | None = None
         self._schedule_in_force: PhaseSchedule | None = self.schedule
         self._restored: dict[str, Any] = {}
-        self._wrappers = Wrappers()
+        self._wrappers = Wrappers()  # until training starts
+        self._arranged = Wrappers()  # until the run ends
 
     # ---- before the run -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Attach, and see to it that layers made later, optimizers and checkpoints meet the quantizers in order."""
-        self._check_run(trainer, stage)
+        check_neighbours(trainer, self)
+        check_strategy(trainer)
+        if stage == "fit":
+            check_configured_length(trainer, self.schedule)
         self._attach(pl_module, final=False)
 
         def configure_model(original: Any) -> None:
-            original()
+            with hidden_qparams(pl_module):  # `fully_shard` leaves them whole
+                original()
             self._attach(pl_module, final=True)
 
         def configure_optimizers(original: Any) -> Any:
-            with hidden_qparams(pl_module):
+            with arranged_qparams(pl_module, self.optimizer):
                 return original()
 
         def on_load_checkpoint(original: Any, checkpoint: dict[str, Any]) -> None:
             original(checkpoint)
-            checkpoint["state_dict"] = fit_to(pl_module, checkpoint["state_dict"])
+            for key in ("state_dict", "current_model_state"):
+                if key in checkpoint:
+                    checkpoint[key] = fit_to(pl_module, checkpoint[key])
+            check_loadable(pl_module, checkpoint)
 
         self._wrappers.around(pl_module, "configure_model", configure_model)
         self._wrappers.around(pl_module, "configure_optimizers", configure_optimizers)
         self._wrappers.around(pl_module, "on_load_checkpoint", on_load_checkpoint)
-
-    def _check_run(self, trainer: L.Trainer, stage: str) -> None:
-        if stage == "fit" and self.schedule is not None and not _is_dev_run(trainer):
-            epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else torch.inf
-            self.schedule.check_reaches_learn(epochs, trainer.max_steps if trainer.max_steps != -1 else torch.inf)
+        arrange(self._arranged, trainer, pl_module)
 
     def _attach(self, pl_module: L.LightningModule, final: bool) -> None:
         self.placement = plan(pl_module, self.weight, self.activation, self.rules, final)
         apply(pl_module, self.placement)
         set_compressed(pl_module, self.compress_saved)
+        require_gradients(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over from the user's optimizers what concerns qparams."""
         self._wrappers.remove()
-        faces = pl_module.optimizers()
-        self.qparam_optimizer = QParamOptimizer(
-            pl_module,
-            trainer.optimizers,
-            self.optimizer or default_optimizer,
-            self.lr_schedule,
-            getattr(trainer.precision_plugin, "scaler", None),
-            faces if isinstance(faces, list) else [faces],
-        )
-        if "qparam_optimizer" in self._restored:
-            self.qparam_optimizer.load_state_dict(self._restored["qparam_optimizer"])
-        elif self.reobserve:
+        self.qparam_optimizer = make_optimizer(trainer, pl_module, self.optimizer, self.lr_schedule)
+        if not self._take_up() and self.reobserve:
             for quantizer in quantizers(pl_module).values():
                 quantizer.forget()
         set_gathering(pl_module, False)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Settle the schedule and where the trajectory goes, and enter the phase; a resumed epoch has no start."""
-        epochs, steps = _length_of(trainer)
-        self._settle_schedule(trainer, epochs, steps)
+        """Take up a checkpoint, settle the schedule and where the trajectory goes, and enter the phase."""
+        self._take_up()  # strategies that shard restore a checkpoint after `on_fit_start`
+        restored = self._restored.get("schedule")
+        restored = PhaseSchedule(**restored) if restored else None
+        self._schedule_in_force, steps = settle_schedule(trainer, self.schedule, restored)
         self._recorder.open(trainer, steps, self._restored.get("recorder", {}))
         self._show_phase(trainer, pl_module)
-        self._enter_phase(trainer, pl_module)
+        enter_phase(trainer, pl_module, self._phase(trainer))
         self._restored = {}
 
-    def _settle_schedule(self, trainer: L.Trainer, epochs: float, steps: float) -> None:
-        if self.schedule is not None:
-            if not _is_dev_run(trainer):
-                self.schedule.check_reaches_learn(epochs, steps)
-            self._schedule_in_force = self.schedule
-        elif self._restored.get("schedule"):
-            self._schedule_in_force = PhaseSchedule(**self._restored["schedule"])
-        else:
-            self._schedule_in_force = PhaseSchedule.for_run(epochs, steps)
-            rank_zero_info(f"QuantizationAwareTraining derived {self._schedule_in_force} from the length of the run.")
+    def _take_up(self) -> bool:
+        state = self._restored.pop("qparam_optimizer", None)
+        if state is not None and self.qparam_optimizer is not None:
+            self.qparam_optimizer.load_state_dict(state)
+        return state is not None
 
     # ---- the run --------------------------------------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Enter the epoch's phase."""
-        self._enter_phase(trainer, pl_module)
+        enter_phase(trainer, pl_module, self._phase(trainer))
         phase = PHASES.index(model_phase(pl_module))
-        pl_module.log("lfq/phase", float(phase), on_step=False, on_epoch=True)
+        pl_module.log("lfq/phase", float(phase), on_step=False, on_epoch=True, sync_dist=True)
         if self.qparam_optimizer is not None and self.qparam_optimizer.optimizers:
-            pl_module.log("lfq/lr", self.qparam_optimizer.learning_rates[0], on_step=False, on_epoch=True)
+            rate = self.qparam_optimizer.learning_rates[0]
+            pl_module.log("lfq/lr", rate, on_step=False, on_epoch=True, sync_dist=True)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Gather statistics from this batch's forward passes, and measure them where a record is due."""
-        self._enter_phase(trainer, pl_module)
+        enter_phase(trainer, pl_module, self._phase(trainer))
         set_gathering(pl_module, True)
         self._recorder.before_batch(trainer, pl_module)
 
@@ -194,57 +189,42 @@ class QuantizationAwareTraining(L.Callback):
     ) -> None:
         """Merge the batch's statistics over ranks, and record."""
         set_gathering(pl_module, False)
-        self._merge(trainer, pl_module)
-        for name, value in self._recorder.after_batch(trainer, pl_module).items():
+        take_in_batch(trainer, pl_module, self._phase(trainer))
+        rows = self._recorder.after_batch(trainer, pl_module)
+        self._watch(trainer, pl_module, rows)
+        for name, value in summary_of(rows).items():
             pl_module.log(name, value, on_step=True, on_epoch=False)
 
-    def _merge(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        met = merge_statistics(pl_module, self._over_ranks(trainer) if trainer.world_size > 1 else None)
-        for name, flag in met.items():
-            if flag.device.type == "cpu":
-                quantizers(pl_module)[name].warn_non_finite(flag, name)
-        if self._phase(trainer) == "estimate":
-            estimate_weights(pl_module)
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Let no user's optimizer move qparams outside `learn`."""
+        if isinstance(self.qparam_optimizer, UserOptimizers):
+            self.qparam_optimizer.keep_still()
 
-    @staticmethod
-    def _over_ranks(trainer: L.Trainer) -> Callable[[Tensor], Tensor]:
-        return lambda flat: trainer.strategy.reduce(flat, reduce_op="max")
+    def _watch(self, trainer: L.Trainer, pl_module: L.LightningModule, rows: list[TrajectoryRow]) -> None:
+        collapsed = self._sentinel.collapsed(pl_module, rows)
+        if rows and trainer.world_size > 1 and self._sentinel.reaction == "reinit":
+            collapsed = trainer.strategy.broadcast(collapsed)  # saturation is each rank's own
+        for quantizer in self._sentinel.react(pl_module, collapsed):
+            if self.qparam_optimizer is not None:
+                self.qparam_optimizer.forget(quantizer)
 
     def _phase(self, trainer: L.Trainer) -> Phase:
         assert self._schedule_in_force is not None
         return self._schedule_in_force.phase(trainer.current_epoch, trainer.global_step)
-
-    def _enter_phase(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        first = next(iter(quantizers(pl_module).values()), None)
-        if first is None:
-            return
-        phase, before = self._phase(trainer), first.phase
-        if first.learned and phase in ("off", "observe", "estimate"):
-            phase = "learn"
-        if phase in ("learn", "freeze") and _is_dev_run(trainer):
-            phase = "off"
-        if phase == before:
-            return
-        set_phase(pl_module, phase)
-        if trainer.world_size > 1:
-            check_ranks_agree(pl_module, self._over_ranks(trainer))
-        rank_zero_info(
-            f"Epoch {trainer.current_epoch}, step {trainer.global_step}: quantizers go from {before} to {phase}."
-        )
 
     def _show_phase(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         def get_metrics(original: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
             return {**original(*args, **kwargs), "phase": model_phase(pl_module)}
 
         if trainer.progress_bar_callback is not None:
-            self._wrappers.around(trainer.progress_bar_callback, "get_metrics", get_metrics)
+            self._arranged.around(trainer.progress_bar_callback, "get_metrics", get_metrics)
 
     # ---- after the run --------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if the run ended before anything was learned."""
         phase = model_phase(pl_module)
-        if quantizers(pl_module) and phase not in ("learn", "freeze") and not _is_dev_run(trainer):
+        if quantizers(pl_module) and phase not in ("learn", "freeze") and not is_dev_run(trainer):
             rank_zero_warn(f"The run ended in phase {phase!r}: scales and zero points were not learned.")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -258,6 +238,7 @@ class QuantizationAwareTraining(L.Callback):
     def _let_go(self, pl_module: L.LightningModule) -> None:
         self._recorder.close()
         self._wrappers.remove()
+        self._arranged.remove()
         set_gathering(pl_module, None)
         if self.qparam_optimizer is not None:
             self.qparam_optimizer.remove()
@@ -280,17 +261,3 @@ class QuantizationAwareTraining(L.Callback):
     def __repr__(self) -> str:
         given = {"weight": self.weight, "activation": self.activation, "rules": self.rules, "schedule": self.schedule}
         return f"QuantizationAwareTraining({', '.join(f'{k}={v!r}' for k, v in given.items())})"
-
-
-def _is_dev_run(trainer: L.Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
-def _length_of(trainer: L.Trainer) -> tuple[float, float]:
-    """Epochs and optimizer steps that the run will have; infinite where it cannot be known."""
-    epochs = torch.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)
-    steps = float(trainer.estimated_stepping_batches)
-    if steps < 0 or steps == torch.inf:
-        return epochs, torch.inf
-    in_an_epoch = max(1.0, float(trainer.num_training_batches) / trainer.accumulate_grad_batches)
-    return min(epochs, steps / in_an_epoch), steps * max(1, len(trainer.optimizers))

@@ -52,11 +52,13 @@ def fit_to(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The state dict that loads strictly into a model, from a float or quantized one.
 
     A float state dict takes the model's own quantizers along; quantizers that a float model has no place for are left
-    out.
+    out; keys are compared without what torch.compile puts into them.
 
     Raises:
         ValueError: if both are quantized and differently (both are shown).
     """
+    own_names = {plain_name(key): key for key in model.state_dict()}
+    state_dict = {own_names.get(plain_name(key), key): value for key, value in state_dict.items()}
     here = {n: q.spec for n, q in quantizers(model).items()}
     saved = manifest(state_dict)
     if not here:
@@ -109,6 +111,21 @@ def load_state_dict(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     fitted = fit_to(model, state_dict)
     _check_fits(model, fitted)
     model.load_state_dict(fitted)
+
+
+def check_loadable(model: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that does not fit before any of it is copied, where loading is strict and does not convert.
+
+    Raises:
+        ValueError: if it has no state dict, or keys or shapes do not fit.
+    """
+    if not isinstance(checkpoint.get("state_dict"), Mapping):
+        raise ValueError(
+            f"A checkpoint must hold a `state_dict`. Found the keys {', '.join(map(str, checkpoint))}: pass one that a "
+            "Lightning Trainer has saved."
+        )
+    if model.strict_loading and not any(module._load_state_dict_pre_hooks for module in model.modules()):
+        _check_fits(model, checkpoint["state_dict"])
 
 
 def _check_fits(model: nn.Module, state_dict: Mapping[str, Any]) -> None:

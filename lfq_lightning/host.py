@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.distributed.tensor import DTensor
 
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.saving import Saved, compressed
@@ -80,12 +81,19 @@ def quantized_type(layer_type: type[nn.Module]) -> type[nn.Module]:
 
 def float_type(module: nn.Module) -> type[nn.Module]:
     """The type of a layer without quantization."""
-    return type(module).__bases__[1] if isinstance(module, QuantizedLayer) else type(module)
+    kinds = type(module).__mro__  # FSDP2 puts a class of its own in front
+    return kinds[kinds.index(QuantizedLayer) + 1] if isinstance(module, QuantizedLayer) else type(module)
 
 
 def _rebuild(layer_type: type[nn.Module]) -> nn.Module:
     made = quantized_type(layer_type)  # type: ignore[arg-type]
     return made.__new__(made)
+
+
+def whole_weight(layer: QuantizedLayer) -> Tensor:
+    """The weight, gathered from every rank where FSDP2 has sharded it; every rank takes part."""
+    weight = layer.weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 class KeepSlowPath:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lfq_lightning.host import float_type, plain_name
+from lfq_lightning.host import QuantizedLayer, float_type, plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.spec import QuantSpec, Rule
 
@@ -73,10 +73,10 @@ def check_quantizable(name: str, layer: nn.Module, weight: QuantSpec | None, act
     assert isinstance(tensor, Tensor)
     if not tensor.is_floating_point():
         raise ValueError(f"A weight must be floating to be quantized. Found {tensor.dtype} in {name!r}: exclude it.")
-    if hasattr(tensor, "device_mesh"):
+    if hasattr(tensor, "device_mesh") and not isinstance(layer, QuantizedLayer):
         raise ValueError(
-            f"Quantizers are attached before parameters are sharded. Found a DTensor in {name!r}: list the callback so "
-            "that it is set up before `fully_shard` runs, or call `lfq_lightning.attach` first."
+            f"Quantizers are attached before parameters are sharded. Found a DTensor in {name!r}: make layers in "
+            "`__init__` or `setup` and call `fully_shard` in `configure_model`, or call `lfq_lightning.attach` first."
         )
     if weight is not None and weight.axis is not None and not -tensor.ndim <= weight.axis < tensor.ndim:
         raise ValueError(

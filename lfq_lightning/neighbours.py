@@ -10,7 +10,6 @@ import lightning as L
 from lightning.pytorch.callbacks import BaseFinetuning, ModelSummary, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from lfq_lightning.host import INPUT, WEIGHT, hosts, qparams, quantizers
 from lfq_lightning.optimizer import hidden_qparams
@@ -41,20 +40,6 @@ def check_neighbours(trainer: L.Trainer, own: L.Callback) -> None:
         raise ValueError(
             f"{type(plugin).__name__} replaces Linear layers by ones that quantize by themselves. Found it together "
             'with QuantizationAwareTraining: choose one, for instance `precision="bf16-mixed"`.'
-        )
-
-
-def check_not_sharded(model: nn.Module) -> None:
-    """Refuse a model that was sharded before it had quantizers.
-
-    Raises:
-        ValueError: if a parameter is a DTensor; its name is given.
-    """
-    sharded = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
-    if sharded is not None:
-        raise ValueError(
-            f"Quantizers must be attached before parameters are sharded. Found a DTensor in {sharded!r}: call "
-            "`fully_shard` or `parallelize_module` in `configure_model`, on layers made in `__init__` or `setup`."
         )
 
 

@@ -103,6 +103,7 @@ class QParamOptimizer:
         schedule: makes a learning-rate scheduler, stepped after each step of its optimizer; None keeps the rate.
         scaler: the gradient scaler of mixed precision, or None.
         faces: other objects whose `zero_grad` users call for `followed`, such as Lightning's wrappers.
+        over_ranks: the mean of a flat tensor over all ranks, where nothing else averages the qparams' gradients.
     """
 
     def __init__(
@@ -113,8 +114,9 @@ class QParamOptimizer:
         schedule: ScheduleFactory | None = None,
         scaler: Any = None,
         faces: Sequence[Any] = (),
+        over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._scaler = scaler
+        self._scaler, self._over_ranks = scaler, over_ranks
         self._slots: list[list[_Slot]] = []
         self.optimizers: list[Optimizer] = []
         self._handles: list[RemovableHandle] = []
@@ -144,6 +146,7 @@ class QParamOptimizer:
     def step(self, position: int) -> None:
         """Step the qparams of one optimizer with the gradients they hold."""
         slots = self._slots[position]
+        self._average(slots)
         moving = [slot for slot in slots if slot.take_gradient()]
         if not moving:
             return
@@ -158,6 +161,24 @@ class QParamOptimizer:
             slot.write_back(old)
         if self._schedules:
             self._schedules[position].step()
+
+    def _average(self, slots: Sequence[_Slot]) -> None:
+        """Give every rank the mean gradient; one that was not used on a rank counts as zero there."""
+        if self._over_ranks is None or not any(slot.quantizer.learning_enabled for slot in slots):
+            return
+        own = [torch.zeros_like(slot.value) if slot.value.grad is None else slot.value.grad for slot in slots]
+        used = own[0].new_tensor([float(any(slot.value.grad is not None for slot in slots))])
+        *mean, used = self._over_ranks(torch.cat([*own, used])).split([*(g.numel() for g in own), 1])
+        if used > 0:  # torch's checkpoints step an optimizer without gradients to learn what state it has
+            for slot, gradient in zip(slots, mean, strict=True):
+                slot.value.grad = gradient
+
+    def forget(self, quantizer: LearnableFakeQuantize) -> None:
+        """Drop what the optimizers remember of a quantizer."""
+        for own, slots in zip(self.optimizers, self._slots, strict=True):
+            for slot in slots:
+                if slot.quantizer is quantizer:
+                    own.state.pop(slot.proxy, None)
 
     def remove(self) -> None:
         """Let go of the user's optimizers."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.host import hosts, qparams, quantizers
+from lfq_lightning.host import hosts, qparams, quantizers, whole_weight
 from lfq_lightning.observers import Observer
 from lfq_lightning.schedule import Phase, check_phase
 
@@ -95,7 +95,7 @@ def estimate_weights(model: nn.Module) -> None:
     for layer in hosts(model).values():
         quantizer = layer.weight_quantizer
         if quantizer is not None and not quantizer.learned:
-            quantizer.estimate_from(layer.weight)
+            quantizer.estimate_from(whole_weight(layer))
 
 
 @contextmanager

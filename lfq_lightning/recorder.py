@@ -66,12 +66,12 @@ class Recorder:
         if self._is_due(trainer.global_step + max(1, len(trainer.optimizers))):
             self._measured = self._probes.enter_context(probed(model))
 
-    def after_batch(self, trainer: L.Trainer, model: L.LightningModule) -> dict[str, float]:
-        """Record if it is due; the summary to log."""
+    def after_batch(self, trainer: L.Trainer, model: L.LightningModule) -> list[TrajectoryRow]:
+        """Record if it is due; the rows, on every rank."""
         self._probes.close()
         measured, self._measured = self._measured, {}
         if not self._is_due(trainer.global_step):
-            return {}
+            return []
         measured |= measure_weights(model)
         rows, not_finite = record(model, trainer.global_step, trainer.current_epoch, model_phase(model), measured)
         for name in not_finite:
@@ -80,7 +80,7 @@ class Recorder:
             self._trajectory.append(rows)
         for logger in trainer.loggers:
             logger.log_metrics(_per_quantizer(rows), step=trainer.global_step)
-        return _summary(rows)
+        return rows
 
     def close(self) -> None:
         """Stop measuring."""
@@ -90,7 +90,7 @@ class Recorder:
         return step // self.interval > self._step_before // self.interval
 
 
-def _summary(rows: Iterable[TrajectoryRow]) -> dict[str, float]:
+def summary_of(rows: Iterable[TrajectoryRow]) -> dict[str, float]:
     """Mean scale and saturation of weights and inputs; what was not measured is left out."""
     rows = list(rows)
     summary = {}

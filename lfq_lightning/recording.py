@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.host import WEIGHT, hosts, quantizers
+from lfq_lightning.host import WEIGHT, hosts, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.trajectory import TrajectoryRow
 
@@ -50,7 +50,7 @@ def probed(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 def measure_weights(model: nn.Module) -> dict[str, Tensor]:
     """The saturation of every weight, as `probed` gives it."""
     return {
-        f"{name}.{WEIGHT}": layer.weight_quantizer.saturation(layer.weight)
+        f"{name}.{WEIGHT}": layer.weight_quantizer.saturation(whole_weight(layer))
         for name, layer in hosts(model).items()
         if layer.weight_quantizer is not None
     }

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lfq_lightning.host import INPUT, WEIGHT, hosts, quantizers
+from lfq_lightning.host import INPUT, WEIGHT, hosts, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.trajectory import TrajectoryRow
 
@@ -18,8 +18,10 @@ Reaction = Literal["warn", "reinit", "raise"]
 
 # The smallest scale that quantization divides by, with room for the nine digits of a record.
 _FLOOR = torch.finfo(torch.float32).eps * (1 + 1e-6)
-# Nothing useful passes a quantizer that clamps nine elements in ten, three records running.
-_SATURATED, _SATURATED_FOR = 0.9, 3
+# Weights shrink in training, and by normalisation may; not to a thousandth.
+_SHRUNK = 1e-3
+# What a quantizer clamps is lost; zeros after a ReLU never count as clamped.
+_SATURATED, _SATURATED_FOR = 0.75, 3
 # ReLU's zero points rest at an end from the start; only one that moved there and stayed is suspicious.
 _PINNED_FOR = 20
 
@@ -32,8 +34,9 @@ _REMEDY = (
 class Sentinel:
     """Finds collapsed quantizers in the rows of a trajectory, and reacts to each.
 
-    Collapsed is a quantizer whose scale or zero point is not finite, whose scale fell to its floor, which clamps nearly
-    everything, or whose zero point moved to an end of the range and stays there.
+    Collapsed is a quantizer whose scale or zero point is not finite, and, while it learns, one whose scale fell to its
+    floor or to a thousandth, which clamps most of what it is given, or whose zero point moved to an end of the range
+    and stays there.
 
     Args:
         reaction: "warn" names it once; "reinit" also estimates its qparams anew; "raise" ends the run.
@@ -47,7 +50,7 @@ class Sentinel:
             raise ValueError(f"`on_collapse` must be one of {', '.join(get_args(Reaction))}. Found {reaction!r}.")
         self.reaction = reaction
         self._named: set[str] = set()
-        self._above_floor: set[str] = set()
+        self._began: dict[str, float] = {}
         self._streaks: dict[tuple[str, str], float] = {}
 
     def collapsed(self, model: nn.Module, rows: Iterable[TrajectoryRow]) -> dict[str, str]:
@@ -60,12 +63,11 @@ class Sentinel:
         name = row.quantizer
         if not all(map(math.isfinite, (row.scale_min, row.scale_max, row.zero_point_min, row.zero_point_max))):
             return "its scale or zero point is not finite"
-        if row.scale_min > _FLOOR:
-            self._above_floor.add(name)
-        elif name in self._above_floor:  # a channel of zeros has the smallest scale from the start
-            return f"its scale fell to the floor of {_FLOOR:.2g}"
         if row.phase != "learn":
             return ""
+        began = self._began.setdefault(name, row.scale_min)
+        if row.scale_min <= max(began * _SHRUNK, _FLOOR) < began:  # a channel of zeros is at the floor from the start
+            return f"its smallest scale fell from {began:.3g} to {row.scale_min:.3g}"
         if self._lasts(name, "saturated", row.saturation > _SATURATED, _SATURATED_FOR):
             return f"it clamps {row.saturation:.0%} of what it is given"
         at_end = row.zero_point_max <= quantizer.quant_min or row.zero_point_min >= quantizer.quant_max
@@ -89,7 +91,8 @@ class Sentinel:
         fresh = {name: reason for name, reason in collapsed.items() if name not in self._named}
         self._named |= fresh.keys()
         if fresh:
-            said = f"Quantizers collapsed: {'; '.join(f'{name}: {reason}' for name, reason in fresh.items())}. {_REMEDY}"
+            shown = "; ".join(f"{name}: {reason}" for name, reason in fresh.items())
+            said = f"Quantizers collapsed: {shown}. {_REMEDY}"
             if self.reaction == "raise":
                 raise RuntimeError(said)
             rank_zero_warn(said)
@@ -104,7 +107,7 @@ def _reinitialise(model: nn.Module, name: str) -> LearnableFakeQuantize:
     quantizer = quantizers(model)[name]
     layer, _, role = name.rpartition(".")
     if role == WEIGHT:
-        quantizer.estimate_from(hosts(model)[layer].weight)
+        quantizer.estimate_from(whole_weight(hosts(model)[layer]))
     elif role == INPUT and quantizer.saw_data():
         quantizer.estimate()
     quantizer.scale_reference.copy_(quantizer.scale)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
 
+import lightning as L
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lfq_lightning.host import QuantizedLayer, hosts
-from lfq_lightning.optimizer import hidden_qparams
+from lfq_lightning.optimizer import (
+    OptimizerFactory,
+    QParamOptimizer,
+    ScheduleFactory,
+    default_optimizer,
+    hidden_qparams,
+)
 from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.sharding import mean_over_shards
 
 _REMEDY = (
     'With `optimizer="user"` each optimizer has one parameter group more, its last, for scales and zero points. A '
@@ -89,14 +97,15 @@ class UserOptimizers:
         if missing and optimizers:
             if scheduled:
                 raise ValueError(
-                    f"`optimizer=\"user\"` must find the weights of quantized layers in an optimizer. Found "
+                    f'`optimizer="user"` must find the weights of quantized layers in an optimizer. Found '
                     f"{len(missing)} scales and zero points of layers that no optimizer of `configure_optimizers` "
                     "holds, and schedulers that do not expect another group: leave those layers in float with a Rule, "
                     "or leave `optimizer` out."
                 )
             _add_group(optimizers[0], missing)
-        self.optimizers = [o for o in optimizers if any(id(p) in qparams for g in o.param_groups for p in g["params"])]
-        self._groups = [g for o in self.optimizers for g in o.param_groups if any(id(p) in qparams for p in g["params"])]
+        holding = [(o, g) for o in optimizers for g in o.param_groups if any(id(p) in qparams for p in g["params"])]
+        self.optimizers = list(dict.fromkeys(optimizer for optimizer, _ in holding))
+        self._groups = [group for _, group in holding]
         self._handles: list[RemovableHandle] = []
         for optimizer in self.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(lambda *_: self.keep_still()))
@@ -143,6 +152,32 @@ class UserOptimizers:
         """
         if state["optimizers"]:
             raise ValueError(
-                "The checkpoint's qparams have an optimizer of their own. Found `optimizer=\"user\"` here: resume with "
+                'The checkpoint\'s qparams have an optimizer of their own. Found `optimizer="user"` here: resume with '
                 "the `optimizer` that the run began with."
             )
+
+
+Choice = OptimizerFactory | Literal["user"] | None
+
+
+def arranged_qparams(model: nn.Module, choice: Choice) -> AbstractContextManager[None]:
+    """What `configure_optimizers` runs in: qparams are grouped, or hidden where they have an optimizer of their own."""
+    return grouped_qparams(model) if choice == "user" else hidden_qparams(model)
+
+
+def make_optimizer(
+    trainer: L.Trainer, model: L.LightningModule, choice: Choice, schedule: ScheduleFactory | None
+) -> QParamOptimizer | UserOptimizers:
+    """What steps the qparams of this run, once the Trainer has the user's optimizers."""
+    if choice == "user":
+        return UserOptimizers(model, trainer.optimizers, scheduled=bool(trainer.lr_scheduler_configs))
+    faces = model.optimizers()
+    return QParamOptimizer(
+        model,
+        trainer.optimizers,
+        default_optimizer if choice is None else choice,
+        schedule,
+        getattr(trainer.precision_plugin, "scaler", None),
+        faces if isinstance(faces, list) else [faces],
+        mean_over_shards(trainer),
+    )

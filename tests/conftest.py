@@ -10,6 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; proce
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # the Triton kernels then run on the CPU; this counts before Triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 

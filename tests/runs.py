@@ -106,7 +106,8 @@ def fit(directory: Path, model: L.LightningModule | None = None, **options: Any)
     data = options.pop("data", None) or loader()
     resume = options.pop("ckpt_path", None)
     made = trainer(directory, [callback, *more], **options)
-    validation = loader() if type(getattr(model, "_orig_mod", model)).validation_step is not L.LightningModule.validation_step else None
+    step = type(getattr(model, "_orig_mod", model)).validation_step
+    validation = loader() if step is not L.LightningModule.validation_step else None
     made.fit(model, data, validation, ckpt_path=resume, weights_only=True if resume else None)
     return model, made, callback
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -11,7 +12,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-BACKENDS = ("reference", "native")
+# The Triton kernels' own code, run by Triton's interpreter; with a GPU, tests/cuda runs it compiled.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+FAST_BACKENDS = ("reference", "native")
+BACKENDS = (*FAST_BACKENDS, *(["triton"] * INTERPRETED))
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SATURATIONS = ("lsq", "exclusive", "inclusive")
 EPS = torch.finfo(torch.float32).eps

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "lfq_lightning"
 # A file imports only from rows above its own.
 FLOORS = [
     ["schedule", "trajectory", "wrapping", "ops.layout"],
-    ["plot", "ops.reference", "ops.native"],
+    ["plot", "ops.reference", "ops.native", "ops.triton_kernels"],
+    ["ops.triton"],
     ["ops.backends"],
     ["ops.function"],
     ["ops"],
@@ -24,9 +25,9 @@ FLOORS = [
     ["quantizer"],
     ["saving"],
     ["host"],
-    ["layers", "phases", "optimizer", "recording", "summary"],
-    ["placement", "recorder"],
-    ["checkpoint"],
+    ["layers", "phases", "optimizer", "recording", "sentinel", "sharding", "summary"],
+    ["neighbours", "placement", "recorder", "run_length", "user_optimizer"],
+    ["checkpoint", "run_phases"],
     ["callback"],
     ["__init__"],
 ]

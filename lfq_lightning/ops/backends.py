@@ -14,6 +14,11 @@ from lfq_lightning.ops import native, reference
 
 _NAMES = ("reference", "native", "triton")
 
+# os.environ looks a missing variable up by raising and catching, which costs more than a kernel on a small tensor; the
+# dictionary behind it does not.
+_ENVIRONMENT = getattr(os.environ, "_data", os.environ)
+_VARIABLE = os.environ.encodekey("LFQ_BACKEND") if _ENVIRONMENT is not os.environ else "LFQ_BACKEND"
+
 
 class Backends(dict[str, str]):
     """Device type to implementation; `reasons` says why, and printing shows both."""
@@ -30,7 +35,7 @@ def backends() -> Backends:
     """Say which implementation serves each device, and why.
 
     Returns:
-        A dictionary such as `{"cpu": "native", "cuda": "reference"}` with a `reasons` attribute.
+        A dictionary such as `{"cpu": "native", "cuda": "triton"}` with a `reasons` attribute.
 
     Raises:
         RuntimeError: if the environment variable `LFQ_BACKEND` forces an implementation that cannot run here.
@@ -52,18 +57,39 @@ def select(x: Tensor) -> ModuleType:
     Raises:
         RuntimeError: if `LFQ_BACKEND` forces one that cannot.
     """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        forced = os.environ.get("LFQ_BACKEND")
-        name, _ = _choose_and_warn("cpu", forced)
-        if name == "native":
-            if native.serves(x):
-                return native
-            if forced == "native":
-                raise RuntimeError(
-                    f"LFQ_BACKEND=native serves plain strided tensors of {', '.join(map(str, native.DTYPES))}. Found "
-                    f"{type(x).__name__} of {x.dtype}: unset it to let plain torch serve this tensor."
-                )
+    if torch.compiler.is_compiling():
+        # Inductor fuses plain torch on the CPU; on CUDA its division is approximate.
+        name, forced = _constant(x.device.type)
+        if name != "triton":
+            return reference
+    elif x.is_cpu or x.is_cuda:
+        forced = os.environ["LFQ_BACKEND"] if _VARIABLE in _ENVIRONMENT else None
+        name = _choose_and_warn("cpu" if x.is_cpu else "cuda", forced)[0]
+    else:
+        return reference
+    if name == "native":
+        if native.serves(x):
+            return native
+    elif name == "triton":
+        from lfq_lightning.ops import triton
+
+        if triton.serves(x):
+            return triton
+    else:
+        return reference
+    if forced == name:
+        raise RuntimeError(
+            f"LFQ_BACKEND={forced} serves plain strided tensors of {', '.join(map(str, native.DTYPES))}. Found "
+            f"{type(x).__name__} of {x.dtype}: unset it to let plain torch serve this tensor."
+        )
     return reference
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant(device: str) -> tuple[str, str | None]:
+    """What serves a device, which compiled code looks up once, and what is forced."""
+    forced = os.environ.get("LFQ_BACKEND")
+    return (_choose_and_warn(device, forced)[0] if device in ("cpu", "cuda") else "reference"), forced
 
 
 @lru_cache
@@ -78,12 +104,10 @@ def _choose_and_warn(device: str, forced: str | None) -> tuple[str, str]:
 def _choose(device: str, forced: str | None) -> tuple[str, str]:
     if forced is not None and forced not in _NAMES:
         raise RuntimeError(f"LFQ_BACKEND must be one of {', '.join(_NAMES)}. Found {forced!r}: unset it or correct it.")
-    if forced == "triton":
-        raise RuntimeError("LFQ_BACKEND=triton cannot run: this version has no Triton kernels. Unset it.")
     if forced == "reference":
         return "reference", "forced by LFQ_BACKEND"
-    if device == "cuda":
-        return "reference", "no kernels for this device yet; plain torch operations are used"
+    if device == "cuda" or forced == "triton":
+        return _choose_triton(device, forced)
     try:
         native.library()
     except ImportError as error:
@@ -91,3 +115,18 @@ def _choose(device: str, forced: str | None) -> tuple[str, str]:
             raise RuntimeError(f"LFQ_BACKEND=native cannot run: {error}") from error
         return "reference", str(error)
     return "native", "forced by LFQ_BACKEND" if forced else "the compiled extension is loaded"
+
+
+def _choose_triton(device: str, forced: str | None) -> tuple[str, str]:
+    # Imported where it is wanted: Triton is slow to import, and not everywhere.
+    try:
+        from lfq_lightning.ops import triton
+    except ImportError as error:
+        reason = f"the Triton kernels cannot be loaded ({error}): `pip install triton`"
+    else:
+        if device == "cuda" or triton.INTERPRETED:
+            return "triton", "forced by LFQ_BACKEND" if forced == "triton" else "Triton is installed"
+        reason = "its kernels are for CUDA; unset it, or set TRITON_INTERPRET=1 before Python starts to test them here"
+    if forced == "triton":
+        raise RuntimeError(f"LFQ_BACKEND=triton cannot run on {device}: {reason}")
+    return "reference", reason

@@ -23,7 +23,7 @@ class FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         scale: Tensor,
@@ -40,30 +40,41 @@ class FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, qparams)
         ctx.backend = backend
         ctx.arguments = (quant_min, quant_max, axis, group_size, grad_factor, saturation)
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, qparams = ctx.saved_tensors
-        learn = ctx.arguments[4] != 0.0
-        _, need_scale, need_zero_point, *_ = ctx.needs_input_grad
+        quant_min, quant_max, axis, group_size, grad_factor, saturation = ctx.arguments
+        needs = ctx.needs_input_grad
+        learn = grad_factor != 0.0
         gradients = ctx.backend.backward(
-            dy, x, qparams, *ctx.arguments, learn and need_scale, learn and need_zero_point
+            dy,
+            x,
+            qparams,
+            quant_min,
+            quant_max,
+            axis,
+            group_size,
+            grad_factor,
+            saturation,
+            learn and needs[1],
+            learn and needs[2],
         )
         if torch.is_grad_enabled():
             gradients = _OnceDifferentiable.apply(dy.new_zeros((), requires_grad=True), *gradients)
-        return (*gradients, None, None, None, None, None, None)
+        return *gradients, None, None, None, None, None, None
 
 
 class Unchanged(torch.autograd.Function):
     """y = x with the qparams in the graph, so that DDP finds every parameter used in every phase."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return dy, None, None
 
 
@@ -71,11 +82,11 @@ class _OnceDifferentiable(torch.autograd.Function):
     """Hands gradients on, and refuses to be differentiated itself."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(None if g is None else g.view_as(g) for g in gradients)
 
     @staticmethod
-    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             "fake_quantize can be differentiated once: a straight-through estimator has no second derivative. Found a "
             "backward pass through its gradients (a gradient penalty?): compute that term with the quantizers in "
@@ -133,7 +144,7 @@ def fake_quantize(
         tensor([-1.0000, -0.5000,  0.5000,  0.5000])
     """
     _check(x, scale, zero_point, quant_min, quant_max, axis, group_size, grad_factor, saturation)
-    return FakeQuantize.apply(  # type: ignore[no-any-return,no-untyped-call]
+    return FakeQuantize.apply(
         x, scale, zero_point, quant_min, quant_max, axis, group_size, float(grad_factor), saturation
     )
 

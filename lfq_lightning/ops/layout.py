@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each element's scale is, in the tensor's own memory order.
+    """Where each element's scale is, in the order in which the results lie in memory.
 
     Memory is cut into `segments` runs of `chunk` elements that share one scale; run `i` uses scale `i % channels`.
     Every `groups` runs make a row of `row` elements, whose last run may be shorter. Where the runs would be too short
-    to vectorise, `width` is positive instead: memory is then a matrix of that many columns, and `repeat` neighbouring
-    columns share one scale.
+    to vectorise, `width` is positive instead: memory is then a matrix of that many columns, and column `c` uses scale
+    `c // repeat % channels`.
     """
 
     channels: int
@@ -27,26 +26,22 @@ class Layout:
     repeat: int = 1
 
 
-# Runs shorter than two 16-lane vectors are faster as columns of a matrix.
-_SHORTEST_RUN = 32
+# Starting a run costs as much as some 100 elements: shorter ones are faster as columns of a matrix, if it has rows over
+# which to spread the cost of giving each column its scale. Few columns are faster when rows are joined.
+_SHORTEST_RUN = 128
+_FEWEST_ROWS = 8
+_FEWEST_COLUMNS = 64
 
 
-def memory_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int] | None:
-    """The dimensions longer than 1, outermost in memory first, or None if the tensor has gaps or overlaps."""
-    order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: (-stride[d], d))
-    expected = 1
-    for dimension in reversed(order):
-        if stride[dimension] != expected:
-            return None
-        expected *= shape[dimension]
-    return order
+def memory_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
+    """The dimensions longer than 1, outermost in memory first."""
+    return sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: (-stride[d], d))
 
 
-@lru_cache(maxsize=4096)
 def plan(
     shape: tuple[int, ...], stride: tuple[int, ...], axis: int | None, group_size: int | None, scales: int
 ) -> Layout | None:
-    """The layout of a tensor, or None where the tensor must first be made contiguous.
+    """The layout of results with these strides, which leave no gaps; None where groups are not runs of memory.
 
     Raises:
         ValueError: if `axis` is out of range or `scales` is not the number that the shape asks for.
@@ -56,8 +51,6 @@ def plan(
     if numel == 0:
         return Layout(scales, 0, 0, 1, 0, 0)
     order = memory_order(shape, stride)
-    if order is None:
-        return None
     if group_size is not None:
         return _grouped(shape, group_size, scales, numel) if order == sorted(order) else None
     if scales == 1:
@@ -65,9 +58,31 @@ def plan(
     assert axis is not None
     position = order.index(axis % len(shape))
     inner = math.prod(shape[d] for d in order[position + 1 :])
-    if inner < _SHORTEST_RUN:
-        return Layout(scales, numel, 0, 1, 0, 0, width=scales * inner, repeat=inner)
-    return Layout(scales, numel, numel // inner, 1, inner, inner)
+    rows = numel // (scales * inner)
+    if inner >= _SHORTEST_RUN or (rows < _FEWEST_ROWS and inner >= 8):
+        return Layout(scales, numel, numel // inner, 1, inner, inner)
+    width = scales * inner
+    most = max(1, _FEWEST_COLUMNS // width)
+    together = max(divisor for divisor in range(1, most + 1) if rows % divisor == 0)
+    return Layout(scales, numel, 0, 1, 0, 0, width=width * together, repeat=inner)
+
+
+def view(shape: tuple[int, ...], stride: tuple[int, ...], dense: tuple[int, ...]) -> tuple[int, ...] | None:
+    """How to read a tensor in the order of the strides `dense`, which leave no gaps; None if it lies so itself.
+
+    Returns:
+        The number of dimensions, their sizes and their strides, outermost first, with neighbours merged.
+    """
+    merged: list[tuple[int, int]] = []
+    for dimension in memory_order(shape, dense):
+        size, step = shape[dimension], stride[dimension]
+        if merged and merged[-1][1] == size * step:
+            merged[-1] = (merged[-1][0] * size, step)
+        else:
+            merged.append((size, step))
+    if len(merged) <= 1 and all(step == 1 for _, step in merged):
+        return None
+    return (len(merged), *(size for size, _ in merged), *(step for _, step in merged))
 
 
 def _grouped(shape: tuple[int, ...], group_size: int, scales: int, numel: int) -> Layout:

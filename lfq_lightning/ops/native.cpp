@@ -1,248 +1,81 @@
 // Fake quantization of CPU tensors: one pass forward, one pass backward, and sums whose order no thread count changes.
 //
 // No torch headers: Python passes data pointers. The OpenMP runtime is whichever torch has loaded.
-// Compile with -ffp-contract=off: a fused multiply-add would round differently from the exported integer model.
 
-#include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VERSIONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define VERSIONED
-#endif
-#define INLINE inline __attribute__((always_inline))
+#include "kernels.h"
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
-using std::int64_t;
+using namespace lfq;
 
-constexpr float EPS = 1.1920928955078125e-7f;
-constexpr float TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds half to even
-constexpr int LANES = 16;                  // partial sums a block keeps, on every instruction set
-constexpr int64_t BLOCK = 2048;            // elements a partial sum covers: 128 additions a lane
-constexpr int64_t ROWS = 64;               // rows a partial sum of the column kernel covers
-constexpr int64_t SERIAL = 32768;          // elements below which threads cost more than they bring
+constexpr int64_t ROWS = 64;  // rows a partial sum of the column kernel covers
 
-// Python's ops/layout.py says what the fields mean.
+// Python's ops/layout.py says what the fields mean. `view` is null where x lies as y does.
 struct Layout {
-    int64_t channels, numel, segments, groups, row, chunk, width, repeat;
+    int64_t dtype, channels, numel, segments, groups, row, chunk, width, repeat;
+    const int64_t* view;
 };
 
 enum DType { FLOAT32, FLOAT64, FLOAT16, BFLOAT16 };
-enum Saturation { LSQ, EXCLUSIVE, INCLUSIVE };
 
-// ---- element types ------------------------------------------------------------------------------------------------
+// ---- where elements lie -------------------------------------------------------------------------------------------
 
-struct Half { uint16_t bits; };
-struct BFloat { uint16_t bits; };
+constexpr int MOST_DIMENSIONS = 64;  // torch's own limit
 
-INLINE uint32_t bits_of(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
-INLINE float float_of(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
-
-INLINE float load(float v) { return v; }
-INLINE float load(double v) { return static_cast<float>(v); }
-INLINE float load(BFloat v) { return float_of(static_cast<uint32_t>(v.bits) << 16); }
-INLINE float load(Half v) {
-    const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
-    const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // infinity and NaN
-    const float scaled = float_of(magnitude) * 0x1p112f;                   // exact, subnormals included
-    return float_of(bits_of(scaled) | special | static_cast<uint32_t>(v.bits & 0x8000u) << 16);
-}
-
-INLINE void store(float& to, float v) { to = v; }
-INLINE void store(double& to, float v) { to = static_cast<double>(v); }
-INLINE void store(BFloat& to, float v) {
-    const uint32_t u = bits_of(v);
-    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    to.bits = static_cast<uint16_t>(v != v ? 0x7fc0u : rounded);
-}
-INLINE void store(Half& to, float v) {
-    const uint32_t sign = bits_of(v) & 0x80000000u, u = bits_of(v) ^ sign;
-    const uint32_t subnormal = bits_of(float_of(u) + 0.5f) - 0x3f000000u;  // the addition rounds to 2^-24
-    const uint32_t normal = (u + 0xc8000fffu + ((u >> 13) & 1u)) >> 13;
-    const uint32_t special = u > 0x7f800000u ? 0x7e00u : 0x7c00u;
-    const uint32_t finite = u < 0x38800000u ? subnormal : normal;
-    to.bits = static_cast<uint16_t>((u >= 0x47800000u ? special : finite) | sign >> 16);
-}
-
-// ---- one element --------------------------------------------------------------------------------------------------
-
-// NaN survives both comparisons.
-INLINE float clamp(float v, float low, float high) {
-    v = low > v ? low : v;
-    return high < v ? high : v;
-}
-
-// Right for magnitudes up to 2^22: clamp first. Never -0.0.
-INLINE float round_half_even(float v) { return (v + TO_INTEGER) - TO_INTEGER; }
-
-// Rounding is monotone and the limits are integers, so clamping first gives the same integer.
-INLINE float fake_quantized(float x, float s, float low, float high) {
-    return round_half_even(clamp(x / s, low, high)) * s;
-}
-
-struct Terms { float dx, scale, zero_point; };  // zero_point without its factor -s
-
-template <int SATURATION>
-INLINE Terms gradient_terms(float x, float g, float s, float low, float high) {
-    const float u = x / s;
-    const float c = round_half_even(clamp(u, low, high));
-    bool passes, learns;
-    if (SATURATION == LSQ) {
-        passes = learns = (u > low) & (u < high);
-    } else {
-        const float r = round_half_even(clamp(u, low - 1.0f, high + 1.0f));
-        passes = (r >= low) & (r <= high);
-        learns = SATURATION == EXCLUSIVE ? passes : (r > low) & (r < high);
-    }
-    const bool finite = __builtin_fabsf(x) <= 0x1.fffffep127f;
-    const float weight = learns ? c - u : c;
-    return {passes & finite ? g : 0.0f, finite ? g * weight : 0.0f, finite & !learns ? g : 0.0f};
-}
-
-// ---- runs: consecutive elements share one scale -------------------------------------------------------------------
-
+// A view is [dimensions, sizes, strides], outermost first, in the order in which the results lie in memory.
 template <typename T>
-INLINE void forward_run(const T* x, T* y, int64_t n, float s, float low, float high) {
-    for (int64_t i = 0; i < n; ++i) store(y[i], fake_quantized(load(x[i]), s, low, high));
-}
-
-INLINE float sum_lanes(const float* lanes) {
-    double total = 0.0;
-    for (int j = 0; j < LANES; ++j) total += lanes[j];
-    return static_cast<float>(total);
-}
-
-template <typename T, int SATURATION, bool LEARN, bool ZERO_POINT>
-INLINE void backward_run(const T* x, const T* g, T* dx, int64_t n, float s, float low, float high, float* partial) {
-    float scale[LANES] = {}, zero_point[LANES] = {};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-#pragma omp simd
-        for (int j = 0; j < LANES; ++j) {
-            const Terms t = gradient_terms<SATURATION>(load(x[i + j]), load(g[i + j]), s, low, high);
-            store(dx[i + j], t.dx);
-            if (LEARN) scale[j] += t.scale;
-            if (ZERO_POINT) zero_point[j] += t.zero_point;
+void gather(const T* data, const int64_t* view, int64_t start, int64_t n, T* to) {
+    const int64_t last = view[0] - 1, *size = view + 1, *stride = size + view[0];
+    int64_t index[MOST_DIMENSIONS];
+    for (int64_t d = last; d >= 0; start /= size[d--]) {
+        index[d] = start % size[d];
+        data += index[d] * stride[d];
+    }
+    while (true) {
+        const int64_t rest = size[last] - index[last], run = rest < n ? rest : n;
+        if (stride[last] == 1) std::memcpy(to, data, run * sizeof(T));
+        else for (int64_t i = 0; i < run; ++i) to[i] = data[i * stride[last]];
+        if ((n -= run) == 0) return;
+        to += run;
+        data -= index[last] * stride[last];
+        index[last] = 0;
+        int64_t d = last - 1;
+        for (; ++index[d] == size[d]; --d) {
+            data -= (size[d] - 1) * stride[d];
+            index[d] = 0;
         }
+        data += stride[d];
     }
-    for (int j = 0; i < n; ++i, ++j) {
-        const Terms t = gradient_terms<SATURATION>(load(x[i]), load(g[i]), s, low, high);
-        store(dx[i], t.dx);
-        if (LEARN) scale[j] += t.scale;
-        if (ZERO_POINT) zero_point[j] += t.zero_point;
-    }
-    if (LEARN) partial[0] = sum_lanes(scale);
-    if (ZERO_POINT) partial[1] = sum_lanes(zero_point);
 }
 
-// ---- columns: each has its own scale ------------------------------------------------------------------------------
-
+// Elements in the order of the results: where they are, or gathered in a tile that stays in the first-level cache.
 template <typename T>
-INLINE void forward_rows(const T* x, T* y, int64_t rows, int64_t width, const float* s, const float* low,
-                         const float* high) {
-    for (int64_t r = 0; r < rows; ++r, x += width, y += width)
-        for (int64_t c = 0; c < width; ++c) store(y[c], fake_quantized(load(x[c]), s[c], low[c], high[c]));
-}
+struct Input {
+    const T* data;
+    const int64_t* view;
 
-template <typename T, int SATURATION, bool LEARN, bool ZERO_POINT>
-INLINE void backward_rows(const T* x, const T* g, T* dx, int64_t rows, int64_t width, const float* s, const float* low,
-                          const float* high, float* scale, float* zero_point) {
-    for (int64_t c = 0; c < width; ++c) scale[c] = zero_point[c] = 0.0f;
-    for (int64_t r = 0; r < rows; ++r, x += width, g += width, dx += width) {
-#pragma omp simd
-        for (int64_t c = 0; c < width; ++c) {
-            const Terms t = gradient_terms<SATURATION>(load(x[c]), load(g[c]), s[c], low[c], high[c]);
-            store(dx[c], t.dx);
-            if (LEARN) scale[c] += t.scale;
-            if (ZERO_POINT) zero_point[c] += t.zero_point;
-        }
+    const T* tile(int64_t start, int64_t n, T* space) const {
+        if (!view) return data + start;
+        gather(data, view, start, n, space);
+        return space;
     }
-}
-
-// ---- one block of work, compiled for each instruction set ---------------------------------------------------------
-
-struct Block {
-    const void* x;
-    const void* g;
-    void* out;  // y forward, dx backward
-    int64_t start, length, rows, width;
-    const float *s, *low, *high;
-    float *scale, *zero_point;  // partial sums
 };
-
-template <typename T>
-INLINE void forward_block(const Block& b) {
-    const T* x = static_cast<const T*>(b.x) + b.start;
-    T* y = static_cast<T*>(b.out) + b.start;
-    if (b.width) forward_rows(x, y, b.rows, b.width, b.s, b.low, b.high);
-    else forward_run(x, y, b.length, *b.s, *b.low, *b.high);
-}
-
-template <typename T, int SATURATION, bool LEARN, bool ZERO_POINT>
-INLINE void backward_block(const Block& b) {
-    const T* x = static_cast<const T*>(b.x) + b.start;
-    const T* g = static_cast<const T*>(b.g) + b.start;
-    T* dx = static_cast<T*>(b.out) + b.start;
-    if (b.width) {
-        backward_rows<T, SATURATION, LEARN, ZERO_POINT>(x, g, dx, b.rows, b.width, b.s, b.low, b.high, b.scale,
-                                                        b.zero_point);
-    } else {
-        float partial[2];
-        backward_run<T, SATURATION, LEARN, ZERO_POINT>(x, g, dx, b.length, *b.s, *b.low, *b.high, partial);
-        if (LEARN) *b.scale = partial[0];
-        if (ZERO_POINT) *b.zero_point = partial[1];
-    }
-}
-
-template <typename T, int SATURATION>
-INLINE void backward_block(const Block& b, bool learn, bool zero_point) {
-    if (learn & zero_point) backward_block<T, SATURATION, true, true>(b);
-    else if (learn) backward_block<T, SATURATION, true, false>(b);
-    else if (zero_point) backward_block<T, SATURATION, false, true>(b);
-    else backward_block<T, SATURATION, false, false>(b);
-}
-
-template <typename T>
-INLINE void backward_block(const Block& b, int saturation, bool learn, bool zero_point) {
-    if (saturation == LSQ) backward_block<T, LSQ>(b, learn, zero_point);
-    else if (saturation == EXCLUSIVE) backward_block<T, EXCLUSIVE>(b, learn, zero_point);
-    else backward_block<T, INCLUSIVE>(b, learn, zero_point);
-}
-
-#define FOR_EACH_TYPE(APPLY) APPLY(float, f32) APPLY(double, f64) APPLY(Half, f16) APPLY(BFloat, bf16)
-#define DEFINE(T, NAME)                                                                        \
-    VERSIONED void forward_##NAME(const Block& b) { forward_block<T>(b); }                     \
-    VERSIONED void backward_##NAME(const Block& b, int saturation, bool learn, bool zero_point) { \
-        backward_block<T>(b, saturation, learn, zero_point);                                   \
-    }
-FOR_EACH_TYPE(DEFINE)
-
-void run_forward(int dtype, const Block& b) {
-    switch (dtype) {
-        case FLOAT32: return forward_f32(b);
-        case FLOAT64: return forward_f64(b);
-        case FLOAT16: return forward_f16(b);
-        default: return forward_bf16(b);
-    }
-}
-
-void run_backward(int dtype, const Block& b, int saturation, bool learn, bool zero_point) {
-    switch (dtype) {
-        case FLOAT32: return backward_f32(b, saturation, learn, zero_point);
-        case FLOAT64: return backward_f64(b, saturation, learn, zero_point);
-        case FLOAT16: return backward_f16(b, saturation, learn, zero_point);
-        default: return backward_bf16(b, saturation, learn, zero_point);
-    }
-}
 
 // ---- cutting a tensor into blocks ---------------------------------------------------------------------------------
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+struct Block {
+    int64_t start, length;  // elements; of rows: length / width of them
+    int64_t channel;        // of a run
+    int64_t partial;        // where its partial sums begin
+};
 
 // The cut depends on the layout alone, never on the number of threads.
 struct Cut {
@@ -252,44 +85,53 @@ struct Cut {
     explicit Cut(const Layout& l)
         : layout(l),
           per_segment(l.width ? 0 : ceil_div(l.chunk, BLOCK)),
-          blocks(l.width ? ceil_div(l.width ? l.numel / l.width : 0, ROWS) : l.segments * per_segment) {}
+          blocks(l.width ? ceil_div(l.numel, ROWS * l.width) : l.segments * per_segment) {}
 
     // Partial sums: one a block, or one a column of a block of rows.
     int64_t partials() const { return layout.width ? blocks * layout.width : blocks; }
 
-    // qparams: s, low and high, each `channels` long, or `width` long where columns are expanded.
-    void place(int64_t i, const float* qparams, float* partial, Block& b) const {
-        if (layout.width) {
-            const int64_t row = i * ROWS, rows = layout.numel / layout.width - row;
-            b.start = row * layout.width;
-            b.rows = rows < ROWS ? rows : ROWS;
-            b.width = layout.width;
-            b.s = qparams;
-            b.low = qparams + layout.width;
-            b.high = qparams + 2 * layout.width;
-            b.scale = partial + i * layout.width;
-        } else {
-            const int64_t segment = i / per_segment, offset = (i % per_segment) * BLOCK;
-            const int64_t begin = (segment % layout.groups) * layout.chunk;
-            const int64_t rest = (layout.row - begin < layout.chunk ? layout.row - begin : layout.chunk) - offset;
-            b.start = (segment / layout.groups) * layout.row + begin + offset;
-            b.length = rest < 0 ? 0 : rest < BLOCK ? rest : BLOCK;
-            b.width = 0;
-            b.s = qparams + segment % layout.channels;
-            b.low = b.s + layout.channels;
-            b.high = b.low + layout.channels;
-            b.scale = partial + i;
+    Block at(int64_t i) const {
+        const Layout& l = layout;
+        if (l.width) {
+            const int64_t start = i * ROWS * l.width;
+            return {start, least(ROWS * l.width, l.numel - start), 0, i * l.width};
         }
-        b.zero_point = b.scale + partials();
+        const int64_t segment = i / per_segment, offset = (i - segment * per_segment) * BLOCK;
+        const int64_t row = segment / l.groups, begin = (segment - row * l.groups) * l.chunk;
+        const int64_t rest = least(l.row - begin, l.chunk) - offset;
+        return {row * l.row + begin + offset, rest < 0 ? 0 : least(rest, BLOCK), segment % l.channels, i};
+    }
+
+    // Calls work(tile start, rows, first column, columns) for tiles of at most BLOCK elements of a block of rows.
+    template <typename Work>
+    void tiles(const Block& b, const Work& work) const {
+        const int64_t width = layout.width, rows = b.length / width;
+        const int64_t columns = least(width, BLOCK), step = BLOCK / columns;
+        for (int64_t r = 0; r < rows; r += step)
+            for (int64_t c = 0; c < width; c += columns)
+                work(b.start + r * width + c, least(step, rows - r), c, least(columns, width - c));
+    }
+
+    template <typename Work>
+    void for_each_block(int threads, const Work& work) const {
+        if (threads <= 1) {
+            for (int64_t i = 0; i < blocks; ++i) work(at(i));
+            return;
+        }
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (int64_t i = 0; i < blocks; ++i) work(at(i));
     }
 };
 
-// Columns that share a scale get a copy of it each.
+// s, low and high of each column: column c uses scale (c / repeat) % channels. Null where that is c itself.
 std::unique_ptr<float[]> expand(const float* qparams, const Layout& l) {
-    if (l.width == 0 || l.repeat == 1) return nullptr;
+    if (l.width == 0 || (l.repeat == 1 && l.width == l.channels)) return nullptr;
     std::unique_ptr<float[]> out(new float[3 * l.width]);
-    for (int64_t k = 0; k < 3; ++k)
-        for (int64_t c = 0; c < l.width; ++c) out[k * l.width + c] = qparams[k * l.channels + c / l.repeat];
+    float* to = out.get();
+    for (int64_t k = 0; k < 3; ++k, qparams += l.channels)
+        for (int64_t period = 0; period < l.width; period += l.channels * l.repeat)
+            for (int64_t c = 0; c < l.channels; ++c)
+                for (int64_t j = 0; j < l.repeat; ++j) *to++ = qparams[c];
     return out;
 }
 
@@ -297,62 +139,129 @@ std::unique_ptr<float[]> expand(const float* qparams, const Layout& l) {
 void add_up(const Cut& cut, const float* partial, double* total) {
     const Layout& l = cut.layout;
     for (int64_t c = 0; c < l.channels; ++c) total[c] = 0.0;
-    if (l.width) {
-        for (int64_t i = 0; i < cut.blocks; ++i)
-            for (int64_t c = 0; c < l.width; ++c) total[c / l.repeat] += partial[i * l.width + c];
-    } else {
-        for (int64_t i = 0; i < cut.blocks; ++i) total[(i / cut.per_segment) % l.channels] += partial[i];
+    const int64_t repeat = l.width ? l.repeat : cut.per_segment, count = cut.partials();
+    for (int64_t i = 0; i < count;)
+        for (int64_t c = 0; c < l.channels && i < count; ++c)
+            for (int64_t j = 0; j < repeat; ++j) total[c] += partial[i++];
+}
+
+// ---- the two passes -----------------------------------------------------------------------------------------------
+
+// What Python packs, field by field: ops/native.py.
+struct Forward {
+    const Layout* layout;
+    const void* x;
+    void* y;
+    const float *scale, *zero_point;
+    float* qparams;  // (3, channels): receives the s, low and high that were used
+    float quant_min, quant_max;
+    int threads;
+};
+
+struct Backward {
+    const Layout* layout;
+    const void* g;
+    const int64_t* g_view;
+    const void* x;
+    void* dx;
+    const float* qparams;
+    float *d_scale, *d_zero_point;  // (channels,), or null where not asked for
+    float grad_factor;
+    int saturation, threads;
+};
+
+template <typename T>
+void forward(const Forward& call) {
+    const Layout& l = *call.layout;
+    const Cut cut(l);
+    const auto expanded = expand(call.qparams, l);
+    const float* s = expanded ? expanded.get() : call.qparams;
+    const int64_t count = l.width ? l.width : l.channels;
+    const float *low = s + count, *high = low + count;
+    const Input<T> x{static_cast<const T*>(call.x), l.view};
+    T* y = static_cast<T*>(call.y);
+    cut.for_each_block(call.threads, [&](const Block& b) {
+        alignas(64) T space[BLOCK];
+        if (!l.width) {
+            const int64_t c = b.channel;
+            const T* from = x.tile(b.start, b.length, space);
+            return forward_run(from, y + b.start, b.length, s[c], low[c], high[c]);
+        }
+        cut.tiles(b, [&](int64_t start, int64_t rows, int64_t c, int64_t columns) {
+            const T* from = x.tile(start, rows * columns, space);
+            forward_rows(from, y + start, rows, columns, s + c, low + c, high + c);
+        });
+    });
+}
+
+template <typename T>
+void backward(const Backward& call) {
+    const Layout& l = *call.layout;
+    const Cut cut(l);
+    const auto expanded = expand(call.qparams, l);
+    const float* s = expanded ? expanded.get() : call.qparams;
+    const int64_t count = l.width ? l.width : l.channels;
+    const float *low = s + count, *high = low + count;
+    const Wanted wanted{call.saturation, call.d_scale != nullptr, call.d_zero_point != nullptr};
+    const std::unique_ptr<float[]> partial(new float[2 * cut.partials() + 1]);
+    float *scale = partial.get(), *zero_point = scale + cut.partials();
+    const Input<T> x{static_cast<const T*>(call.x), l.view}, g{static_cast<const T*>(call.g), call.g_view};
+    T* dx = static_cast<T*>(call.dx);
+    cut.for_each_block(call.threads, [&](const Block& b) {
+        alignas(64) T x_space[BLOCK], g_space[BLOCK];
+        float *block_scale = scale + b.partial, *block_zero_point = zero_point + b.partial;
+        if (!l.width) {
+            const int64_t c = b.channel;
+            const T *from = x.tile(b.start, b.length, x_space), *upstream = g.tile(b.start, b.length, g_space);
+            const Run<T> run{from, upstream, dx + b.start, b.length, s[c], low[c], high[c], block_scale,
+                             block_zero_point};
+            return backward_run(run, wanted);
+        }
+        for (int64_t c = 0; c < l.width; ++c) block_scale[c] = block_zero_point[c] = 0.0f;
+        cut.tiles(b, [&](int64_t start, int64_t rows, int64_t c, int64_t columns) {
+            const int64_t n = rows * columns;
+            const T *from = x.tile(start, n, x_space), *upstream = g.tile(start, n, g_space);
+            const Rows<T> work{from, upstream, dx + start, rows, columns, s + c, low + c, high + c, block_scale + c,
+                               block_zero_point + c};
+            backward_rows(work, wanted);
+        });
+    });
+    const std::unique_ptr<double[]> total(new double[l.channels]);
+    if (wanted.scale) {
+        add_up(cut, scale, total.get());
+        for (int64_t c = 0; c < l.channels; ++c) call.d_scale[c] = static_cast<float>(total[c]) * call.grad_factor;
+    }
+    if (wanted.zero_point) {
+        add_up(cut, zero_point, total.get());
+        for (int64_t c = 0; c < l.channels; ++c)
+            call.d_zero_point[c] = static_cast<float>(-call.qparams[c] * total[c]) * call.grad_factor;
     }
 }
 
 }  // namespace
 
-// Writes y, and in `qparams` (3, channels) the s, low and high that were used.
-EXPORT void lfq_forward(int dtype, const void* x, void* y, const float* scale, const float* zero_point, float* qparams,
-                        const Layout* layout, float quant_min, float quant_max, int threads) {
-    for (int64_t c = 0; c < layout->channels; ++c) {
-        const float z = round_half_even(clamp(zero_point[c], quant_min, quant_max));
-        qparams[c] = z != z ? z : clamp(scale[c], EPS, __builtin_inff());  // NaN in, NaN out
-        qparams[layout->channels + c] = quant_min - z;
-        qparams[2 * layout->channels + c] = quant_max - z;
+EXPORT void lfq_forward(const Forward* call) {
+    const Layout& l = *call->layout;
+    for (int64_t c = 0; c < l.channels; ++c) {
+        const float z = round_half_even(clamp(call->zero_point[c], call->quant_min, call->quant_max));
+        const float s = clamp(call->scale[c], EPS, __builtin_inff());
+        call->qparams[c] = z != z || s != s ? __builtin_nanf("") : s;
+        call->qparams[l.channels + c] = call->quant_min - z;
+        call->qparams[2 * l.channels + c] = call->quant_max - z;
     }
-    const auto expanded = expand(qparams, *layout);
-    const float* used = expanded ? expanded.get() : qparams;
-    const Cut cut(*layout);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && layout->numel >= SERIAL)
-    for (int64_t i = 0; i < cut.blocks; ++i) {
-        Block b{};
-        b.x = x;
-        b.out = y;
-        cut.place(i, used, nullptr, b);
-        run_forward(dtype, b);
+    switch (l.dtype) {
+        case FLOAT32: return forward<float>(*call);
+        case FLOAT64: return forward<double>(*call);
+        case FLOAT16: return forward<Half>(*call);
+        default: return forward<BFloat>(*call);
     }
 }
 
-// Writes dx, and d_scale and d_zero_point (channels,) where they are not null.
-EXPORT void lfq_backward(int dtype, const void* g, const void* x, void* dx, const float* qparams, float* d_scale,
-                         float* d_zero_point, const Layout* layout, int saturation, float grad_factor, int threads) {
-    const auto expanded = expand(qparams, *layout);
-    const float* used = expanded ? expanded.get() : qparams;
-    const Cut cut(*layout);
-    const std::unique_ptr<float[]> partial(new float[2 * cut.partials() + 1]);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && layout->numel >= SERIAL)
-    for (int64_t i = 0; i < cut.blocks; ++i) {
-        Block b{};
-        b.x = x;
-        b.g = g;
-        b.out = dx;
-        cut.place(i, used, partial.get(), b);
-        run_backward(dtype, b, saturation, d_scale != nullptr, d_zero_point != nullptr);
-    }
-    const std::unique_ptr<double[]> total(new double[layout->channels]);
-    if (d_scale) {
-        add_up(cut, partial.get(), total.get());
-        for (int64_t c = 0; c < layout->channels; ++c) d_scale[c] = static_cast<float>(total[c]) * grad_factor;
-    }
-    if (d_zero_point) {
-        add_up(cut, partial.get() + cut.partials(), total.get());
-        for (int64_t c = 0; c < layout->channels; ++c)
-            d_zero_point[c] = static_cast<float>(-qparams[c] * total[c]) * grad_factor;
+EXPORT void lfq_backward(const Backward* call) {
+    switch (call->layout->dtype) {
+        case FLOAT32: return backward<float>(*call);
+        case FLOAT64: return backward<double>(*call);
+        case FLOAT16: return backward<Half>(*call);
+        default: return backward<BFloat>(*call);
     }
 }

@@ -5,22 +5,33 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import re
+import struct
+from dataclasses import astuple
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lfq_lightning.ops.layout import Layout, plan
+from lfq_lightning.ops.layout import Layout, plan, view
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _SATURATIONS = {"lsq": 0, "exclusive": 1, "inclusive": 2}
 
 
+# Elements below which threads cost more than they bring, and asking how many there are costs more than it tells.
+_SERIAL = 32768
+
+# The arguments of one call as the kernels' structs, native.cpp's Forward and Backward: packed, they cost ctypes one
+# conversion instead of eleven.
+_pack_forward = struct.Struct("@6P2fi").pack
+_pack_backward = struct.Struct("@8Pf2i").pack
+
+
 class _Layout(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in ("channels", "numel", "segments", "groups", "row", "chunk", "width", "repeat")
+    _fields_ = [(name, ctypes.c_int64) for name in ("dtype", *Layout.__dataclass_fields__)] + [
+        ("view", ctypes.c_void_p)
     ]
 
 
@@ -45,10 +56,8 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(spec.origin)
     except OSError as error:
         raise ImportError(f"the native extension {spec.origin} does not load: {error}") from error
-    p, i, f = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-    loaded.lfq_forward.argtypes = [i, p, p, p, p, p, p, f, f, i]
-    loaded.lfq_backward.argtypes = [i, p, p, p, p, p, p, p, i, f, i]
-    loaded.lfq_forward.restype = loaded.lfq_backward.restype = None
+    for function in (loaded.lfq_forward, loaded.lfq_backward):
+        function.restype = None  # and no argtypes: bytes pass as their address without being asked for
     return loaded
 
 
@@ -64,9 +73,59 @@ def openmp_runtimes() -> list[str]:
 
 def serves(x: Tensor) -> bool:
     """Whether the kernels read this tensor: plain, strided, on the CPU, of one of four dtypes."""
-    return (
-        x.dtype in DTYPES and x.layout is torch.strided and type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg()
-    )
+    return type(x) in _PLAIN and x.dtype in DTYPES and x.layout is torch.strided and not x.is_neg()
+
+
+class Prepared:
+    """All about tensors of one shape, strides, dtype and granularity that no call needs to find out again."""
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        stride: tuple[int, ...],
+        dtype: torch.dtype,
+        axis: int | None,
+        group_size: int | None,
+        scales: int,
+    ) -> None:
+        # What torch's own elementwise operations on such a tensor would give.
+        self.stride = torch.empty_like(torch.empty_strided(shape, stride, device="meta")).stride()
+        dense, layout = self.stride, plan(shape, self.stride, axis, group_size, scales)
+        if layout is None:
+            dense = torch.empty(shape, device="meta").stride()
+            layout = plan(shape, dense, axis, group_size, scales)
+            assert layout is not None
+        self.dense, self.in_place = dense, dense == self.stride
+        self.large, self.many = layout.numel >= _SERIAL, scales > 1
+        self._view = _view(shape, stride, dense)
+        self._structure = _Layout(DTYPES[dtype], *astuple(layout), _address(self._view))
+        self.layout = ctypes.addressof(self._structure)
+        # torch.empty_like of these is what costs least, and the default dtype and device have no say in it.
+        self.scales = torch.empty(scales, dtype=torch.float32, device="cpu")
+        self.qparams = torch.empty((3, scales), dtype=torch.float32, device="cpu")
+        self.forward, self.backward = library().lfq_forward, library().lfq_backward
+
+    @staticmethod
+    def contiguous(x: Tensor) -> Tensor:
+        """What the kernels write where groups are not runs of x's memory."""
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    def laid_out(self, result: Tensor) -> Tensor:
+        """The result with the strides that torch would give it."""
+        return result.new_empty_strided(result.shape, self.stride).copy_(result)
+
+
+_prepared = lru_cache(maxsize=4096)(Prepared)
+
+
+@lru_cache(maxsize=4096)
+def _view(shape: torch.Size, stride: tuple[int, ...], dense: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64] | None:
+    found = view(shape, stride, dense)
+    return None if found is None else (ctypes.c_int64 * len(found))(*found)
+
+
+def _address(array: ctypes.Array[ctypes.c_int64] | None) -> int:
+    return 0 if array is None else ctypes.addressof(array)
 
 
 def forward(
@@ -79,27 +138,25 @@ def forward(
     group_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.forward`; the second result is s, low and high, shape (3, scales)."""
-    layout = plan(x.shape, x.stride(), axis, group_size, scale.numel())
-    if layout is None:
-        y, qparams = forward(_dense(x, group_size), scale, zero_point, quant_min, quant_max, axis, group_size)
-        return _like(y, x), qparams
-    y = torch.empty_like(x)
-    # Made of a tensor, not by torch.empty: the default dtype and device may be others, and the kernels trust pointers.
-    qparams = scale.new_empty((3, layout.channels))
-    scale, zero_point = scale.contiguous(), zero_point.contiguous()
-    library().lfq_forward(
-        DTYPES[x.dtype],
-        x.data_ptr(),
-        y.data_ptr(),
-        scale.data_ptr(),
-        zero_point.data_ptr(),
-        qparams.data_ptr(),
-        _pointer(layout),
-        quant_min,
-        quant_max,
-        torch.get_num_threads(),
+    ready = _prepared(x.shape, x.stride(), x.dtype, axis, group_size, scale.numel())
+    y = torch.empty_like(x) if ready.in_place else ready.contiguous(x)
+    qparams = torch.empty_like(ready.qparams)
+    if ready.many:
+        scale, zero_point = scale.contiguous(), zero_point.contiguous()
+    ready.forward(
+        _pack_forward(
+            ready.layout,
+            x.data_ptr(),
+            y.data_ptr(),
+            scale.data_ptr(),
+            zero_point.data_ptr(),
+            qparams.data_ptr(),
+            quant_min,
+            quant_max,
+            torch.get_num_threads() if ready.large else 1,
+        )
     )
-    return y, qparams
+    return (y if ready.in_place else ready.laid_out(y)), qparams
 
 
 def backward(
@@ -116,49 +173,27 @@ def backward(
     need_zero_point: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `reference.backward`."""
-    scales = qparams.shape[1]
-    layout = plan(x.shape, x.stride(), axis, group_size, scales)
-    if layout is None:
-        same = (quant_min, quant_max, axis, group_size, grad_factor, saturation, need_scale, need_zero_point)
-        dx, *rest = backward(dy, _dense(x, group_size), qparams, *same)
-        return _like(dx, x), *rest
-    if dy.stride() != x.stride() or dy.dtype != x.dtype or dy.is_neg():
-        dy = torch.empty_like(x).copy_(dy)
-    dx = torch.empty_like(x)
-    d_scale = qparams.new_empty(scales) if need_scale else None
-    d_zero_point = qparams.new_empty(scales) if need_zero_point else None
-    library().lfq_backward(
-        DTYPES[x.dtype],
-        dy.data_ptr(),
-        x.data_ptr(),
-        dx.data_ptr(),
-        qparams.data_ptr(),
-        None if d_scale is None else d_scale.data_ptr(),
-        None if d_zero_point is None else d_zero_point.data_ptr(),
-        _pointer(layout),
-        _SATURATIONS[saturation],
-        grad_factor,
-        torch.get_num_threads(),
+    ready = _prepared(x.shape, x.stride(), x.dtype, axis, group_size, qparams.shape[1])
+    if dy.dtype is not x.dtype or dy.is_neg():
+        dy = dy.to(x.dtype).resolve_neg()
+    stride = dy.stride()
+    dy_view = None if stride == ready.dense else _view(x.shape, stride, ready.dense)
+    dx = torch.empty_like(x) if ready.in_place else ready.contiguous(x)
+    d_scale = torch.empty_like(ready.scales) if need_scale else None
+    d_zero_point = torch.empty_like(ready.scales) if need_zero_point else None
+    ready.backward(
+        _pack_backward(
+            ready.layout,
+            dy.data_ptr(),
+            _address(dy_view),
+            x.data_ptr(),
+            dx.data_ptr(),
+            qparams.data_ptr(),
+            0 if d_scale is None else d_scale.data_ptr(),
+            0 if d_zero_point is None else d_zero_point.data_ptr(),
+            grad_factor,
+            _SATURATIONS[saturation],
+            torch.get_num_threads() if ready.large else 1,
+        )
     )
-    return dx, d_scale, d_zero_point
-
-
-def _dense(x: Tensor, group_size: int | None) -> Tensor:
-    """A copy of x without gaps, in the order of the dimensions that the kernels take."""
-    return x.contiguous() if group_size is not None else torch.empty_like(x).copy_(x)
-
-
-def _like(result: Tensor, x: Tensor) -> Tensor:
-    """The result as torch's own elementwise operations on x would lay it out."""
-    out = torch.empty_like(x)
-    return result if out.stride() == result.stride() else out.copy_(result)
-
-
-@lru_cache(maxsize=4096)
-def _pointer(layout: Layout) -> ctypes.c_void_p:
-    structure = _Layout(
-        **{name: getattr(layout, name) for name, _ in _Layout._fields_}  # type: ignore[misc]
-    )
-    pointer = ctypes.cast(ctypes.pointer(structure), ctypes.c_void_p)
-    pointer.structure = structure  # type: ignore[attr-defined]  # keeps the memory alive
-    return pointer
+    return (dx if ready.in_place else ready.laid_out(dx)), d_scale, d_zero_point

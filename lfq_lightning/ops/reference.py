@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lfq_lightning.ops.layout import check_scales
+
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -27,6 +29,7 @@ def forward(
     group_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Y = (clamp(round(x / s) + z, quant_min, quant_max) - z) * s, rounding half to even, and what backward needs."""
+    check_scales(x.shape, axis, group_size, scale.numel())
     qparams = effective(scale, zero_point, quant_min, quant_max)
     s, z = (spread(p, x.shape, axis, group_size) for p in qparams)
     q = torch.clamp((x.float() / s).round() + z, quant_min, quant_max)

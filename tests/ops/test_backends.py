@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -13,8 +14,7 @@ import pytest
 import torch
 
 import lfq_lightning as lfq
-from lfq_lightning.ops import native, reference
-from tests.samples import on
+from tests.samples import BACKENDS, INTERPRETED, on
 
 PACKAGE = Path(lfq.__file__).parent
 
@@ -59,37 +59,88 @@ def test_native_serves_the_cpu_and_the_reasons_are_printed() -> None:
     assert all(backends.reasons.values())
 
 
-@pytest.mark.parametrize("name", ["reference", "native"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_the_variable_forces_a_backend_which_is_the_one_that_computes(name: str) -> None:
     expected = result()
-    module = {"reference": reference, "native": native}[name]
+    module = importlib.import_module(f"lfq_lightning.ops.{name}")
     with (
         on(name),
         mock.patch.object(module, "forward", side_effect=module.forward) as forward,
         mock.patch.object(module, "backward", side_effect=module.backward) as backward,
     ):
-        assert result() == expected
+        for found, known in zip(result(), expected, strict=True):
+            assert found == pytest.approx(known)
         assert lfq.backends()["cpu"] == name
         assert "LFQ_BACKEND" in lfq.backends().reasons["cpu"]
     forward.assert_called_once()
     backward.assert_called_once()
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("nonsense", "must be one of reference, native, triton. Found 'nonsense'"), ("triton", "LFQ_BACKEND=triton")],
-)
-def test_a_backend_that_cannot_run_is_refused(name: str, words: str) -> None:
-    with on(name):
-        with pytest.raises(RuntimeError, match=words):
-            lfq.backends()
-        with pytest.raises(RuntimeError, match=words):
-            result()
+def test_a_backend_that_does_not_exist_is_refused() -> None:
+    with on("nonsense"):
+        for call in (lfq.backends, result):
+            with pytest.raises(RuntimeError, match=r"must be one of reference, native, triton\. Found 'nonsense'"):
+                call()
 
 
-def test_native_refuses_a_tensor_that_it_cannot_serve_when_it_is_forced() -> None:
+REFUSED = """
+__import__("os").environ["LFQ_BACKEND"] = "triton"
+for call in (use, lfq.backends):
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton")
+def test_triton_serves_cuda_is_loaded_for_it_alone_and_refuses_the_cpu_when_it_is_forced() -> None:
+    found = python(
+        """
+use()
+print("lfq_lightning.ops.triton" in __import__("sys").modules)
+print(lfq.backends()["cuda"])
+"""
+        + REFUSED,
+        TRITON_INTERPRET="0",
+    )
+    loaded, name, *refusals = found.stdout.splitlines()
+    assert (loaded, name) == ("False", "triton"), found.stderr
+    assert len(refusals) == 2
+    assert all(refusal.startswith("LFQ_BACKEND=triton cannot run on cpu: its kernels are") for refusal in refusals)
+
+
+def test_without_triton_cuda_runs_in_plain_torch_and_warns_once_with_the_remedy() -> None:
+    found = python(
+        """
+import sys; sys.modules["triton"] = None
+from lfq_lightning.ops.backends import select
+
+class OnCuda:
+    is_cpu, is_cuda = False, True
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print(select(OnCuda()).__name__, select(OnCuda()).__name__)
+print(lfq.backends())
+print(len(caught), caught[0].message)
+"""
+        + REFUSED
+    )
+    assert found.returncode == 0, found.stderr
+    chosen, _, cuda, warning, *refusals = found.stdout.splitlines()
+    assert chosen == "lfq_lightning.ops.reference lfq_lightning.ops.reference"
+    assert cuda.startswith("cuda: reference (the Triton kernels cannot be loaded")
+    assert warning.startswith("1 fake quantization on cuda runs in plain torch, which is slow: the Triton kernels")
+    assert warning.endswith("`pip install triton`")
+    assert len(refusals) == 2
+    assert all(r.startswith("LFQ_BACKEND=triton cannot run on cpu: the Triton kernels cannot be") for r in refusals)
+
+
+@pytest.mark.parametrize("name", BACKENDS[1:])
+def test_kernels_refuse_a_tensor_that_they_cannot_serve_when_they_are_forced(name: str) -> None:
     x = torch.ones(3).to(torch.float8_e4m3fn)
-    with on("native"), pytest.raises(RuntimeError, match=r"LFQ_BACKEND=native.*float8_e4m3fn"):
+    with on(name), pytest.raises(RuntimeError, match=rf"LFQ_BACKEND={name}.*float8_e4m3fn"):
         lfq.fake_quantize(x, torch.ones(1), torch.zeros(1), quant_min=-8, quant_max=7)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lfq_lightning as lfq
 from tests.assertions import assert_bit_equal
-from tests.samples import BACKENDS, DTYPES, on, scales_needed
+from tests.samples import BACKENDS, DTYPES, FAST_BACKENDS, on, scales_needed
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -31,7 +31,7 @@ def forward_and_backward(x: Tensor, scale: Tensor, zero_point: Tensor, **argumen
 
 # All above the 32768 elements below which the native kernels stay on one thread.
 @pytest.mark.usefixtures("threads")
-@each_backend
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("shape", "granularity"),

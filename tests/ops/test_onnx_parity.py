@@ -46,7 +46,7 @@ def by_onnxruntime(x: Tensor, scale: Tensor, zero_point: Tensor, codes: type, ax
 def test_finite_values_give_what_onnxruntime_gives(backend: str, codes: type, scale: float) -> None:
     quant_min, quant_max = RANGES[codes]
     for zero_point in (quant_min, 0, 100, quant_max):
-        x = adversarial(Grid(quant_min, quant_max, scale, zero_point), 100_000)
+        x = adversarial(Grid(quant_min, quant_max, scale, zero_point), 5_000 if backend == "triton" else 100_000)
         x = x[x.isfinite()]
         qparams = torch.tensor([scale]), torch.tensor([float(zero_point)])
         with on(backend):

@@ -1,0 +1,252 @@
+// The kernels: fake quantization of consecutive elements and its gradients, for four element types, compiled for each
+// instruction set. The arithmetic is float32 and the same everywhere; compile with -ffp-contract=off, since a fused
+// multiply-add would round differently from the exported integer model.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VERSIONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define VERSIONED
+#endif
+#define INLINE inline __attribute__((always_inline))
+#define UNALIASED __restrict__
+
+namespace lfq {
+namespace {
+
+using std::int64_t;
+
+constexpr float EPS = 1.1920928955078125e-7f;
+constexpr float TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds half to even
+constexpr int LANES = 16;                  // partial sums a block keeps, on every instruction set
+constexpr int STRIP = 256;                 // elements of other dtypes that are converted at a time
+constexpr int64_t BLOCK = 2048;            // elements a partial sum covers: 128 additions a lane; also a tile
+
+enum Saturation { LSQ, EXCLUSIVE, INCLUSIVE };
+
+// ---- element types ------------------------------------------------------------------------------------------------
+
+struct Half { uint16_t bits; };
+struct BFloat { uint16_t bits; };
+
+INLINE uint32_t bits_of(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
+INLINE float float_of(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
+
+INLINE float load(float v) { return v; }
+INLINE float load(double v) { return static_cast<float>(v); }
+INLINE float load(BFloat v) { return float_of(static_cast<uint32_t>(v.bits) << 16); }
+INLINE float load(Half v) {
+    const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
+    const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // infinity and NaN
+    const float scaled = float_of(magnitude) * 0x1p112f;                   // exact, subnormals included
+    return float_of(bits_of(scaled) | special | static_cast<uint32_t>(v.bits & 0x8000u) << 16);
+}
+
+INLINE void store(float& to, float v) { to = v; }
+INLINE void store(double& to, float v) { to = static_cast<double>(v); }
+// NaN is not looked for: all that can reach here has a payload of at most 7 bits, which rounding leaves alone.
+INLINE void store(BFloat& to, float v) {
+    const uint32_t u = bits_of(v);
+    to.bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+INLINE void store(Half& to, float v) {
+    const uint32_t sign = bits_of(v) & 0x80000000u, u = bits_of(v) ^ sign;
+    const uint32_t subnormal = bits_of(float_of(u) + 0.5f) - 0x3f000000u;  // the addition rounds to 2^-24
+    const uint32_t normal = (u + 0xc8000fffu + ((u >> 13) & 1u)) >> 13;
+    const uint32_t special = u > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const uint32_t finite = u < 0x38800000u ? subnormal : normal;
+    to.bits = static_cast<uint16_t>((u >= 0x47800000u ? special : finite) | sign >> 16);
+}
+
+// ---- one element --------------------------------------------------------------------------------------------------
+
+// NaN survives both comparisons.
+INLINE float clamp(float v, float low, float high) {
+    v = low > v ? low : v;
+    return high < v ? high : v;
+}
+
+// Right for magnitudes up to 2^22: clamp first. Never -0.0.
+INLINE float round_half_even(float v) { return (v + TO_INTEGER) - TO_INTEGER; }
+
+// Rounding is monotone and the limits are integers, so clamping first gives the same integer.
+INLINE float fake_quantized(float x, float s, float low, float high) {
+    return round_half_even(clamp(x / s, low, high)) * s;
+}
+
+struct Terms { float dx, scale, zero_point; };  // zero_point without its factor -s
+
+template <int SATURATION>
+INLINE Terms gradient_terms(float x, float g, float s, float low, float high) {
+    const float u = x / s;
+    const float c = round_half_even(clamp(u, low, high));
+    bool passes, learns;
+    if (SATURATION == LSQ) {
+        passes = learns = (u > low) & (u < high);
+    } else {
+        const float r = round_half_even(clamp(u, low - 1.0f, high + 1.0f));
+        passes = (r >= low) & (r <= high);
+        learns = SATURATION == EXCLUSIVE ? passes : (r > low) & (r < high);
+    }
+    const bool finite = __builtin_fabsf(x) <= 0x1.fffffep127f;
+    const float weight = learns ? c - u : c;
+    return {passes & finite ? g : 0.0f, finite ? g * weight : 0.0f, finite & !learns ? g : 0.0f};
+}
+
+// ---- kernels: the elements of a run share one scale; in rows, each column has its own ------------------------------
+
+template <typename T>
+INLINE void forward_of(const T* UNALIASED x, T* UNALIASED y, int64_t n, float s, float low, float high) {
+    for (int64_t i = 0; i < n; ++i) store(y[i], fake_quantized(load(x[i]), s, low, high));
+}
+
+template <typename T>
+INLINE void forward_of(const T* UNALIASED x, T* UNALIASED y, int64_t rows, int64_t width, const float* UNALIASED s,
+                       const float* UNALIASED low, const float* UNALIASED high) {
+    for (int64_t r = 0; r < rows; ++r, x += width, y += width)
+        for (int64_t c = 0; c < width; ++c) store(y[c], fake_quantized(load(x[c]), s[c], low[c], high[c]));
+}
+
+// What gradients are asked for; the kernels come in one version for each answer.
+struct Wanted {
+    int saturation;
+    bool scale, zero_point;
+};
+
+// Strips of `n` elements as float32: in place, or converted in loops of their own, which vectorise where one loop over
+// two widths would not.
+template <typename T>
+struct Strip {
+    float space[STRIP];
+    INLINE const float* read(const T* from, int n) {
+        for (int j = 0; j < n; ++j) space[j] = load(from[j]);
+        return space;
+    }
+    INLINE float* target(T*) { return space; }
+    INLINE void write(T* to, int n) const {
+        for (int j = 0; j < n; ++j) store(to[j], space[j]);
+    }
+};
+template <>
+struct Strip<float> {
+    INLINE const float* read(const float* from, int) { return from; }
+    INLINE float* target(float* to) { return to; }
+    INLINE void write(float*, int) const {}
+};
+
+template <typename T>
+struct Run {
+    const T *x, *g;
+    T* dx;
+    int64_t n;
+    float s, low, high;
+    float *scale, *zero_point;  // one partial sum each
+};
+
+INLINE float sum_lanes(const float* lanes) {
+    double total = 0.0;
+    for (int j = 0; j < LANES; ++j) total += lanes[j];
+    return static_cast<float>(total);
+}
+
+template <int SATURATION, bool SCALE, bool ZERO_POINT, typename T>
+INLINE void backward_of(const Run<T>& run) {
+    const float s = run.s, low = run.low, high = run.high;
+    float scale[LANES] = {}, zero_point[LANES] = {};
+    Strip<T> x_strip, g_strip, dx_strip;
+    for (int64_t i = 0; i < run.n; i += STRIP) {
+        const int n = static_cast<int>(run.n - i < STRIP ? run.n - i : STRIP);
+        const float *UNALIASED x = x_strip.read(run.x + i, n), *UNALIASED g = g_strip.read(run.g + i, n);
+        float* UNALIASED dx = dx_strip.target(run.dx + i);
+        int k = 0;
+        for (; k + LANES <= n; k += LANES) {
+#pragma omp simd
+            for (int j = 0; j < LANES; ++j) {
+                const Terms t = gradient_terms<SATURATION>(x[k + j], g[k + j], s, low, high);
+                dx[k + j] = t.dx;
+                if (SCALE) scale[j] += t.scale;
+                if (ZERO_POINT) zero_point[j] += t.zero_point;
+            }
+        }
+        for (int j = 0; k + j < n; ++j) {
+            const Terms t = gradient_terms<SATURATION>(x[k + j], g[k + j], s, low, high);
+            dx[k + j] = t.dx;
+            if (SCALE) scale[j] += t.scale;
+            if (ZERO_POINT) zero_point[j] += t.zero_point;
+        }
+        dx_strip.write(run.dx + i, n);
+    }
+    if (SCALE) *run.scale = sum_lanes(scale);
+    if (ZERO_POINT) *run.zero_point = sum_lanes(zero_point);
+}
+
+template <typename T>
+struct Rows {
+    const T *x, *g;
+    T* dx;
+    int64_t rows, width;
+    const float *s, *low, *high;
+    float *scale, *zero_point;  // a partial sum a column, added to
+};
+
+template <int SATURATION, bool SCALE, bool ZERO_POINT, typename T>
+INLINE void backward_of(const Rows<T>& all) {
+    Strip<T> x_strip, g_strip, dx_strip;
+    for (int64_t r = 0; r < all.rows; ++r) {
+        for (int64_t begin = 0; begin < all.width; begin += STRIP) {
+            const int64_t at = r * all.width + begin;
+            const int n = static_cast<int>(all.width - begin < STRIP ? all.width - begin : STRIP);
+            const float *UNALIASED x = x_strip.read(all.x + at, n), *UNALIASED g = g_strip.read(all.g + at, n);
+            float* UNALIASED dx = dx_strip.target(all.dx + at);
+            const float *UNALIASED s = all.s + begin, *UNALIASED low = all.low + begin;
+            const float* UNALIASED high = all.high + begin;
+            float *UNALIASED scale = all.scale + begin, *UNALIASED zero_point = all.zero_point + begin;
+#pragma omp simd
+            for (int c = 0; c < n; ++c) {
+                const Terms t = gradient_terms<SATURATION>(x[c], g[c], s[c], low[c], high[c]);
+                dx[c] = t.dx;
+                if (SCALE) scale[c] += t.scale;
+                if (ZERO_POINT) zero_point[c] += t.zero_point;
+            }
+            dx_strip.write(all.dx + at, n);
+        }
+    }
+}
+
+template <int SATURATION, typename Work>
+INLINE void backward_of(const Work& work, const Wanted& wanted) {
+    if (wanted.scale & wanted.zero_point) backward_of<SATURATION, true, true>(work);
+    else if (wanted.scale) backward_of<SATURATION, true, false>(work);
+    else if (wanted.zero_point) backward_of<SATURATION, false, true>(work);
+    else backward_of<SATURATION, false, false>(work);
+}
+
+template <typename Work>
+INLINE void backward_of(const Work& work, const Wanted& wanted) {
+    if (wanted.saturation == LSQ) backward_of<LSQ>(work, wanted);
+    else if (wanted.saturation == EXCLUSIVE) backward_of<EXCLUSIVE>(work, wanted);
+    else backward_of<INCLUSIVE>(work, wanted);
+}
+
+// Each kernel once for each element type, and each of those once for each instruction set.
+#define DEFINE_KERNELS(T)                                                                                            \
+    VERSIONED void forward_run(const T* x, T* y, int64_t n, float s, float low, float high) {                        \
+        forward_of(x, y, n, s, low, high);                                                                           \
+    }                                                                                                                \
+    VERSIONED void forward_rows(const T* x, T* y, int64_t rows, int64_t width, const float* s, const float* low,     \
+                                const float* high) {                                                                 \
+        forward_of(x, y, rows, width, s, low, high);                                                                 \
+    }                                                                                                                \
+    VERSIONED void backward_run(const Run<T>& run, const Wanted& wanted) { backward_of(run, wanted); }               \
+    VERSIONED void backward_rows(const Rows<T>& rows, const Wanted& wanted) { backward_of(rows, wanted); }
+DEFINE_KERNELS(float)
+DEFINE_KERNELS(double)
+DEFINE_KERNELS(Half)
+DEFINE_KERNELS(BFloat)
+
+}  // namespace
+}  // namespace lfq

@@ -1,0 +1,299 @@
+"""The Triton kernels for CUDA: launched without waiting for the device, and one operation each to torch.compile."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv, next_power_of_2
+from triton.runtime.interpreter import InterpretedFunction
+
+from lfq_lightning.ops import triton_kernels as kernels
+from lfq_lightning.ops.layout import Layout, plan
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+# TRITON_INTERPRET=1 when this module was imported: the kernels then run on the CPU, slowly.
+INTERPRETED = isinstance(kernels.forward_kernel, InterpretedFunction)
+
+_BLOCK = 1024  # elements of a program forward, eight a thread
+_TILE = 2048  # and backward
+_WARPS = {_BLOCK: 4, _TILE: 8}
+_PROGRAMS = 2048  # backward, a program takes several tiles where there would be more of them
+_MOST_TURNS = 16
+_NARROW, _WIDE = tl.int32, tl.int64
+
+_plan = lru_cache(maxsize=4096)(plan)
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the kernels read this tensor: plain, strided, of one of four dtypes, where they can run."""
+    if x.dtype not in DTYPES or not (x.is_cuda or INTERPRETED):
+        return False
+    return torch.compiler.is_compiling() or (
+        x.layout is torch.strided and type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg()
+    )
+
+
+def forward(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    group_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.forward`; the second result is s, low and high, shape (3, scales)."""
+    launch = _forward_op if torch.compiler.is_compiling() else _forward
+    return launch(x, scale, zero_point, quant_min, quant_max, axis, group_size)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    qparams: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    group_size: int | None,
+    grad_factor: float,
+    saturation: str,
+    need_scale: bool,
+    need_zero_point: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See `reference.backward`."""
+    launch = _backward_op if torch.compiler.is_compiling() else _backward
+    dx, d_scale, d_zero_point = launch(
+        dy, x, qparams, axis, group_size, grad_factor, saturation, need_scale, need_zero_point
+    )
+    return dx, d_scale if need_scale else None, d_zero_point if need_zero_point else None
+
+
+def _forward(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    group_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    if INTERPRETED and x.dtype is torch.bfloat16:  # the interpreter does not round to it, nor read its subnormals
+        y, qparams = _forward(x.float(), scale, zero_point, quant_min, quant_max, axis, group_size)
+        return y.bfloat16(), qparams
+    y = torch.empty_like(x)
+    layout = _plan(y.shape, y.stride(), axis, group_size, scale.numel())
+    if layout is None:
+        result, qparams = _forward(x.contiguous(), scale, zero_point, quant_min, quant_max, axis, group_size)
+        return y.copy_(result), qparams
+    if not _lie_alike(x, y):
+        x = torch.empty_like(y).copy_(x)
+    # Made of a tensor: the default dtype and device may be others.
+    qparams = scale.new_empty((3, layout.channels))
+    noting = cdiv(layout.channels, _BLOCK)
+    programs = noting + cdiv(layout.numel, _BLOCK)
+    if programs:
+        row, groups, chunk = _runs(layout)
+        turn = row * (layout.channels // groups)
+        with torch.cuda.device_of(x):
+            kernels.forward_kernel[(programs,)](
+                x,
+                y,
+                scale.contiguous(),
+                zero_point.contiguous(),
+                qparams,
+                float(quant_min),
+                float(quant_max),
+                layout.numel,
+                layout.channels,
+                row,
+                groups,
+                chunk,
+                noting,
+                KIND="one" if layout.channels == 1 else "run" if groups == 1 and chunk >= _BLOCK else "element",
+                INDEX=_NARROW if turn < 2**31 - _BLOCK else _WIDE,
+                BLOCK=_BLOCK,
+                num_warps=_WARPS[_BLOCK],
+                enable_fp_fusion=False,
+            )
+    return y, qparams
+
+
+def _runs(layout: Layout) -> tuple[int, int, int]:
+    """Elements of a row, runs of a row and elements of a run, such that a row of one run stands for every other."""
+    if layout.width:
+        return layout.repeat, 1, layout.repeat
+    if layout.groups * layout.chunk == layout.row or layout.groups == 1:
+        return layout.chunk, 1, layout.chunk
+    return layout.row, layout.groups, layout.chunk
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    qparams: Tensor,
+    axis: int | None,
+    group_size: int | None,
+    grad_factor: float,
+    saturation: str,
+    need_scale: bool,
+    need_zero_point: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = qparams.shape[1]
+    settings = (grad_factor, saturation, need_scale, need_zero_point)
+    if INTERPRETED and x.dtype is torch.bfloat16:
+        dx, d_scale, d_zero_point = _backward(dy.float(), x.float(), qparams, axis, group_size, *settings)
+        return dx.bfloat16(), d_scale, d_zero_point
+    dx = torch.empty_like(x)
+    layout = _plan(dx.shape, dx.stride(), axis, group_size, channels)
+    if layout is None:
+        result, d_scale, d_zero_point = _backward(dy, x.contiguous(), qparams, axis, group_size, *settings)
+        return dx.copy_(result), d_scale, d_zero_point
+    if not _lie_alike(x, dx):
+        x = torch.empty_like(dx).copy_(x)
+    if dy.dtype is not x.dtype or dy.is_neg() or not _lie_alike(dy, dx):
+        dy = torch.empty_like(dx).copy_(dy)
+    d_scale, d_zero_point = (qparams.new_empty(channels if need else 0) for need in (need_scale, need_zero_point))
+    if layout.numel == 0:
+        return dx, d_scale.zero_(), d_zero_point.zero_()
+    gradients = (d_scale, d_zero_point)
+    with torch.cuda.device_of(x):
+        launch = _backward_columns if layout.width else _backward_runs
+        launch(_Pass(layout, (dy, x, dx, qparams), gradients, grad_factor, saturation, need_scale, need_zero_point))
+    return dx, d_scale, d_zero_point
+
+
+class _Pass(NamedTuple):
+    """One backward pass: tensors are dy, x, dx and qparams, gradients those of scale and zero point."""
+
+    layout: Layout
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    gradients: tuple[Tensor, Tensor]
+    grad_factor: float
+    saturation: str
+    need_scale: bool
+    need_zero_point: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        needs = {"NEED_SCALE": self.need_scale, "NEED_ZERO_POINT": self.need_zero_point}
+        return {**needs, "SATURATION": self.saturation, "num_warps": _WARPS[_TILE], "enable_fp_fusion": False}
+
+    def partials(self, count: int) -> tuple[Tensor, ...]:
+        """Room for that many partial sums of each gradient that is needed."""
+        return tuple(gradient.new_empty(count if gradient.numel() else 0) for gradient in self.gradients)
+
+
+def _backward_runs(given: _Pass) -> None:
+    layout = given.layout
+    row, groups, chunk = _runs(layout)
+    block = _fitting_block(chunk)
+    turns = min(_turns(layout.numel), next_power_of_2(cdiv(chunk, block)))
+    per_run = cdiv(chunk, block * turns)
+    pieces, rows = layout.segments * per_run, _TILE // block
+    final = pieces == layout.channels
+    sums = given.gradients if final else given.partials(pieces)
+    kernels.backward_runs_kernel[(cdiv(pieces, rows),)](
+        *given.tensors,
+        *sums,
+        pieces,
+        per_run,
+        layout.channels,
+        row,
+        groups,
+        chunk,
+        given.grad_factor,
+        FINAL=final,
+        INDEX=_NARROW if pieces + rows < 2**31 else _WIDE,
+        ROWS=rows,
+        BLOCK=block,
+        TURNS=turns,
+        **given.options,
+    )
+    if not final:
+        _add_up(given, sums, pieces // layout.channels, per_run)
+
+
+def _backward_columns(given: _Pass) -> None:
+    layout, width = given.layout, given.layout.width
+    rows, columns = layout.numel // width, min(128, next_power_of_2(width))
+    lines = _TILE // columns
+    turns = min(_turns(layout.numel), next_power_of_2(cdiv(rows, lines)))
+    down, across = cdiv(rows, lines * turns), cdiv(width, columns)
+    sums = given.partials(down * width)
+    kernels.backward_columns_kernel[(down * across,)](
+        *given.tensors,
+        *sums,
+        rows,
+        width,
+        across,
+        layout.channels,
+        layout.repeat,
+        ROWS=lines,
+        COLUMNS=columns,
+        TURNS=turns,
+        **given.options,
+    )
+    _add_up(given, sums, down * (width // layout.channels), layout.repeat)
+
+
+def _add_up(given: _Pass, sums: tuple[Tensor, ...], count: int, per: int) -> None:
+    """The second stage: `count` partial sums a channel, `per` of them beside each other."""
+    if given.need_scale or given.need_zero_point:
+        channels = given.layout.channels
+        block = min(1024, next_power_of_2(count))
+        together = min(1024 // block, next_power_of_2(channels))
+        kernels.add_up_kernel[(cdiv(channels, together),)](
+            *sums,
+            given.tensors[-1],
+            *given.gradients,
+            channels,
+            count,
+            per,
+            given.grad_factor,
+            NEED_SCALE=given.need_scale,
+            NEED_ZERO_POINT=given.need_zero_point,
+            CHANNELS=together,
+            BLOCK=block,
+            enable_fp_fusion=False,
+        )
+
+
+def _turns(numel: int) -> int:
+    """Tiles that a program takes, a power of 2; by the tensor's size alone, so that no device changes a sum."""
+    return int(max(1, min(_MOST_TURNS, 1 << max(0, (numel // (_TILE * _PROGRAMS)).bit_length() - 1))))
+
+
+def _fitting_block(chunk: int) -> int:
+    """The power of 2 that cuts runs of this length with the fewest idle lanes, up to a tenth more for a longer one."""
+    sizes = [1 << k for k in range(8, _TILE.bit_length())]
+    if chunk <= sizes[0]:
+        return next_power_of_2(chunk)
+    idle = {size: cdiv(chunk, size) * size for size in sizes}
+    return max(size for size in sizes if idle[size] <= 1.1 * min(idle.values()))
+
+
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in the same order; dimensions of 1 have none."""
+    return all(i == j or n == 1 for i, j, n in zip(a.stride(), b.stride(), a.shape, strict=True))
+
+
+# ---- torch.compile: the operations are opaque, and launch the same kernels ------------------------------------------
+
+_forward_op = torch.library.custom_op("lfq_lightning::fake_quantize", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("lfq_lightning::fake_quantize_backward", _backward, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(x: Tensor, scale: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), scale.new_empty((3, scale.shape[0]))
+
+
+@_backward_op.register_fake
+def _(dy: Tensor, x: Tensor, qparams: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    d_scale, d_zero_point = (qparams.new_empty(qparams.shape[1] if need else 0) for need in settings[-2:])
+    return torch.empty_like(x), d_scale, d_zero_point

@@ -1,0 +1,274 @@
+"""The device code of the Triton backend: one pass forward, one pass backward, and sums in an order that is fixed."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_EPS = tl.constexpr(1.1920928955078125e-07)  # float32 machine epsilon
+_LARGEST = tl.constexpr(3.4028234663852886e38)
+_TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds half to even
+
+
+# ---- one element ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _clamp(v, low, high):
+    # NaN survives both comparisons.
+    v = tl.where(low > v, low, v)
+    return tl.where(high < v, high, v)
+
+
+@triton.jit
+def _round_half_even(v):
+    # Right for magnitudes up to 2^22: clamp first. Never -0.0.
+    return (v + _TO_INTEGER) - _TO_INTEGER
+
+
+@triton.jit
+def _used(scale, zero_point, quant_min, quant_max):
+    """The scale, above zero, and the range of codes less the integer zero point; a NaN of either is in the scale."""
+    z = _round_half_even(_clamp(zero_point, quant_min, quant_max))
+    s = tl.where(scale < _EPS, _EPS, scale)
+    return tl.where(z == z, s, z), quant_min - z, quant_max - z
+
+
+@triton.jit
+def _terms(x, g, s, low, high, SATURATION: tl.constexpr):
+    """One element's gradient for x, its term for the scale, and for the zero point without the factor -s."""
+    u = tl.div_rn(x, s)
+    c = _round_half_even(_clamp(u, low, high))
+    if SATURATION == "lsq":
+        passes = (u > low) & (u < high)
+        learns = passes
+    else:
+        r = _round_half_even(_clamp(u, low - 1.0, high + 1.0))
+        passes = (r >= low) & (r <= high)
+        learns = passes
+        if SATURATION == "inclusive":
+            learns = (r > low) & (r < high)
+    finite = tl.abs(x) <= _LARGEST
+    weight = tl.where(learns, c - u, c)
+    return (
+        tl.where(passes & finite, g, 0.0),
+        tl.where(finite, g * weight, 0.0),
+        tl.where(learns, 0.0, tl.where(finite, g, 0.0)),
+    )
+
+
+# ---- forward --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def forward_kernel(
+    x,
+    y,
+    scale,
+    zero_point,
+    qparams,
+    quant_min,
+    quant_max,
+    numel,
+    channels,
+    row,
+    groups,
+    chunk,
+    noting,
+    KIND: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write y, block by block of memory; the first `noting` programs write what backward needs, (3, channels).
+
+    KIND says how a block finds its scales: "one" for all; "run" where it meets at most two; "element" by division.
+    """
+    program = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    # Names of their own: the compiler wants one type of a name that both branches assign.
+    if program < noting:
+        noted = program * BLOCK + lane
+        known = noted < channels
+        noted_s, noted_low, noted_high = _used(
+            tl.load(scale + noted, known, 1.0), tl.load(zero_point + noted, known, 0.0), quant_min, quant_max
+        )
+        tl.store(qparams + noted, noted_s, known)
+        tl.store(qparams + channels + noted, noted_low, known)
+        tl.store(qparams + 2 * channels + noted, noted_high, known)
+    else:
+        start = (program - noting).to(tl.int64) * BLOCK
+        inside = lane < numel - start
+        value = tl.load(x + start + lane, inside, 0.0).to(tl.float32)
+        if KIND == "one":
+            s, low, high = _used(tl.load(scale), tl.load(zero_point), quant_min, quant_max)
+        elif KIND == "run":
+            run = start // chunk
+            here, next_one = run % channels, (run + 1) % channels
+            a, a_low, a_high = _used(tl.load(scale + here), tl.load(zero_point + here), quant_min, quant_max)
+            b, b_low, b_high = _used(tl.load(scale + next_one), tl.load(zero_point + next_one), quant_min, quant_max)
+            first = lane < chunk - start % chunk
+            s, low, high = tl.where(first, a, b), tl.where(first, a_low, b_low), tl.where(first, a_high, b_high)
+        else:
+            # The pattern of scales repeats: offsets within one turn of it mostly fit 32 bits, where division is cheap.
+            turn = row * (channels // groups)
+            element = (start % turn).to(INDEX) + lane
+            channel = (element // row * groups + element % row // chunk) % channels
+            s, low, high = _used(tl.load(scale + channel), tl.load(zero_point + channel), quant_min, quant_max)
+        # Rounding is monotone and the limits are integers, so clamping first gives the same integer.
+        result = _round_half_even(_clamp(tl.div_rn(value, s), low, high)) * s
+        tl.store(y + start + lane, result.to(y.dtype.element_ty), inside)
+
+
+# ---- backward -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def backward_runs_kernel(
+    g,
+    x,
+    dx,
+    qparams,
+    d_scale,
+    d_zero_point,
+    pieces,
+    per_run,
+    channels,
+    row,
+    groups,
+    chunk,
+    grad_factor,
+    SATURATION: tl.constexpr,
+    NEED_SCALE: tl.constexpr,
+    NEED_ZERO_POINT: tl.constexpr,
+    FINAL: tl.constexpr,
+    INDEX: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TURNS: tl.constexpr,
+):
+    """Write dx, and a sum for each piece of memory that shares one scale: `per_run` pieces make a run.
+
+    FINAL says that each channel has one piece: the sums are then the gradients.
+    """
+    piece = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS)
+    valid = piece < pieces
+    run, part = piece // per_run, piece % per_run
+    begin = run % groups * chunk
+    offset = part.to(tl.int64) * (BLOCK * TURNS)
+    start = (run // groups).to(tl.int64) * row + begin + offset
+    length = tl.where(valid, tl.minimum(row - begin, chunk) - offset, 0)
+    channel = run % channels
+    scales = tl.load(qparams + channel, valid, 1.0)
+    s = scales[:, None]
+    low = tl.load(qparams + channels + channel, valid, 0.0)[:, None]
+    high = tl.load(qparams + 2 * channels + channel, valid, 0.0)[:, None]
+    lane = tl.arange(0, BLOCK)[None, :]
+    scale_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+    zero_point_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+    for turn in range(TURNS):
+        column = lane + turn * BLOCK
+        inside = column < length[:, None]
+        at = start[:, None] + column
+        value = tl.load(x + at, inside, 0.0).to(tl.float32)
+        upstream = tl.load(g + at, inside, 0.0).to(tl.float32)
+        to_x, to_scale, to_zero_point = _terms(value, upstream, s, low, high, SATURATION)
+        tl.store(dx + at, to_x.to(dx.dtype.element_ty), inside)
+        scale_sum += to_scale
+        zero_point_sum += to_zero_point
+    if NEED_SCALE:
+        total = tl.sum(scale_sum, 1)
+        tl.store(d_scale + piece, total * grad_factor if FINAL else total, valid)
+    if NEED_ZERO_POINT:
+        total = tl.sum(zero_point_sum, 1)
+        tl.store(d_zero_point + piece, -scales * total * grad_factor if FINAL else total, valid)
+
+
+@triton.jit
+def backward_columns_kernel(
+    g,
+    x,
+    dx,
+    qparams,
+    d_scale,
+    d_zero_point,
+    rows,
+    width,
+    across,
+    channels,
+    repeat,
+    SATURATION: tl.constexpr,
+    NEED_SCALE: tl.constexpr,
+    NEED_ZERO_POINT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TURNS: tl.constexpr,
+):
+    """Write dx, and a sum for each column of each block of rows; `across` blocks lie beside each other."""
+    program = tl.program_id(0)
+    block = program // across
+    column = program % across * COLUMNS + tl.arange(0, COLUMNS)
+    within = column < width
+    channel = column // repeat % channels
+    s = tl.load(qparams + channel, within, 1.0)[None, :]
+    low = tl.load(qparams + channels + channel, within, 0.0)[None, :]
+    high = tl.load(qparams + 2 * channels + channel, within, 0.0)[None, :]
+    first = block.to(tl.int64) * (ROWS * TURNS) + tl.arange(0, ROWS)
+    scale_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    zero_point_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for turn in range(TURNS):
+        line = first + turn * ROWS
+        inside = (line < rows)[:, None] & within[None, :]
+        at = line[:, None] * width + column[None, :]
+        value = tl.load(x + at, inside, 0.0).to(tl.float32)
+        upstream = tl.load(g + at, inside, 0.0).to(tl.float32)
+        to_x, to_scale, to_zero_point = _terms(value, upstream, s, low, high, SATURATION)
+        tl.store(dx + at, to_x.to(dx.dtype.element_ty), inside)
+        scale_sum += to_scale
+        zero_point_sum += to_zero_point
+    to = block.to(tl.int64) * width + column
+    if NEED_SCALE:
+        tl.store(d_scale + to, tl.sum(scale_sum, 0), within)
+    if NEED_ZERO_POINT:
+        tl.store(d_zero_point + to, tl.sum(zero_point_sum, 0), within)
+
+
+# ---- second stage: the partial sums of each channel, in order, in float64 -------------------------------------------
+
+
+@triton.jit
+def _totals(partial, channel, known, channels, count, per, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros((CHANNELS, BLOCK), tl.float64)
+    for begin in range(0, count, BLOCK):
+        k = begin + lane
+        at = (k // per * per).to(tl.int64)[None, :] * channels + channel[:, None] * per + (k % per)[None, :]
+        total += tl.load(partial + at, known[:, None] & (k < count)[None, :], 0.0).to(tl.float64)
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def add_up_kernel(
+    scale_partial,
+    zero_point_partial,
+    qparams,
+    d_scale,
+    d_zero_point,
+    channels,
+    count,
+    per,
+    grad_factor,
+    NEED_SCALE: tl.constexpr,
+    NEED_ZERO_POINT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the gradients of some channels' qparams; partial sums lie as (count / per, channels, per)."""
+    channel = tl.program_id(0).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
+    known = channel < channels
+    if NEED_SCALE:
+        scale_total = _totals(scale_partial, channel, known, channels, count, per, CHANNELS, BLOCK)
+        tl.store(d_scale + channel, scale_total.to(tl.float32) * grad_factor, known)
+    if NEED_ZERO_POINT:
+        s = tl.load(qparams + channel, known, 1.0)
+        zero_point_total = _totals(zero_point_partial, channel, known, channels, count, per, CHANNELS, BLOCK)
+        tl.store(d_zero_point + channel, (-s * zero_point_total).to(tl.float32) * grad_factor, known)

@@ -1,0 +1,50 @@
+"""Phases in a Trainer's run: entering one on every rank at once, and taking in what a batch showed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lfq_lightning.host import quantizers
+from lfq_lightning.neighbours import share_with_averages
+from lfq_lightning.phases import check_ranks_agree, estimate_weights, merge_statistics, set_phase
+from lfq_lightning.run_length import is_dev_run
+from lfq_lightning.schedule import Phase
+
+
+def enter_phase(trainer: L.Trainer, model: L.LightningModule, scheduled: Phase) -> None:
+    """Put every quantizer in the phase that the schedule says, unless the model has learned already."""
+    first = next(iter(quantizers(model).values()), None)
+    if first is None:
+        return
+    phase, before = scheduled, first.phase
+    if first.learned and phase in ("off", "observe", "estimate"):
+        phase = "learn"
+    if phase in ("learn", "freeze") and is_dev_run(trainer):
+        phase = "off"
+    if phase == before:
+        return
+    set_phase(model, phase)
+    share_with_averages(trainer, model)
+    if trainer.world_size > 1:
+        check_ranks_agree(model, _highest(trainer))
+    rank_zero_info(
+        f"Epoch {trainer.current_epoch}, step {trainer.global_step}: quantizers go from {before} to {phase}."
+    )
+
+
+def take_in_batch(trainer: L.Trainer, model: L.LightningModule, phase: Phase) -> None:
+    """Merge what quantizers gathered in this batch over ranks, into observers and estimates."""
+    met = merge_statistics(model, _highest(trainer) if trainer.world_size > 1 else None)
+    for name, flag in met.items():
+        if flag.device.type == "cpu":
+            quantizers(model)[name].warn_non_finite(flag, name)
+    if phase == "estimate":
+        estimate_weights(model)
+
+
+def _highest(trainer: L.Trainer) -> Callable[[Tensor], Tensor]:
+    return lambda flat: trainer.strategy.reduce(flat, reduce_op="max")

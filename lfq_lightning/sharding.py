@@ -1,0 +1,41 @@
+"""Strategies of several ranks: which cannot be followed, and gradients that nobody averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning as L
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
+
+
+def check_strategy(trainer: L.Trainer) -> None:
+    """Refuse strategies that take parameters or optimizers apart in ways that quantizers cannot follow.
+
+    Raises:
+        ValueError: for FSDP's first version, DeepSpeed, a static graph, and tensor parallelism.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        raise ValueError(
+            f"{type(strategy).__name__} flattens or rewrites parameters. Found it together with "
+            'QuantizationAwareTraining: use `strategy="ddp"`, or ModelParallelStrategy with `fully_shard` in '
+            "`configure_model`."
+        )
+    if isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
+        raise ValueError(
+            "With a static graph, DDP never reduces gradients that the first step did not have, and ranks drift apart "
+            "when quantizers begin to learn. Found DDPStrategy(static_graph=True): leave it out."
+        )
+    if isinstance(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size != 1:
+        raise ValueError(
+            "Tensor parallelism splits layers inside their forward pass. Found ModelParallelStrategy with "
+            f"tensor_parallel_size={strategy._tensor_parallel_size}: pass `tensor_parallel_size=1`."
+        )
+
+
+def mean_over_shards(trainer: L.Trainer) -> Callable[[Tensor], Tensor] | None:
+    """The mean over ranks for qparams, which `fully_shard` did not see; None where the strategy averages them."""
+    if not isinstance(trainer.strategy, ModelParallelStrategy) or trainer.world_size == 1:
+        return None
+    return lambda flat: trainer.strategy.reduce(flat, reduce_op="mean")

@@ -1,0 +1,90 @@
+"""Times as ratios: what is compared runs alternately in one process, and the quietest repetition counts."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+Call = Callable[[], object]
+
+_ENOUGH = 2e-4  # seconds that one timed repetition should last, so that reading the clock does not count
+
+
+@dataclass
+class Table:
+    """Rows of names and figures; prints aligned."""
+
+    name: str
+    columns: list[str] = field(default_factory=list)
+    rows: list[dict[str, str | float | None]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, **row: str | float | None) -> None:
+        self.columns += [column for column in row if column not in self.columns]
+        self.rows.append(row)
+
+    def __str__(self) -> str:
+        cells = [[c.replace("_", " ") for c in self.columns]]
+        cells += [[_shown(row.get(column)) for column in self.columns] for row in self.rows]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
+        lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in cells]
+        return "\n".join([self.name, *self.notes, lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _shown(value: str | float | None) -> str:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def machine() -> dict[str, str]:
+    """What the figures depend on beside the code."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    about = dict(line.split(":", 1) for line in lines if ":" in line)
+    facts = {name.strip(): value.strip() for name, value in about.items()}
+    names = [facts[key] for key in ("model name", "model") if key in facts]
+    return {
+        "processor": " model ".join(names) or platform.processor(),
+        "cores": str(os.cpu_count()),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+    }
+
+
+def times(calls: Mapping[str, Call], seconds: float = 1.0, least: int = 5) -> dict[str, list[float]]:
+    """Seconds per call, in alternation, for about `seconds` in all and at least `least` repetitions."""
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, int(_ENOUGH / max(time.perf_counter() - start, 1e-9)))
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while len(taken[name]) < least or time.perf_counter() < end:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            taken[name].append((time.perf_counter() - start) / repeats[name])
+    return taken
+
+
+def ratios(calls: Mapping[str, Call], base: Call, seconds: float = 0.5) -> dict[str, float]:
+    """How many times as long as `base` each call takes; each is measured in alternation with `base` alone."""
+    found = {}
+    for name, call in calls.items():
+        both = times({"base": base, name: call}, seconds)
+        found[name] = min(both[name]) / min(both["base"])
+    return found
+
+
+def middle(taken: Mapping[str, list[float]]) -> dict[str, float]:
+    """The median of each."""
+    return {name: median(values) for name, values in taken.items()}

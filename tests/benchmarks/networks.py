@@ -1,0 +1,64 @@
+"""The two networks of the step benchmark: every projection is a plain Conv2d or Linear."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
+        return torch.relu(y + self.shortcut(x))
+
+
+def resnet18(width: int = 64, classes: int = 10) -> nn.Module:
+    """ResNet-18 (He et al. 2016) with the 3x3 stem that is usual for images of 32x32."""
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    inputs = width
+    for stage in range(4):
+        for block in range(2):
+            outputs = width * 2**stage
+            layers.append(BasicBlock(inputs, outputs, 2 if stage and not block else 1))
+            inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.norm1(x)
+        q, k, v = (p(z).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.query, self.key, self.value))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+        x = x + self.out(attended)
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+def transformer(width: int = 256, depth: int = 4, features: int = 32, classes: int = 10) -> nn.Module:
+    """A pre-norm encoder over sequences of feature vectors; it labels every position."""
+    blocks = [TransformerBlock(width, heads=4) for _ in range(depth)]
+    return nn.Sequential(nn.Linear(features, width), *blocks, nn.LayerNorm(width), nn.Linear(width, classes))
+
+
+def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network with one batch of inputs and labels."""
+    torch.manual_seed(0)
+    if name == "resnet18":
+        return resnet18(), torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
+    return transformer(), torch.randn(16, 128, 32), torch.randint(10, (16, 128))

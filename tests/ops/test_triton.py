@@ -1,0 +1,251 @@
+"""The Triton kernels, interpreted on the CPU: their cuts, their sums, what torch.compile makes of them, their PTX."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lfq_lightning as lfq
+from tests import oracle
+from tests.assertions import assert_bit_equal, assert_sums
+from tests.samples import INTERPRETED, LAYOUTS, SATURATIONS, Case, cases, on, scales_needed
+
+if not INTERPRETED:
+    pytest.skip("needs Triton and TRITON_INTERPRET=1", allow_module_level=True)
+
+from lfq_lightning.ops import native, triton
+
+# Every way to find the scales, and both ways to cut: runs, short runs, groups with and without a rest, columns.
+GRANULARITIES = [
+    ((9000,), {}),
+    ((3, 3, 1100), {"axis": 1}),
+    ((4, 6, 150), {"axis": 1}),
+    ((3, 100, 3), {"group_size": 32}),
+    ((3, 96, 3), {"group_size": 32}),
+    ((900, 10), {"axis": 1}),
+    ((40, 5, 7), {"axis": 1}),
+    ((50, 200), {"axis": 1}),
+]
+each_granularity = pytest.mark.parametrize(("shape", "granularity"), GRANULARITIES, ids=str)
+
+
+def arguments(shape: tuple[int, ...], granularity: dict[str, int], dtype: torch.dtype = torch.float32) -> list[Any]:
+    count = scales_needed(shape, **granularity)
+    scale, zero_point = torch.rand(count) / 4 + 0.05, torch.randint(-3, 4, (count,)).float()
+    x = torch.randn(shape).to(dtype)
+    return [x, scale, zero_point, -8, 7, granularity.get("axis"), granularity.get("group_size")]
+
+
+def gradients(module: Any, x: Tensor, dy: Tensor, qparams: Tensor, *settings: Any) -> list[Tensor]:
+    return list(module.backward(dy, x, qparams, *settings, 0.5, "inclusive", True, True))
+
+
+def assert_agrees_with_native(arguments: list[Any]) -> None:
+    x, *_ = arguments
+    dy = torch.randn(x.shape).to(x.dtype)
+    (y, qparams), (expected, known) = (module.forward(*arguments) for module in (triton, native))
+    assert_bit_equal(y, expected)
+    assert_bit_equal(qparams, known)
+    found, expected_gradients = (gradients(m, x, dy, qparams, *arguments[3:]) for m in (triton, native))
+    magnitudes = gradients(native, x.abs() * 0 + 7.5, dy.abs(), qparams, *arguments[3:])
+    assert_bit_equal(found[0], expected_gradients[0])
+    for sums, expected_sums, magnitude in zip(found[1:], expected_gradients[1:], magnitudes[1:], strict=True):
+        torch.testing.assert_close(sums, expected_sums, rtol=0.0, atol=1e-5 * float(magnitude.abs().max()) + 1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases(), saturation=st.sampled_from(SATURATIONS), layout=st.sampled_from(sorted(LAYOUTS)))
+def test_every_shape_stride_dtype_and_granularity_gives_the_definition(
+    case: Case, saturation: str, layout: str
+) -> None:
+    dy = LAYOUTS[layout](torch.randn(case.x.shape).to(case.x.dtype))
+    inputs = [t.detach().requires_grad_() for t in case[:3]]
+    with on("triton"):
+        y = lfq.fake_quantize(*inputs, saturation=saturation, **case.settings)
+        x, scale, zero_point = torch.autograd.grad(y, inputs, dy)
+    assert_bit_equal(y, oracle.forward(*case[:3], **case.settings))
+    expected = oracle.backward(dy, *case[:3], saturation=saturation, **case.settings)
+    assert_bit_equal(x, expected.x)
+    assert_sums(scale, expected.scale, expected.scale_magnitude)
+    assert_sums(zero_point, expected.zero_point, expected.zero_point_magnitude)
+
+
+@each_granularity
+@pytest.mark.parametrize("turns", [1, 2, 16])
+def test_programs_that_take_several_tiles_agree_with_native(
+    turns: int, shape: tuple[int, ...], granularity: dict[str, int]
+) -> None:
+    with mock.patch.object(triton, "_turns", return_value=turns):
+        assert_agrees_with_native(arguments(shape, granularity))
+
+
+@each_granularity
+def test_offsets_of_64_bits_agree_with_native(shape: tuple[int, ...], granularity: dict[str, int]) -> None:
+    with mock.patch.object(triton, "_NARROW", triton._WIDE):
+        assert_agrees_with_native(arguments(shape, granularity))
+
+
+def test_large_tensors_take_more_tiles_a_program_by_their_size_alone() -> None:
+    turns = [triton._turns(2**k) for k in range(16, 34)]
+    assert turns[0] == 1
+    assert turns[-1] == 16
+    assert turns == sorted(turns)
+    assert set(turns) == {1, 2, 4, 8, 16}
+
+
+@pytest.mark.parametrize(
+    ("chunk", "block"), [(1, 1), (3, 4), (49, 64), (300, 512), (784, 1024), (3136, 512), (9000, 1024), (2**20, 2048)]
+)
+def test_runs_are_cut_with_few_idle_lanes(chunk: int, block: int) -> None:
+    assert triton._fitting_block(chunk) == block
+
+
+@each_granularity
+def test_the_same_input_gives_the_same_bits(shape: tuple[int, ...], granularity: dict[str, int]) -> None:
+    given = arguments(shape, granularity)
+    _, qparams = triton.forward(*given)
+    first, second = (gradients(triton, given[0], given[0].cos(), qparams, *given[3:]) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert_bit_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("layout", "granularity"),
+    [
+        *[(layout, of) for layout in ("contiguous", "channels_last") for of in ({}, {"axis": 0}, {"axis": 1})],
+        ("contiguous", {"group_size": 4}),  # with channels_last, a group's channels are not neighbours
+    ],
+    ids=str,
+)
+def test_dense_tensors_are_not_copied(layout: str, granularity: dict[str, int]) -> None:
+    given = arguments((2, 8, 5, 4), granularity)
+    given[0] = LAYOUTS[layout](given[0])
+    no_copy = mock.Mock(side_effect=AssertionError("copied"))
+    with mock.patch.object(Tensor, "copy_", no_copy):
+        _, qparams = triton.forward(*given)
+        gradients(triton, given[0], torch.empty_like(given[0]).fill_(1.0), qparams, *given[3:])
+
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", [{}, {"axis": 1}], ids=str)
+def test_the_operators_are_what_torch_asks_of_operators(granularity: dict[str, int]) -> None:
+    x, scale, zero_point, *settings = arguments((6, 5, 3), granularity, torch.float16)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(triton._forward_op, (x, scale, zero_point, *settings), test_utils=tests)
+    _, qparams = triton.forward(x, scale, zero_point, *settings)
+    for needs in ((True, True), (True, False), (False, False)):
+        given = (x, x, qparams, *settings[2:], 0.5, "lsq", *needs)
+        torch.library.opcheck(triton._backward_op, given, test_utils=tests)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", False), ("inductor", True)])
+def test_compiled_code_calls_the_kernels_and_gives_the_bits_of_eager(backend: str, dynamic: bool) -> None:
+    torch.compiler.reset()
+
+    def network(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return lfq.fake_quantize(x, scale, zero_point, quant_min=-8, quant_max=7, axis=1, grad_factor=0.5)
+
+    with on("triton"):
+        compiled = torch.compile(network, fullgraph=True, backend=backend, dynamic=dynamic)
+        for rows in (20, 33):
+            inputs = [torch.randn(rows, 10), torch.rand(10) / 4 + 0.1, torch.randn(10)]
+            inputs[0][0, 0] = torch.nan
+            inputs = [t.requires_grad_() for t in inputs]
+            with mock.patch.object(triton.kernels, "forward_kernel", _Counted(triton.kernels.forward_kernel)) as count:
+                y = compiled(*inputs)
+            assert count.calls == 1
+            expected = network(*inputs)
+            assert_bit_equal(y, expected)
+            found, known = (torch.autograd.grad(t.nansum(), inputs) for t in (y, expected))
+            for one, other in zip(found, known, strict=True):
+                assert_bit_equal(one, other)
+    torch.compiler.reset()
+
+
+class _Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.calls = kernel, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.calls += 1
+        return self.kernel[grid]
+
+
+# ---- compiled for GPUs that are not here ----------------------------------------------------------------------------
+
+COMPILE = """
+import re, sys
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from lfq_lightning.ops import triton_kernels as kernels
+
+FLOATS = {"quant_min", "quant_max", "grad_factor"}
+WIDE = {"x", "y", "g", "dx"}
+FLAGS = {"INDEX": tl.int32, "NEED_SCALE": True, "NEED_ZERO_POINT": True, "FINAL": False, "TURNS": 2}
+CALLS = [(kernels.forward_kernel, {"KIND": kind, "BLOCK": 1024}) for kind in ("one", "run", "element")]
+CALLS += [
+    (kernels.backward_runs_kernel, {"SATURATION": rule, "ROWS": 2, "BLOCK": 1024})
+    for rule in ("lsq", "exclusive", "inclusive")
+]
+CALLS += [(kernels.backward_columns_kernel, {"SATURATION": "lsq", "ROWS": 32, "COLUMNS": 64})]
+CALLS += [(kernels.add_up_kernel, {"CHANNELS": 4, "BLOCK": 256})]
+for kernel, own in CALLS:
+    for dtype in ("fp32", "bf16", "fp16", "fp64")[: 4 if own.get("KIND") == "one" else 2]:
+        names = kernel.arg_names
+        constants = {name: value for name, value in (FLAGS | own).items() if name in names}
+        tensors = {"scale", "zero_point", "qparams"} | {name for name in names if "partial" in name or "d_" in name[:2]}
+        signature = {
+            name: "constexpr" if name in constants
+            else f"*{dtype}" if name in WIDE
+            else "*fp32" if name in tensors
+            else "fp32" if name in FLOATS
+            else "i32"
+            for name in names
+        }
+        aligned = [name for name in names if name in WIDE | {"numel", "row", "chunk", "width"}]
+        source = triton.compiler.ASTSource(
+            fn=kernel,
+            signature=signature,
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        )
+        ptx = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False}).asm["ptx"]
+        count = {word: len(re.findall(word, ptx)) for word in ("div.rn.f32", "div.full", "fma.rn.f32", "ftz", "v4|v2")}
+        print(kernel.__name__, dtype, *count.values())
+"""
+
+
+def test_the_compiled_kernels_divide_as_ieee_contract_nothing_and_move_many_bytes_at_once(tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert found.returncode == 0, found.stderr
+    lines = [line.split() for line in found.stdout.splitlines()]
+    assert len(lines) == 18
+    for name, dtype, *counts in lines:
+        ieee, approximate, fused, flushed, vectors = map(int, counts)
+        assert (approximate, fused, flushed) == (0, 0, 0), (name, dtype)
+        if name != "add_up_kernel":
+            assert ieee > 0, (name, dtype)
+            assert vectors > 0, (name, dtype)

@@ -1,0 +1,205 @@
+"""What two processes do together; started by `start_two`, each scenario ends with equal qparams on both."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+
+import lfq_lightning as lfq
+from tests.runs import Net, fit, images, qat
+
+SCHEDULE = lfq.PhaseSchedule(observe=0, estimate=1, learn=2)
+
+
+class NormFree(L.LightningModule):
+    """A network whose whole-batch gradient is the mean of its ranks' gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, stride=2)
+        self.head = nn.Linear(36, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)))).flatten(1))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+
+class WithAdam(NormFree):
+    """Steps with momentum, which moves a parameter whose gradient is zero."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+class ByHand(NormFree):
+    """Accumulates two batches by hand, without synchronising the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        if batch_idx % 2 == 0:
+            with getattr(self.trainer.model, "no_sync", nullcontext)():
+                self.manual_backward(super().training_step(batch, batch_idx))
+        else:
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class FrozenBody(NormFree):
+    """Trains its head alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.requires_grad_(False)
+        self.second.requires_grad_(False)
+
+
+class Sharded(NormFree):
+    """Each layer a unit of FSDP2."""
+
+    def configure_model(self) -> None:
+        for layer in (self.first, self.second, self.head, self):
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+class Collapses(L.Callback):
+    """Spoils one scale on both ranks while learning."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == 18:
+            pl_module.second.input_quantizer.scale.data.div_(1e4)
+
+
+def data(ranks: int, uneven: bool = False) -> DataLoader[Any]:
+    """Batches of eight in all, dealt out to the ranks; uneven: six to the first."""
+    first = 8 if ranks == 1 else 6 if uneven else 4
+    own = range(first, 8) if ranks == 2 and os.environ["RANK"] == "1" else range(first)
+    return DataLoader(images(), batch_sampler=[[8 * batch + i for i in own] for batch in range(8)])
+
+
+def run(directory: Path, model: type[L.LightningModule] = NormFree, ranks: int = 2, **options: Any) -> Any:
+    callback = options.pop("callback", None) or qat(schedule=SCHEDULE, record_every_n_steps=1)
+    options = {
+        "devices": ranks,
+        "strategy": "ddp" if ranks > 1 else "auto",
+        "data": data(ranks),
+        **options,
+        "use_distributed_sampler": False,
+    }
+    L.seed_everything(3, verbose=False)
+    fitted, made, _ = fit(directory, model(), callback=callback, **options)
+    mine = torch.cat([p.detach().flatten() for q in lfq.quantizers(fitted).values() for p in q.parameters()])
+    if ranks > 1:
+        every = fitted.all_gather(mine)
+        assert (every == every[0]).all(), "ranks differ"
+    if made.is_global_zero:
+        torch.save(quantizer_state(fitted), directory / "quantizers.pt")
+    return made
+
+
+def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v for k, v in model.state_dict().items() if "quantizer" in k and isinstance(v, Tensor)}
+
+
+def kept(directory: Path) -> list[L.Callback]:
+    return [ModelCheckpoint(directory, filename="{epoch}", save_top_k=-1)]
+
+
+DDP: dict[str, Callable[[Path], Any]] = {
+    "plain": lambda d: run(d),
+    "saved": lambda d: run(d, callbacks=kept(d), max_epochs=5),
+    "resumed": lambda d: run(d, callbacks=kept(d), max_epochs=5, ckpt_path=d.parent / "one/epoch=2.ckpt"),
+    "static graph false": lambda d: run(d, strategy=DDPStrategy(static_graph=False, gradient_as_bucket_view=True)),
+    "uneven": lambda d: run(d, data=data(2, uneven=True)),
+    "no sync": lambda d: run(d, ByHand),
+    "accumulated": lambda d: run(d, accumulate_grad_batches=2),
+    "user": lambda d: run(d, WithAdam, callback=qat(schedule=SCHEDULE, optimizer="user")),
+    "user frozen": lambda d: run(
+        d, WithAdam, callback=qat(schedule=lfq.PhaseSchedule(0, 1, 2, 3), optimizer="user"), max_epochs=5
+    ),
+    "frozen body": lambda d: run(d, FrozenBody),
+    "averaged": lambda d: run(d, callbacks=[EMAWeightAveraging(decay=0.5)]),
+    "reinit": lambda d: run(
+        d,
+        callbacks=[Collapses()],
+        callback=qat(schedule=SCHEDULE, on_collapse="reinit", record_every_n_steps=1),
+    ),
+    "batch norm": lambda d: run(d, Net, limit_val_batches=1),
+}
+
+
+def parallel(**options: Any) -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **options)
+
+
+FSDP: dict[str, Callable[[Path], Any]] = {
+    "sharded": lambda d: run(d, Sharded, strategy=parallel()),
+    "whole": lambda d: run(
+        d, Sharded, strategy=parallel(save_distributed_checkpoint=False), callbacks=kept(d), max_epochs=5
+    ),
+    "saved": lambda d: run(d, Sharded, strategy=parallel(), callbacks=kept(d), max_epochs=5),
+    "resumed": lambda d: run(
+        d, Sharded, strategy=parallel(), callbacks=kept(d), max_epochs=5, ckpt_path=d.parent / "saved/epoch=2.ckpt"
+    ),
+}
+
+
+def start_two(directory: Path, kind: str) -> dict[str, str]:
+    """Run every scenario of a kind in two processes; the error of each that failed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.ranks", str(directory), kind]
+    started = []
+    for rank in "01":
+        with open(directory / f"log{rank}", "w") as log:
+            environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
+            root = Path(__file__).parents[1]
+            started.append(subprocess.Popen(command, env=environment, cwd=root, stdout=log, stderr=log))
+    for process in started:
+        try:
+            process.wait(timeout=200)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return {path.stem: path.read_text() for path in directory.glob("*.failed")}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    for name, scenario in {"ddp": DDP, "fsdp": FSDP}[sys.argv[2]].items():
+        (out / name).mkdir(exist_ok=True)
+        try:
+            scenario(out / name)
+        except Exception:
+            (out / f"{name}.failed").write_text(traceback.format_exc()[-3000:])
+            os._exit(1)  # the other process would wait

@@ -1,0 +1,243 @@
+"""Kills, full disks, bad batches, broken checkpoints: what a run survives, and how it ends where it does not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lfq_lightning as lfq
+from tests.runs import BATCHES, Net, every_epoch, fit, images, loader, qat, trainer
+
+ROOT = Path(__file__).parents[1]
+
+KILLED = """
+import os, random, signal, sys, time, warnings
+from pathlib import Path
+import lightning as L, torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+import lfq_lightning as lfq
+from tests.runs import StatefulLoader, fit, qat
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+directory, kills, epochs = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+random.seed(kills)
+
+class Started(L.Callback):
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        Path(trainer.default_root_dir, "started").write_text(str(trainer.global_step))
+
+def train(where):
+    where.mkdir(exist_ok=True)
+    last = where / "last.ckpt"
+    keep = ModelCheckpoint(where, "{step}", every_n_train_steps=1, save_last=True)
+    schedule = lfq.PhaseSchedule(observe=0, estimate=1, learn=2, freeze=8 * epochs - 4, unit="step")
+    run = {"callback": qat(schedule=schedule), "callbacks": [Started(), keep], "data": StatefulLoader()}
+    model, made, _ = fit(where, ckpt_path=last if last.exists() else None, max_epochs=epochs, **run)
+    torch.save(model.state_dict(), where / "final.pt")
+
+def in_a_process(where, seconds=None):
+    child = os.fork()
+    if child == 0:
+        train(where)
+        os._exit(0)
+    started = where / "started"
+    began = started.stat().st_mtime_ns if started.exists() else None
+    while seconds is not None and not (started.exists() and started.stat().st_mtime_ns != began):
+        time.sleep(0.001)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+assert in_a_process(directory / "whole") == 0
+killed = 0
+for _ in range(kills):
+    if in_a_process(directory / "killed", random.uniform(0.03, 0.2)) == 0:
+        break
+    killed += 1
+    last = directory / "killed/last.ckpt"
+    step = int((directory / "killed/started").read_text() or 0)
+    assert step == 0 or torch.load(last, weights_only=True)["global_step"] >= step
+assert killed == kills, f"finished after {killed} kills"
+assert in_a_process(directory / "killed") == 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("kills", "epochs"), [(3, 5), pytest.param(20, 40, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+)
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
+    tmp_path: Path, kills: int, epochs: int
+) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(kills), str(epochs)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, killed = (torch.load(tmp_path / kind / "final.pt") for kind in ("whole", "killed"))
+    for key, value in whole.items():
+        assert torch.equal(killed[key], value) if isinstance(value, Tensor) else killed[key] == value, key
+    rows = [(tmp_path / kind / "trajectory.csv").read_text() for kind in ("whole", "killed")]
+    assert rows[0] == rows[1]
+
+
+# ---- batches ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", [None, "user"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
+@pytest.mark.parametrize("phase", ["observe", "estimate", "learn", "freeze"])
+def test_a_bad_batch_leaves_every_quantizer_finite(tmp_path: Path, phase: str, value: float, optimizer: Any) -> None:
+    at = ["observe", "estimate", "learn", "freeze"].index(phase) * BATCHES + 3
+
+    class Bad(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.second(torch.relu(self.first(x)))).flatten(1))
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            if self.trainer.global_step != at:
+                return super().training_step(batch, batch_idx)
+            x = batch[0].clone()
+            x[0] = value
+            return super().training_step([x, batch[1]], batch_idx).nan_to_num(0.0) * 0.0
+
+        def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                if parameter.grad is not None and parameter.ndim > 1:  # the user guards the weights
+                    parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+
+    schedule = lfq.PhaseSchedule(0, 1, 2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, _, _ = fit(
+            tmp_path, Bad(), callback=qat(schedule=schedule, optimizer=optimizer), max_epochs=4, limit_val_batches=0
+        )
+    for name, quantizer in lfq.quantizers(model).items():
+        assert quantizer.scale.isfinite().all(), name
+        assert (quantizer.scale > 0).all(), name
+        assert quantizer.zero_point.isfinite().all(), name
+
+
+# ---- disk ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_stops_recording_with_one_warning_and_not_training(tmp_path: Path) -> None:
+    (tmp_path / "trajectory.csv").symlink_to("/dev/full")
+    with pytest.warns(UserWarning, match="No space left") as caught:
+        model, made, _ = fit(tmp_path)
+    assert sum("trajectory" in str(w.message) for w in caught) == 1
+    assert made.current_epoch == 3
+    assert {q.phase for q in lfq.quantizers(model).values()} == {"learn"}
+
+
+# ---- exceptions ---------------------------------------------------------------------------------------------------
+
+HOOKS = ["setup", "configure_model", "configure_optimizers", "on_fit_start", "on_train_start", "training_step"]
+HOOKS += ["on_before_optimizer_step", "validation_step", "on_train_epoch_end"]
+
+
+@pytest.mark.parametrize("optimizer", [None, "user"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_an_exception_anywhere_leaves_a_model_that_can_be_fitted(tmp_path: Path, hook: str, optimizer: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    model = Net()
+    broken = type("Broken", (Net,), {hook: fail})
+    model.__class__ = broken
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(tmp_path, model, callback=qat(optimizer=optimizer))
+    model.__class__ = Net
+    assert not {"configure_model", "configure_optimizers", "on_load_checkpoint"} & set(model.__dict__)
+    assert all("scale" in q._parameters for q in lfq.quantizers(model).values())
+    assert {q.gathering for q in lfq.quantizers(model).values()} <= {None}
+    assert torch.optim.Optimizer.__init__.__name__ == "__init__"
+    assert model(images().tensors[0]).isfinite().all()
+    fit(tmp_path / "again", model.train())
+    assert {q.phase for q in lfq.quantizers(model).values()} == {"learn"}
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def assert_refused_unchanged(directory: Path, path: Path, error: Any, message: str) -> None:
+    torch.manual_seed(7)
+    model = Net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        trainer(directory, [qat(), every_epoch(directory)], max_epochs=9).fit(
+            model, loader(), ckpt_path=path, weights_only=True
+        )
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert "on_load_checkpoint" not in model.__dict__
+
+
+def test_a_truncated_checkpoint_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    fit(tmp_path, callbacks=[every_epoch(tmp_path)])
+    whole = (tmp_path / "epoch=2.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    assert_refused_unchanged(tmp_path, tmp_path / "cut.ckpt", (OSError, RuntimeError), ".")
+
+
+@pytest.mark.parametrize("kind", ["another model", "wider", "without quantizers of a layer"])
+def test_a_foreign_checkpoint_is_refused_and_changes_nothing(tmp_path: Path, kind: str) -> None:
+    fit(tmp_path, Net(width=8) if kind == "wider" else None, callbacks=[every_epoch(tmp_path)])
+    saved = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)
+    message = {"wider": "has shape", "another model": "missing head.weight"}.get(kind, "the checkpoint has float")
+    if kind == "another model":
+        saved["state_dict"] = {key.replace("head", "tail"): v for key, v in lfq_free(saved["state_dict"]).items()}
+    if kind == "without quantizers of a layer":
+        saved["state_dict"] = {k: v for k, v in saved["state_dict"].items() if not k.startswith("second.input")}
+    torch.save(saved, tmp_path / "foreign.ckpt")
+    assert_refused_unchanged(tmp_path, tmp_path / "foreign.ckpt", ValueError, message)
+
+
+def lfq_free(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if "quantizer" not in key}
+
+
+# ---- ranks --------------------------------------------------------------------------------------------------------
+
+DYING = """
+import os, signal, sys, warnings
+from pathlib import Path
+import lightning as L, torch
+from tests.runs import Net, fit
+
+warnings.simplefilter("ignore")
+out, dying = Path(sys.argv[1]), int(sys.argv[2])
+
+class Dies(L.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        (out / f"pid{trainer.global_rank}").write_text(str(os.getpid()))
+        if trainer.global_rank == dying and trainer.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+fit(out, callbacks=[Dies()], devices=2, strategy="ddp")
+"""
+
+
+@pytest.mark.parametrize("dying", [1, 0])
+def test_when_one_rank_dies_the_other_ends_with_an_error(tmp_path: Path, dying: int) -> None:
+    (tmp_path / "script.py").write_text(DYING)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(dying)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "errors", "w") as errors:
+        done = subprocess.run(command, env=environment, stderr=errors, stdout=errors, timeout=120, check=False)
+    assert done.returncode != 0
+    survivor = int((tmp_path / f"pid{1 - dying}").read_text())
+    until = time.monotonic() + 60
+    while Path(f"/proc/{survivor}").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{survivor}").exists()
+    assert "Error" in (tmp_path / "errors").read_text()

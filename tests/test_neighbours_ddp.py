@@ -1,0 +1,100 @@
+"""Two processes in many settings: equal qparams on both, and the same as one process where that is promised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+
+import lfq_lightning as lfq
+from lfq_lightning.sharding import check_strategy
+from tests.ranks import DDP, ByHand, kept, run, start_two
+from tests.runs import Net, qat, trainer
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """Every scenario's folder, after one process has left a checkpoint that two resume from."""
+    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp("ranks")
+    run(directory / "one", ranks=1, callbacks=kept(directory / "one"), max_epochs=5)
+    return directory, start_two(directory, "ddp")
+
+
+def state(runs: tuple[Path, dict[str, str]], name: str) -> dict[str, Tensor]:
+    directory, failed = runs
+    assert name not in failed, failed[name]
+    path = directory / name / "quantizers.pt"
+    assert path.exists(), f"not reached after {list(failed)}: {list(failed.values())[:1]}"
+    return torch.load(path)
+
+
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5) -> None:
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=rtol, atol=1e-5 if "zero_point" in key else 0.0, msg=key)
+
+
+@pytest.mark.parametrize("name", DDP)
+def test_two_ranks_keep_equal_qparams(runs: Any, name: str) -> None:
+    found = state(runs, name)
+    moved = [not torch.equal(found[key], found[f"{key}_reference"]) for key in found if key.endswith("quantizer.scale")]
+    assert any(moved)
+
+
+def test_how_ddp_keeps_its_buckets_changes_nothing(runs: Any) -> None:
+    found, expected = state(runs, "static graph false"), state(runs, "plain")
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_a_static_graph_is_refused(tmp_path: Path) -> None:
+    made = trainer(tmp_path, [qat()], strategy=DDPStrategy(static_graph=True))
+    with pytest.raises(ValueError, match=r"Found DDPStrategy\(static_graph=True\): leave it out"):
+        check_strategy(made)
+
+
+def test_in_the_users_optimizer_frozen_qparams_keep_still_despite_its_momentum(runs: Any) -> None:
+    found, expected = state(runs, "user frozen"), state(runs, "user")
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_accumulation_by_hand_without_synchronising_equals_the_trainers(runs: Any, tmp_path: Path) -> None:
+    run(tmp_path, ByHand, ranks=1)
+    assert_near(state(runs, "no sync"), torch.load(tmp_path / "quantizers.pt"))
+
+
+def test_ranks_with_unequal_batches_observe_the_whole_batch(runs: Any) -> None:
+    whole, parts = state(runs, "plain"), state(runs, "uneven")
+    # The first batch is observed before any weight moves.
+    key = "first.input_quantizer.observer.maximum"
+    assert torch.equal(parts[key], whole[key])
+
+
+def test_two_ranks_go_on_from_the_checkpoint_of_one(runs: Any) -> None:
+    assert_near(state(runs, "resumed"), torch.load(runs[0] / "one/quantizers.pt"), rtol=1e-4)
+
+
+def test_one_rank_goes_on_from_the_checkpoint_of_two(runs: Any, tmp_path: Path) -> None:
+    expected = state(runs, "saved")
+    path = runs[0] / "saved/epoch=2.ckpt"
+    run(tmp_path, ranks=1, callbacks=kept(tmp_path), max_epochs=5, ckpt_path=path)
+    assert_near(torch.load(tmp_path / "quantizers.pt"), expected, rtol=1e-4)
+
+
+def test_a_collapsed_quantizer_starts_over_on_both_ranks(runs: Any) -> None:
+    found, expected = state(runs, "reinit"), state(runs, "plain")
+    key = "second.input_quantizer.scale"
+    torch.testing.assert_close(found[key], expected[key], rtol=0.2, atol=0.0)
+
+
+def test_sync_batchnorm_leaves_quantized_layers_alone() -> None:
+    model = Net()
+    lfq.attach(model, weight=4, activation=4)
+    before = lfq.quantizers(model)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # what the Trainer does; it runs on a GPU alone
+    assert isinstance(converted.norm, nn.SyncBatchNorm)
+    assert list(map(id, lfq.quantizers(converted).values())) == list(map(id, before.values()))

@@ -18,7 +18,7 @@ from lfq_lightning.placement import Placement, apply, plan
 from lfq_lightning.recorder import Recorder, summary_of
 from lfq_lightning.run_length import check_configured_length, is_dev_run, settle_schedule
 from lfq_lightning.run_phases import enter_phase, take_in_batch
-from lfq_lightning.schedule import PHASES, Phase, PhaseSchedule
+from lfq_lightning.schedule import OBSERVING, PHASES, Phase, PhaseSchedule
 from lfq_lightning.sentinel import Reaction, Sentinel
 from lfq_lightning.sharding import check_strategy
 from lfq_lightning.spec import QuantSpec, Rule, SpecLike, activation_spec, weight_spec
@@ -181,15 +181,17 @@ class QuantizationAwareTraining(L.Callback):
     ) -> None:
         """Gather statistics from this batch's forward passes, and measure them where a record is due."""
         enter_phase(trainer, pl_module, self._phase(trainer))
-        set_gathering(pl_module, True)
+        if model_phase(pl_module) in OBSERVING:
+            set_gathering(pl_module, True)
         self._recorder.before_batch(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Merge the batch's statistics over ranks, and record."""
-        set_gathering(pl_module, False)
-        take_in_batch(trainer, pl_module, self._phase(trainer))
+        if model_phase(pl_module) in OBSERVING:
+            set_gathering(pl_module, False)
+            take_in_batch(trainer, pl_module)
         rows = self._recorder.after_batch(trainer, pl_module)
         self._watch(trainer, pl_module, rows)
         for name, value in summary_of(rows).items():

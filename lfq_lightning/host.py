@@ -163,6 +163,11 @@ def quantizers(model: nn.Module) -> dict[str, LearnableFakeQuantize]:
     }
 
 
+def first_quantizer(model: nn.Module) -> LearnableFakeQuantize | None:
+    """A model's first quantizer, found without looking at the rest."""
+    return next((module for module in model.modules() if isinstance(module, LearnableFakeQuantize)), None)
+
+
 def qparams(model: nn.Module) -> list[nn.Parameter]:
     """The learnable scales and zero points of a model."""
     return [p for quantizer in quantizers(model).values() for p in quantizer.parameters(recurse=False)]

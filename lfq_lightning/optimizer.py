@@ -51,7 +51,7 @@ class _Slot:
 
     quantizer: LearnableFakeQuantize
     name: str
-    host: QuantizedLayer
+    host: QuantizedLayer | None  # None where the user has placed the quantizer
     proxy: nn.Parameter
 
     @property
@@ -68,7 +68,11 @@ class _Slot:
     def take_gradient(self) -> bool:
         """Hand value and gradient to the proxy; False where there is nothing to learn from."""
         gradient = self.value.grad
-        if gradient is None or not self.quantizer.learning_enabled or not self.host.weight.requires_grad:
+        if (
+            gradient is None
+            or not self.quantizer.learning_enabled
+            or not (self.host is None or self.host.weight.requires_grad)
+        ):
             self.proxy.grad = None
             return False
         unit = self.unit()
@@ -244,7 +248,16 @@ def _assign(model: nn.Module, followed: Sequence[Optimizer]) -> dict[int, list[_
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
             if quantizer is not None and quantizer not in known:
                 known.add(quantizer)
-                for name in quantizer._parameters:
-                    proxy = nn.Parameter(torch.zeros_like(getattr(quantizer, name)))
-                    assigned.setdefault(index, []).append(_Slot(quantizer, name, layer, proxy))
+                assigned.setdefault(index, []).extend(_slots_of(quantizer, layer))
+    for quantizer in quantizers(model).values() if followed else ():
+        if quantizer not in known:
+            assigned.setdefault(0, []).extend(_slots_of(quantizer, None))
     return assigned
+
+
+def _slots_of(quantizer: LearnableFakeQuantize, host: QuantizedLayer | None) -> list[_Slot]:
+    return [
+        _Slot(quantizer, name, host, nn.Parameter(torch.zeros_like(parameter)))
+        for name, parameter in quantizer._parameters.items()
+        if parameter is not None
+    ]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.host import hosts, qparams, quantizers, whole_weight
+from lfq_lightning.host import first_quantizer, hosts, qparams, quantizers, whole_weight
 from lfq_lightning.observers import Observer
 from lfq_lightning.schedule import Phase, check_phase
 
@@ -64,7 +64,7 @@ def set_phase(model: nn.Module, phase: Phase) -> None:
 
 def model_phase(model: nn.Module) -> str:
     """The phase of a model's quantizers, which change it together; "off" without any."""
-    first = next(iter(quantizers(model).values()), None)
+    first = first_quantizer(model)
     return "off" if first is None else first.phase
 
 

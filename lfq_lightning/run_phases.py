@@ -8,16 +8,16 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lfq_lightning.host import quantizers
+from lfq_lightning.host import first_quantizer, quantizers
 from lfq_lightning.neighbours import share_with_averages
-from lfq_lightning.phases import check_ranks_agree, estimate_weights, merge_statistics, set_phase
+from lfq_lightning.phases import check_ranks_agree, estimate_weights, merge_statistics, model_phase, set_phase
 from lfq_lightning.run_length import is_dev_run
 from lfq_lightning.schedule import Phase
 
 
 def enter_phase(trainer: L.Trainer, model: L.LightningModule, scheduled: Phase) -> None:
     """Put every quantizer in the phase that the schedule says, unless the model has learned already."""
-    first = next(iter(quantizers(model).values()), None)
+    first = first_quantizer(model)
     if first is None:
         return
     phase, before = scheduled, first.phase
@@ -36,13 +36,13 @@ def enter_phase(trainer: L.Trainer, model: L.LightningModule, scheduled: Phase) 
     )
 
 
-def take_in_batch(trainer: L.Trainer, model: L.LightningModule, phase: Phase) -> None:
+def take_in_batch(trainer: L.Trainer, model: L.LightningModule) -> None:
     """Merge what quantizers gathered in this batch over ranks, into observers and estimates."""
     met = merge_statistics(model, _highest(trainer) if trainer.world_size > 1 else None)
     for name, flag in met.items():
         if flag.device.type == "cpu":
             quantizers(model)[name].warn_non_finite(flag, name)
-    if phase == "estimate":
+    if model_phase(model) == "estimate":
         estimate_weights(model)
 
 

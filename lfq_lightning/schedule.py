@@ -10,6 +10,7 @@ Phase = Literal["off", "observe", "estimate", "learn", "freeze"]
 Unit = Literal["epoch", "step"]
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
+OBSERVING: tuple[Phase, ...] = ("observe", "estimate")
 
 
 def check_phase(phase: str) -> None:

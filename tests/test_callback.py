@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import lfq_lightning as lfq
 from lfq_lightning.host import QuantizedLayer
+from lfq_lightning.observers import MinMaxObserver
 from lfq_lightning.trajectory import read_trajectory
 from tests.runs import BATCHES, Net, fit, qat, trainer
 
@@ -323,6 +324,21 @@ def test_a_layer_that_is_never_used_is_named_before_learning(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"Found none for spare\.input_quantizer"):
         fit(tmp_path, Unused())
     fit(tmp_path, Unused(), callback=qat(rules=[lfq.Rule("spare", weight=None, activation=None)]))
+
+
+def test_a_quantizer_of_the_users_own_goes_through_the_phases_too(tmp_path: Path) -> None:
+    class Own(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sum = lfq.LearnableFakeQuantize(MinMaxObserver(), quant_max=15, grad_factor="lsq")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.sum(torch.relu(self.second(torch.relu(self.first(x))))).flatten(1))
+
+    model, _, _ = fit(tmp_path, Own())
+    assert model.sum.phase == "learn"
+    assert model.sum.observer.saw_data()
+    assert not torch.equal(model.sum.scale, model.sum.scale_reference)
 
 
 def test_it_prints_as_the_call_that_makes_it() -> None:

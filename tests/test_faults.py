@@ -74,7 +74,11 @@ assert in_a_process(directory / "killed") == 0
 
 
 @pytest.mark.parametrize(
-    ("kills", "epochs"), [(3, 5), pytest.param(20, 40, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+    ("kills", "epochs"),
+    [
+        pytest.param(3, 5, marks=pytest.mark.slow),
+        pytest.param(20, 40, marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+    ],
 )
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
     tmp_path: Path, kills: int, epochs: int

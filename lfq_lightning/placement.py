@@ -71,7 +71,7 @@ def attach(
         activation: the same for layer inputs. An int means affine per tensor.
         rules: exceptions; the first that matches a layer decides.
         compress_saved: keep what layers need for backward as 8-bit codes instead of float32, without changing a bit of
-            any gradient: less memory for some time. Eager execution only; where a layer saves something else (a copy
+            any gradient. Eager execution only; where a layer saves something else (a copy
             in another dtype), that is stored as usual. Each layer's `saved` tells the bytes.
 
     Returns:

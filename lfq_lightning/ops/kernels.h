@@ -147,6 +147,15 @@ struct Run {
     float *scale, *zero_point;  // one partial sum each
 };
 
+INLINE void add_lanes(float* UNALIASED lanes, const float* UNALIASED terms, int n) {
+    int k = 0;
+    for (; k + LANES <= n; k += LANES) {
+#pragma omp simd
+        for (int j = 0; j < LANES; ++j) lanes[j] += terms[k + j];
+    }
+    for (int j = 0; k + j < n; ++j) lanes[j] += terms[k + j];
+}
+
 INLINE float sum_lanes(const float* lanes) {
     double total = 0.0;
     for (int j = 0; j < LANES; ++j) total += lanes[j];
@@ -157,27 +166,21 @@ template <int SATURATION, bool SCALE, bool ZERO_POINT, typename T>
 INLINE void backward_of(const Run<T>& run) {
     const float s = run.s, low = run.low, high = run.high;
     float scale[LANES] = {}, zero_point[LANES] = {};
+    alignas(64) float scale_terms[STRIP] = {}, zero_point_terms[STRIP] = {};
     Strip<T> x_strip, g_strip, dx_strip;
     for (int64_t i = 0; i < run.n; i += STRIP) {
         const int n = static_cast<int>(run.n - i < STRIP ? run.n - i : STRIP);
         const float *UNALIASED x = x_strip.read(run.x + i, n), *UNALIASED g = g_strip.read(run.g + i, n);
         float* UNALIASED dx = dx_strip.target(run.dx + i);
-        int k = 0;
-        for (; k + LANES <= n; k += LANES) {
-#pragma omp simd
-            for (int j = 0; j < LANES; ++j) {
-                const Terms t = gradient_terms<SATURATION>(x[k + j], g[k + j], s, low, high);
-                dx[k + j] = t.dx;
-                if (SCALE) scale[j] += t.scale;
-                if (ZERO_POINT) zero_point[j] += t.zero_point;
-            }
+        // The terms first and their sums in a second loop: as one, compilers unroll it instead of vectorising it.
+        for (int j = 0; j < n; ++j) {
+            const Terms t = gradient_terms<SATURATION>(x[j], g[j], s, low, high);
+            dx[j] = t.dx;
+            if (SCALE) scale_terms[j] = t.scale;
+            if (ZERO_POINT) zero_point_terms[j] = t.zero_point;
         }
-        for (int j = 0; k + j < n; ++j) {
-            const Terms t = gradient_terms<SATURATION>(x[k + j], g[k + j], s, low, high);
-            dx[k + j] = t.dx;
-            if (SCALE) scale[j] += t.scale;
-            if (ZERO_POINT) zero_point[j] += t.zero_point;
-        }
+        if (SCALE) add_lanes(scale, scale_terms, n);
+        if (ZERO_POINT) add_lanes(zero_point, zero_point_terms, n);
         dx_strip.write(run.dx + i, n);
     }
     if (SCALE) *run.scale = sum_lanes(scale);

@@ -2,16 +2,16 @@
 
 from lfq_lightning.callback import QuantizationAwareTraining
 from lfq_lightning.checkpoint import load_from_checkpoint, load_state_dict
-from lfq_lightning.host import quantizers
-from lfq_lightning.neighbours import while_learning
 from lfq_lightning.ops import backends, fake_quantize
 from lfq_lightning.phases import calibrate, project_, set_phase
 from lfq_lightning.placement import Placement, attach, detach
-from lfq_lightning.plot import plot_trajectories
+from lfq_lightning.placement.host import quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.records.plot import plot_trajectories
+from lfq_lightning.records.summary import Summary, summarize
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.spec import QuantSpec, Rule
-from lfq_lightning.summary import Summary, summarize
+from lfq_lightning.training.neighbours import while_learning
 
 __all__ = [
     "LearnableFakeQuantize",

@@ -10,21 +10,21 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lfq_lightning.checkpoint import check_loadable, fit_to
-from lfq_lightning.host import quantizers, set_compressed
-from lfq_lightning.neighbours import arrange, check_neighbours, require_gradients
-from lfq_lightning.optimizer import OptimizerFactory, QParamOptimizer, ScheduleFactory, hidden_qparams
 from lfq_lightning.phases import model_phase, set_gathering
 from lfq_lightning.placement import Placement, apply, plan
-from lfq_lightning.recorder import Recorder, summary_of
-from lfq_lightning.run_length import check_configured_length, is_dev_run, settle_schedule
-from lfq_lightning.run_phases import enter_phase, take_in_batch
+from lfq_lightning.placement.host import quantizers, set_compressed
+from lfq_lightning.records.trajectory import TrajectoryRow
 from lfq_lightning.schedule import OBSERVING, PHASES, Phase, PhaseSchedule
-from lfq_lightning.sentinel import Reaction, Sentinel
-from lfq_lightning.sharding import check_strategy
 from lfq_lightning.spec import QuantSpec, Rule, SpecLike, activation_spec, weight_spec
-from lfq_lightning.trajectory import TrajectoryRow
-from lfq_lightning.user_optimizer import UserOptimizers, arranged_qparams, make_optimizer
-from lfq_lightning.wrapping import Wrappers
+from lfq_lightning.training.neighbours import arrange, check_neighbours, require_gradients
+from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, ScheduleFactory, hidden_qparams
+from lfq_lightning.training.recorder import Recorder, summary_of
+from lfq_lightning.training.run_length import check_configured_length, is_dev_run, settle_schedule
+from lfq_lightning.training.run_phases import enter_phase, take_in_batch
+from lfq_lightning.training.sentinel import Reaction, Sentinel
+from lfq_lightning.training.sharding import check_strategy
+from lfq_lightning.training.user_optimizer import UserOptimizers, arranged_qparams, make_optimizer
+from lfq_lightning.training.wrapping import Wrappers
 
 
 class QuantizationAwareTraining(L.Callback):

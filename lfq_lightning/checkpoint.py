@@ -11,8 +11,8 @@ import lightning as L
 import torch
 from torch import nn
 
-from lfq_lightning.host import INPUT, WEIGHT, plain_name, quantizers
 from lfq_lightning.placement import PlacedLayer, Placement, apply
+from lfq_lightning.placement.host import INPUT, WEIGHT, plain_name, quantizers
 from lfq_lightning.spec import QuantSpec
 
 Module = TypeVar("Module", bound=L.LightningModule)

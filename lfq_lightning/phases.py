@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.host import first_quantizer, hosts, qparams, quantizers, whole_weight
 from lfq_lightning.observers import Observer
+from lfq_lightning.placement.host import first_quantizer, hosts, qparams, quantizers, whole_weight
 from lfq_lightning.schedule import Phase, check_phase
 
 _QUANTIZED: tuple[Phase, ...] = ("estimate", "learn", "freeze")

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 import lfq_lightning as lfq
-from lfq_lightning.host import QuantizedLayer
 from lfq_lightning.observers import MinMaxObserver
-from lfq_lightning.trajectory import read_trajectory
+from lfq_lightning.placement.host import QuantizedLayer
+from lfq_lightning.records.trajectory import read_trajectory
 from tests.runs import BATCHES, Net, fit, qat, trainer
 
 

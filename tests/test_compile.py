@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import lfq_lightning as lfq
 from lfq_lightning.phases import merge_statistics, set_gathering
-from lfq_lightning.trajectory import read_trajectory
+from lfq_lightning.records.trajectory import read_trajectory
 from tests.runs import Net, fit, images, qat
 
 X = images().tensors[0]

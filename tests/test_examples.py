@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 
 import lfq_lightning as lfq
-from lfq_lightning.trajectory import read_trajectory
+from lfq_lightning.records.trajectory import read_trajectory
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import nn
 
 import lfq_lightning as lfq
-from lfq_lightning.sharding import check_strategy
+from lfq_lightning.training.sharding import check_strategy
 from tests.ranks import NormFree, run, start_two
 from tests.runs import Net, qat, trainer
 

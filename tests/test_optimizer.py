@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
-from lfq_lightning.optimizer import QParamOptimizer, hidden_qparams
+from lfq_lightning.training.optimizer import QParamOptimizer, hidden_qparams
 from tests.runs import Net, fit, images, qat
 
 X = images().tensors[0]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import lfq_lightning as lfq
-from lfq_lightning.host import QuantizedLayer
+from lfq_lightning.placement.host import QuantizedLayer
 from tests.runs import Net
 
 LAYERS = {

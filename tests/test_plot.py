@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lfq_lightning.plot import _panels, _phases, plot_trajectories
-from lfq_lightning.trajectory import Trajectory, TrajectoryRow
+from lfq_lightning.records.plot import _panels, _phases, plot_trajectories
+from lfq_lightning.records.trajectory import Trajectory, TrajectoryRow
 
 pytest.importorskip("matplotlib")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
-from lfq_lightning.host import hosts, set_compressed
+from lfq_lightning.placement.host import hosts, set_compressed
 from tests.runs import Net, fit, images, qat
 
 X = images().tensors[0]

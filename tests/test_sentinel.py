@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import lfq_lightning as lfq
-from lfq_lightning.sentinel import Sentinel
-from lfq_lightning.trajectory import TrajectoryRow
+from lfq_lightning.records.trajectory import TrajectoryRow
+from lfq_lightning.training.sentinel import Sentinel
 from tests.runs import BATCHES, Net, fit, images, qat
 
 HEALTHY = TrajectoryRow(1, 0, "learn", "second.input_quantizer", 0.1, 0.1, 0.1, 3.0, 3.0, 3.0, 0.01, 0.1)

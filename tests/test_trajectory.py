@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lfq_lightning.trajectory import COLUMNS, Trajectory, TrajectoryRow, read_trajectory
+from lfq_lightning.records.trajectory import COLUMNS, Trajectory, TrajectoryRow, read_trajectory
 
 FC1, FC2 = "fc1.weight_quantizer", "fc2.input_quantizer"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
-from lfq_lightning.optimizer import QParamOptimizer, hidden_qparams
+from lfq_lightning.training.optimizer import QParamOptimizer, hidden_qparams
 from tests.benchmarks.measuring import Call
 from tests.benchmarks.networks import make
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
-from lfq_lightning.host import qparams
-from lfq_lightning.optimizer import QParamOptimizer, hidden_qparams
+from lfq_lightning.placement.host import qparams
+from lfq_lightning.training.optimizer import QParamOptimizer, hidden_qparams
 from tests.runs import Net, images, loader, qat, trainer
 
 
@@ -53,7 +53,7 @@ def test_no_step_of_any_phase_waits_for_the_device(tmp_path: Path, precision: An
 
 
 def test_a_record_waits_for_the_device_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lfq_lightning.recording import measure_weights, record
+    from lfq_lightning.records.recording import measure_weights, record
 
     model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(6)]).cuda()
     lfq.attach(model, weight=4, activation=4)

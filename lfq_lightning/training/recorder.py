@@ -11,10 +11,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lfq_lightning.host import quantizers
 from lfq_lightning.phases import model_phase
-from lfq_lightning.recording import measure_weights, probed, record
-from lfq_lightning.trajectory import Trajectory, TrajectoryRow
+from lfq_lightning.placement.host import quantizers
+from lfq_lightning.records.recording import measure_weights, probed, record
+from lfq_lightning.records.trajectory import Trajectory, TrajectoryRow
 
 
 class Recorder:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lfq_lightning.host import QuantizedLayer, float_type, plain_name
+from lfq_lightning.placement.host import QuantizedLayer, float_type, plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.spec import QuantSpec, Rule
 

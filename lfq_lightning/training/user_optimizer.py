@@ -12,16 +12,16 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lfq_lightning.host import QuantizedLayer, hosts
-from lfq_lightning.optimizer import (
+from lfq_lightning.placement.host import QuantizedLayer, hosts
+from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.training.optimizer import (
     OptimizerFactory,
     QParamOptimizer,
     ScheduleFactory,
     default_optimizer,
     hidden_qparams,
 )
-from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.sharding import mean_over_shards
+from lfq_lightning.training.sharding import mean_over_shards
 
 _REMEDY = (
     'With `optimizer="user"` each optimizer has one parameter group more, its last, for scales and zero points. A '

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.audio import signal_noise_ratio
 
-from lfq_lightning.host import hosts, quantizers
+from lfq_lightning.placement.host import hosts, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 

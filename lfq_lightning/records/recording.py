@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.host import WEIGHT, hosts, quantizers, whole_weight
+from lfq_lightning.placement.host import WEIGHT, hosts, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.trajectory import TrajectoryRow
+from lfq_lightning.records.trajectory import TrajectoryRow
 
 
 class _Probe:

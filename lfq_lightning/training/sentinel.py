@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lfq_lightning.host import INPUT, WEIGHT, hosts, quantizers, whole_weight
+from lfq_lightning.placement.host import INPUT, WEIGHT, hosts, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.trajectory import TrajectoryRow
+from lfq_lightning.records.trajectory import TrajectoryRow
 
 Reaction = Literal["warn", "reinit", "raise"]
 

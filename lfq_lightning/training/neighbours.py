@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelSummary, Stochastic
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from torch import nn
 
-from lfq_lightning.host import INPUT, WEIGHT, hosts, qparams, quantizers
-from lfq_lightning.optimizer import hidden_qparams
 from lfq_lightning.phases import model_phase
-from lfq_lightning.wrapping import Wrappers
+from lfq_lightning.placement.host import INPUT, WEIGHT, hosts, qparams, quantizers
+from lfq_lightning.training.optimizer import hidden_qparams
+from lfq_lightning.training.wrapping import Wrappers
 
 SomeCallback = TypeVar("SomeCallback", bound=L.Callback)
 

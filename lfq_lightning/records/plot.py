@@ -7,7 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lfq_lightning.trajectory import FILE_NAME, TrajectoryRow, read_trajectory
+from lfq_lightning.records.trajectory import FILE_NAME, TrajectoryRow, read_trajectory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

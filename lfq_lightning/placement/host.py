@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.distributed.tensor import DTensor
 
+from lfq_lightning.placement.saving import Saved, compressed
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.saving import Saved, compressed
 
 WEIGHT, INPUT = "weight_quantizer", "input_quantizer"
 

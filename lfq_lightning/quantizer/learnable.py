@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.observers import OBSERVERS, Observer, check_observer
-from lfq_lightning.observing import Observing
 from lfq_lightning.ops import FakeQuantize, Unchanged, check_range, saturation
+from lfq_lightning.quantizer.observing import Observing
+from lfq_lightning.quantizer.switches import Switches
 from lfq_lightning.spec import QuantSpec
-from lfq_lightning.switches import Switches
 
 
 class LearnableFakeQuantize(Switches, Observing):

@@ -8,11 +8,11 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lfq_lightning.host import first_quantizer, quantizers
-from lfq_lightning.neighbours import share_with_averages
 from lfq_lightning.phases import check_ranks_agree, estimate_weights, merge_statistics, model_phase, set_phase
-from lfq_lightning.run_length import is_dev_run
+from lfq_lightning.placement.host import first_quantizer, quantizers
 from lfq_lightning.schedule import Phase
+from lfq_lightning.training.neighbours import share_with_averages
+from lfq_lightning.training.run_length import is_dev_run
 
 
 def enter_phase(trainer: L.Trainer, model: L.LightningModule, scheduled: Phase) -> None:

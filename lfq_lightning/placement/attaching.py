@@ -10,7 +10,7 @@ from difflib import get_close_matches
 
 from torch import Tensor, nn
 
-from lfq_lightning.host import (
+from lfq_lightning.placement.host import (
     QuantizedLayer,
     float_type,
     hosts,
@@ -19,7 +19,7 @@ from lfq_lightning.host import (
     restore_layer,
     set_compressed,
 )
-from lfq_lightning.layers import TRANSPOSED, candidates, check_quantizable, input_channels, is_lazy
+from lfq_lightning.placement.layers import TRANSPOSED, candidates, check_quantizable, input_channels, is_lazy
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.spec import QuantSpec, Rule, SpecLike, activation_spec, weight_spec
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
-from lfq_lightning.host import QuantizedLayer, hosts, quantizers
+from lfq_lightning.placement.host import QuantizedLayer, hosts, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]

@@ -1,0 +1,5 @@
+"""The learnable fake quantizer."""
+
+from lfq_lightning.quantizer.learnable import LearnableFakeQuantize
+
+__all__ = ["LearnableFakeQuantize"]

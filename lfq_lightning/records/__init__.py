@@ -1,0 +1,1 @@
+"""What quantizers looked like: tables, trajectories and pictures."""

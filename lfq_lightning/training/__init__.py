@@ -1,0 +1,1 @@
+"""Quantizers in a Trainer's run: optimizers, phases, neighbours and records."""

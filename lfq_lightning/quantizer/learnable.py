@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.observers import OBSERVERS, Observer, check_observer
-from lfq_lightning.ops import FakeQuantize, Unchanged, check_range, saturation
+from lfq_lightning.ops import FakeQuantize, Unchanged, check_range, effective, saturation
 from lfq_lightning.quantizer.observing import Observing
 from lfq_lightning.quantizer.switches import Switches
 from lfq_lightning.spec import QuantSpec
@@ -153,6 +153,12 @@ class LearnableFakeQuantize(Switches, Observing):
         """Print scale and zero point."""
         print(f"LearnableFakeQuantize scale: {self.scale.detach()}")
         print(f"LearnableFakeQuantize zero_point: {self.zero_point.detach()}")
+
+    @torch.no_grad()
+    def used_qparams(self) -> tuple[Tensor, Tensor]:
+        """The scale and the integer zero point that forward computes with, each of shape (channels,)."""
+        s, z = effective(self.scale, self.zero_point, self.quant_min, self.quant_max)
+        return s, z
 
     def begin_learning(self) -> None:
         """Remember the scale in whose units learning goes on; once only, so that a second fit continues."""

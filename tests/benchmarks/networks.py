@@ -35,9 +35,9 @@ def resnet18(width: int = 64, classes: int = 10) -> nn.Module:
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -45,7 +45,9 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = self.norm1(x)
         q, k, v = (p(z).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.query, self.key, self.value))
-        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+        attended = (
+            nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(-2)
+        )
         x = x + self.out(attended)
         return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
 

@@ -1,0 +1,124 @@
+"""How the accuracy benchmark quantizes: by us with each rule, and by other libraries with the same budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+import lfq_lightning as lfq
+from tests.benchmarks import peers
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Bits of weights and inputs, 0 for float, and the group size of weights."""
+
+    weight: int
+    activation: int
+    group_size: int | None = None
+
+    @property
+    def name(self) -> str:
+        group = f" g{self.group_size}" if self.group_size else ""
+        return f"W{self.weight}{group}" + (f"A{self.activation}" if self.activation else "")
+
+
+CELLS = {cell.name: cell for cell in (Cell(8, 8), Cell(4, 4), Cell(3, 3), Cell(2, 2), Cell(4, 0, 32))}
+
+# Makes the callbacks that quantize a network in this cell; None where the method has nothing for it.
+Method = Callable[[Cell, nn.Module, int], list[L.Callback] | None]
+
+
+def ours(
+    cell: Cell,
+    network: nn.Module,
+    steps: int,
+    weight: dict[str, Any] | None = None,
+    activation: dict[str, Any] | None = None,
+    **options: Any,
+) -> list[L.Callback]:
+    """The defaults, but for the fields given."""
+    specs: dict[str, Any] = {"weight": cell.weight, "activation": cell.activation or None}
+    if cell.group_size:
+        specs["weight"] = lfq.QuantSpec(bits=cell.weight, granularity="per_group", group_size=cell.group_size)
+    if weight:
+        base = specs["weight"] if cell.group_size else lfq.QuantSpec(bits=cell.weight, granularity="per_channel")
+        specs["weight"] = replace(base, **weight)
+    if activation and cell.activation:
+        base = lfq.QuantSpec(bits=cell.activation, symmetric=False, observer="moving_average")
+        specs["activation"] = replace(base, **activation)
+    return [lfq.QuantizationAwareTraining(**specs, record_every_n_steps=10**9, **options)]
+
+
+class Peer(L.Callback):
+    """Another library's quantizers, in its phases, on the epochs on which ours change theirs."""
+
+    def __init__(self, phase: Callable[[nn.Module, str], None] | None = None) -> None:
+        self.phase = phase
+        self.learn = 2
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.phase is not None:
+            epochs = trainer.max_epochs or 0
+            learn = 2 if epochs >= 10 else 1
+            phase = (
+                "observe" if trainer.current_epoch == 0 else "estimate" if trainer.current_epoch < learn else "learn"
+            )
+            self.phase(pl_module, phase)
+
+
+def torch_ao(cell: Cell, network: nn.Module, steps: int) -> list[L.Callback] | None:
+    if cell.group_size:
+        return None  # it has scales per tensor and per channel
+    peers.quantized_by(network, peers.torch_ao_weight, peers.torch_ao_activation, cell.weight, cell.activation)
+    return [Peer(peers.torch_ao_phase)]
+
+
+def brevitas(cell: Cell, network: nn.Module, steps: int) -> list[L.Callback] | None:
+    if cell.group_size:
+        return None  # groups of Linear alone, and not below a quantized convolution
+    activation = peers.brevitas_activation(2 * steps)
+    peers.quantized_by(network, peers.BrevitasWeight, activation, cell.weight, cell.activation)
+    return [Peer()]
+
+
+def torchao(cell: Cell, network: nn.Module, steps: int) -> list[L.Callback] | None:
+    kernels = any(isinstance(m, nn.Conv2d) for m in network.modules())
+    if kernels:
+        return None  # it quantizes matrices
+    make = partial(_torchao_weight, group_size=cell.group_size)
+    peers.quantized_by(network, make, peers.torchao_activation, cell.weight, cell.activation)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, peers.TorchaoWeight):
+                module(next(m for m in network.modules() if getattr(m, "weight_quantizer", None) is module).weight)
+    return [Peer()]
+
+
+def _torchao_weight(bits: int, layer: nn.Module, group_size: int | None) -> nn.Module:
+    return peers.TorchaoWeight(bits, group_size)
+
+
+METHODS: dict[str, Method] = {"ours": ours, "torch.ao": torch_ao}
+METHODS |= {name: make for name, make in {"brevitas": brevitas, "torchao": torchao}.items() if peers.INSTALLED[name]}
+
+
+def adam(lr: float) -> Callable[..., torch.optim.Optimizer]:
+    """The default optimizer of scales at another learning rate."""
+    return partial(torch.optim.Adam, lr=lr)
+
+
+# What the defaults were chosen from: each differs from them in what its name says.
+VARIANTS: dict[str, Method] = {
+    "ours, Adam 3e-3": partial(ours, optimizer=adam(3e-3)),
+    "ours, Adam 1e-2": partial(ours, optimizer=adam(1e-2)),
+    "ours, exclusive saturation": partial(
+        ours, weight={"saturation": "exclusive"}, activation={"saturation": "exclusive"}
+    ),
+}

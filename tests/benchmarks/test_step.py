@@ -19,7 +19,7 @@ from tests.benchmarks.steps import MISSING, PREPARATIONS, training_step
 def test_step(table: Table, network: str, pytestconfig: pytest.Config) -> None:
     table.name = f"step_{network}"
     table.notes.append(
-        "one thread; memory: rise over the idle process, each in a process of its own, and what it needs at once"
+        "one thread; memory: rise over the idle process, each in a process of its own; needed: without holes"
     )
     if MISSING:
         table.notes.append(f"not installed, left out: {', '.join(MISSING)}")

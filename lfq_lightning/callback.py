@@ -44,7 +44,8 @@ class QuantizationAwareTraining(L.Callback):
             `functools.partial(torch.optim.Adam, lr=1e-3)`, which is the default. Its learning rate is relative: 1e-3
             with Adam moves a scale by about a thousandth of its size a step. "user" puts them into the optimizers of
             `configure_optimizers` instead, each with its layer's weight, in a last group without weight decay.
-        lr_schedule: makes a learning-rate scheduler for that optimizer, stepped with it.
+        lr_schedule: makes a learning-rate scheduler for that optimizer, stepped with it; None keeps its rate in
+            proportion to that of the weights' optimizer.
         reobserve: start over with observing where the model has learned scales already; otherwise a further fit goes
             on learning.
         compress_saved: keep what layers need for backward as 8-bit codes; gradients keep every bit. Eager only.

@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.observers import Observer
+from lfq_lightning.observers import Observer, Statistics
 from lfq_lightning.placement.host import first_quantizer, hosts, qparams, quantizers, whole_weight
 from lfq_lightning.schedule import Phase, check_phase
+
+Reduce = Callable[[Tensor, Literal["max", "sum"]], Tensor]
 
 _QUANTIZED: tuple[Phase, ...] = ("estimate", "learn", "freeze")
 
@@ -90,11 +92,16 @@ def forget_compiled_code() -> None:
         torch.compiler.reset()
 
 
-def estimate_weights(model: nn.Module) -> None:
-    """Set the qparams of weights that have not begun to learn from the weights as they are."""
+def estimate_weights(model: nn.Module, cheap: bool = False) -> None:
+    """Set the qparams of weights that have not begun to learn from the weights as they are.
+
+    Args:
+        model: a model with quantizers.
+        cheap: leave out those that cost more than a look at the weights, as after each batch.
+    """
     for layer in hosts(model).values():
         quantizer = layer.weight_quantizer
-        if quantizer is not None and not quantizer.learned:
+        if quantizer is not None and not quantizer.learned and not (cheap and quantizer.costly):
             quantizer.estimate_from(whole_weight(layer))
 
 
@@ -115,13 +122,13 @@ def set_gathering(model: nn.Module, gathering: bool | None) -> None:
 
 
 @torch.no_grad()
-def merge_statistics(model: nn.Module, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+def merge_statistics(model: nn.Module, reduce: Reduce | None = None) -> dict[str, Tensor]:
     """Take one batch's statistics into every observing input quantizer, and set its qparams in phase "estimate".
 
     Args:
         model: the model whose quantizers gathered.
-        reduce: the elementwise maximum of a flat tensor over all ranks; called once, or not at all where no quantizer
-            observes. Every rank takes part whatever it saw.
+        reduce: the elementwise maximum ("max") or sum ("sum") of a flat tensor over all ranks; called once for each
+            that an observer needs. Every rank takes part whatever it saw.
 
     Returns:
         For each observing quantizer a tensor that is positive if it met values that are not finite.
@@ -137,19 +144,24 @@ def merge_statistics(model: nn.Module, reduce: Callable[[Tensor], Tensor] | None
         observer.nothing() if quantizer.batch_statistics is None else quantizer.batch_statistics
         for quantizer, observer in inputs.values()
     ]
-    flat = torch.cat([part.flatten() for part in parts])
-    if reduce is not None:
-        flat = reduce(flat)
-    merged = flat.split([part.numel() for part in parts])
+    extremes = _merged([part.extremes for part in parts], "max", reduce)
+    sums = _merged([part.sums for part in parts], "sum", reduce)
     met = {}
-    for (name, (quantizer, observer)), part in zip(inputs.items(), merged, strict=True):
-        statistics = part.view(3, -1)
+    for (name, (quantizer, observer)), *merged in zip(inputs.items(), extremes, sums, strict=True):
         quantizer.batch_statistics = None
-        observer.update(statistics)
-        met[name] = statistics[2].amax()
+        observer.update(Statistics(*merged))
+        met[name] = merged[0][2].amax()
         if quantizer.fake_quant_enabled and not quantizer.learned:
             quantizer.estimate()
     return met
+
+
+def _merged(parts: list[Tensor], operation: Literal["max", "sum"], reduce: Reduce | None) -> list[Tensor]:
+    sizes = [part.numel() for part in parts]
+    if reduce is None or not sum(sizes):
+        return parts
+    merged = reduce(torch.cat([part.flatten() for part in parts]), operation).split(sizes)
+    return [flat.view_as(part) for flat, part in zip(merged, parts, strict=True)]
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None) -> None:

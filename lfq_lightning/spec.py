@@ -14,7 +14,7 @@ from torch import nn
 from lfq_lightning.ops import Saturation, check_range
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
-ObserverName = Literal["minmax", "moving_average"]
+ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "lsq", "lsq+"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class QuantSpec:
         quant_min: smallest code, with `quant_max`, in place of the range that `bits` gives; -7 and 7 with 4 bits are
             the narrow range.
         quant_max: largest code.
-        observer: how the first range is found. "minmax": all that was seen; "moving_average": an exponential moving
-            average of the batches' ranges.
+        observer: how the first range is found. "mse": the least mean-square error; "minmax": all that was seen;
+            "moving_average": an exponential moving average of the batches' ranges; "percentile": all but outliers;
+            "lsq": LSQ's 2 E|x| / sqrt(quant_max); "lsq+": LSQ+'s, 3 sigma for symmetric and "mse" for affine codes.
         grad_factor: multiplies the qparams' gradients. "lsq": 1 / sqrt(N * max(|quant_min|, |quant_max|)), with N the
             elements that share one scale, the batch not counted (Esser et al. 2020, section 2.2).
         saturation: which elements count as saturated in the gradients; see `lfq_lightning.fake_quantize`.
@@ -56,7 +57,7 @@ class QuantSpec:
     signed: bool | None = None
     quant_min: int | None = None
     quant_max: int | None = None
-    observer: ObserverName = "minmax"
+    observer: ObserverName = "mse"
     grad_factor: float | Literal["lsq"] = "lsq"
     saturation: Saturation = "lsq"
 
@@ -155,7 +156,7 @@ def weight_spec(value: SpecLike) -> QuantSpec | None:
 def activation_spec(value: SpecLike) -> QuantSpec | None:
     """An activation's specification; an int means that many bits, affine and per tensor."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return QuantSpec(bits=value, symmetric=False, observer="moving_average")
+        return QuantSpec(bits=value, symmetric=False)
     spec = _as_spec(value, "activation")
     if spec is not None and spec.granularity == "per_group":
         raise ValueError(f"An activation is quantized per tensor or per channel. Found {spec!r}.")

@@ -36,7 +36,7 @@ def specs(draw: st.DrawFn) -> QuantSpec:
         signed=draw(st.none() | st.booleans()) if symmetric else draw(st.sampled_from([None, False])),
         quant_min=quant_min,
         quant_max=None if quant_min is None else min(quant_min + codes - 1, 2**16),
-        observer=draw(st.sampled_from(["minmax", "moving_average"])),
+        observer=draw(st.sampled_from(["minmax", "moving_average", "percentile", "mse", "lsq", "lsq+"])),
         grad_factor=draw(st.just("lsq") | st.floats(1e-6, 1e3)),
         saturation=draw(st.sampled_from(["lsq", "exclusive", "inclusive"])),
     )
@@ -102,7 +102,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"symmetric": 1}, TypeError, "`symmetric` must be true or false. Found 1"),
     ({"signed": "yes"}, TypeError, "`signed` must be true or false. Found 'yes'"),
     ({"granularity": "per_row"}, ValueError, "`granularity` must be one of per_tensor, .* Found 'per_row'"),
-    ({"observer": "mse"}, ValueError, "`observer` must be one of minmax, moving_average. Found 'mse'"),
+    ({"observer": "max"}, ValueError, r"`observer` must be one of minmax, moving_average, .*lsq\+\. Found 'max'"),
     ({"saturation": "hard"}, ValueError, "`saturation` must be one of lsq, .* Found 'hard'"),
     ({"granularity": "per_group"}, ValueError, "`group_size` goes with .* Found group_size=None with 'per_group'"),
     ({"group_size": 32}, ValueError, "`group_size` goes with .* Found group_size=32 with 'per_tensor'"),
@@ -141,7 +141,7 @@ def test_a_wrong_specification_raises_with_the_rule_and_what_was_found(
 def test_an_int_means_that_many_bits() -> None:
     assert weight_spec(4) == QuantSpec(bits=4, granularity="per_channel")
     activation = activation_spec(4)
-    assert activation == QuantSpec(bits=4, symmetric=False, observer="moving_average")
+    assert activation == QuantSpec(bits=4, symmetric=False)
 
 
 @pytest.mark.parametrize("convert", [weight_spec, activation_spec])

@@ -254,9 +254,7 @@ class LearnableFakeQuantize(Switches, Observing):
 
         def in_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if tensor.dtype is torch.float32 and moved.dtype is not torch.float32:
-                return tensor.to(moved.device)
-            return moved
+            return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
 
         super()._apply(in_float32, recurse)
         return self

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.observers import Observer
+from lfq_lightning.observers import Observer, Statistics
 from lfq_lightning.spec import QuantSpec
 
 
@@ -37,7 +37,7 @@ class Observing(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gathering: bool | None = None
-        self.batch_statistics: Tensor | None = None
+        self.batch_statistics: Statistics | None = None
         self.estimated = self.learned = False
         self._warned_non_finite = False
 
@@ -49,6 +49,11 @@ class Observing(nn.Module):
     def saw_data(self) -> bool:
         """Whether the observer knows any range (copies to the host)."""
         return self.observer.saw_data() if isinstance(self.observer, Observer) else True
+
+    @property
+    def costly(self) -> bool:
+        """Whether finding the qparams costs much more than looking at the data once."""
+        return isinstance(self.observer, Observer) and self.observer.costly
 
     @torch.no_grad()
     def estimate(self) -> None:
@@ -92,7 +97,7 @@ class Observing(nn.Module):
                         self.observer.reset()
                     statistics = self.observer.statistics(x)
                     if not torch.compiler.is_compiling():
-                        self.warn_non_finite(statistics[2])
+                        self.warn_non_finite(statistics.extremes[2])
                     self.observer.update(statistics)
                 else:
                     self.observer(x.detach())

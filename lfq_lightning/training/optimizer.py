@@ -92,6 +92,23 @@ class _Slot:
         self.value.data.copy_(torch.where(sound, moved, self.value))
 
 
+class _Pace:
+    """An optimizer's learning rate in proportion to another's: 1 where that stands at the peak of its schedule."""
+
+    def __init__(self, own: Optimizer, followed: Optimizer) -> None:
+        self.own, self.followed = own, followed
+        self.rates = [group["lr"] for group in own.param_groups]
+        self.usual = followed.param_groups[0]["lr"]
+
+    def keep(self) -> None:
+        """Set the learning rate for the coming step."""
+        lead = self.followed.param_groups[0]
+        # Schedulers leave these names in the group that they drive.
+        peak = lead.get("max_lr") or lead.get("initial_lr") or self.usual
+        for group, rate in zip(self.own.param_groups, self.rates, strict=True):
+            group["lr"] = rate * (lead["lr"] / peak if peak else 1.0)
+
+
 class QParamOptimizer:
     """Steps the qparams of each layer after the optimizer that holds the layer's weight, and clears them with it.
 
@@ -104,7 +121,8 @@ class QParamOptimizer:
         model: a model with quantizers.
         followed: the user's optimizers.
         factory: makes an optimizer of a list of parameters; one is made for each of `followed` that holds weights.
-        schedule: makes a learning-rate scheduler, stepped after each step of its optimizer; None keeps the rate.
+        schedule: makes a learning-rate scheduler, stepped after each step of its optimizer; None keeps the rate in
+            proportion to that of the followed optimizer's first group.
         scaler: the gradient scaler of mixed precision, or None.
         faces: other objects whose `zero_grad` users call for `followed`, such as Lightning's wrappers.
         over_ranks: the mean of a flat tensor over all ranks, where nothing else averages the qparams' gradients.
@@ -123,6 +141,7 @@ class QParamOptimizer:
         self._scaler, self._over_ranks = scaler, over_ranks
         self._slots: list[list[_Slot]] = []
         self.optimizers: list[Optimizer] = []
+        self._pace: list[_Pace] = []
         self._handles: list[RemovableHandle] = []
         self._cleared: list[Any] = []
         for index, slots in _assign(model, followed).items():
@@ -134,6 +153,7 @@ class QParamOptimizer:
                 )
             position = len(self.optimizers)
             self.optimizers.append(own)
+            self._pace.append(_Pace(own, followed[index]))
             self._slots.append(slots)
             self._handles.append(followed[index].register_step_post_hook(_Step(self, position)))
             for face in (followed[index], *faces[index : index + 1]):
@@ -156,6 +176,8 @@ class QParamOptimizer:
             return
         before = [slot.proxy.detach().clone() for slot in moving]
         own = self.optimizers[position]
+        if not self._schedules:
+            self._pace[position].keep()
         if self._scaler is None:
             own.step()
         else:

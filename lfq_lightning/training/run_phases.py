@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
-from lfq_lightning.phases import check_ranks_agree, estimate_weights, merge_statistics, model_phase, set_phase
+from lfq_lightning.phases import Reduce, check_ranks_agree, estimate_weights, merge_statistics, model_phase, set_phase
 from lfq_lightning.placement.host import first_quantizer, quantizers
 from lfq_lightning.schedule import Phase
 from lfq_lightning.training.neighbours import share_with_averages
@@ -30,7 +27,7 @@ def enter_phase(trainer: L.Trainer, model: L.LightningModule, scheduled: Phase) 
     set_phase(model, phase)
     share_with_averages(trainer, model)
     if trainer.world_size > 1:
-        check_ranks_agree(model, _highest(trainer))
+        check_ranks_agree(model, lambda flat: _over_ranks(trainer)(flat, "max"))
     rank_zero_info(
         f"Epoch {trainer.current_epoch}, step {trainer.global_step}: quantizers go from {before} to {phase}."
     )
@@ -38,13 +35,13 @@ def enter_phase(trainer: L.Trainer, model: L.LightningModule, scheduled: Phase) 
 
 def take_in_batch(trainer: L.Trainer, model: L.LightningModule) -> None:
     """Merge what quantizers gathered in this batch over ranks, into observers and estimates."""
-    met = merge_statistics(model, _highest(trainer) if trainer.world_size > 1 else None)
+    met = merge_statistics(model, _over_ranks(trainer) if trainer.world_size > 1 else None)
     for name, flag in met.items():
         if flag.device.type == "cpu":
             quantizers(model)[name].warn_non_finite(flag, name)
     if model_phase(model) == "estimate":
-        estimate_weights(model)
+        estimate_weights(model, cheap=True)
 
 
-def _highest(trainer: L.Trainer) -> Callable[[Tensor], Tensor]:
-    return lambda flat: trainer.strategy.reduce(flat, reduce_op="max")
+def _over_ranks(trainer: L.Trainer) -> Reduce:
+    return lambda flat, operation: trainer.strategy.reduce(flat, reduce_op=operation)

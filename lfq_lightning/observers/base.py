@@ -1,0 +1,184 @@
+"""What every observer does: gather statistics of a tensor, merge them, and turn a range into qparams."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lfq_lightning.ops import check_range
+
+_EPS = torch.finfo(torch.float32).eps
+
+
+class Statistics(NamedTuple):
+    """What an observer wants to know of one batch.
+
+    Attributes:
+        extremes: rows -min, max and "has values that are not finite", float32 of shape (3, channels), whose elementwise
+            maximum belongs to two parts together.
+        sums: what adds up, float64 of shape (channels, sums); no columns for an observer of ranges.
+    """
+
+    extremes: Tensor
+    sums: Tensor
+
+
+class Observer(nn.Module):
+    """Keeps a range per tensor, channel or group, and turns it into qparams.
+
+    An observation has three steps, so that a batch can be merged over uses and over ranks before it counts:
+    `statistics` (pure), `merge` (of two parts of one batch), `update` (the state).
+
+    Args:
+        quant_min: smallest integer code.
+        quant_max: largest integer code.
+        symmetric: whether the zero point is 0.
+        axis: the dimension with one range per index, or None.
+        group_size: for weights (O, I, ...), neighbouring inputs that share one range, or None.
+        channels: how many ranges; 1 per tensor.
+
+    Attributes:
+        minimum, maximum: float32 buffers of shape (channels,), infinite where nothing was seen yet.
+    """
+
+    sums: ClassVar[int] = 0  # columns of `Statistics.sums`
+    costly: ClassVar[bool] = False  # whether finding qparams costs much more than looking at the data once
+
+    minimum: Tensor
+    maximum: Tensor
+
+    def __init__(
+        self,
+        quant_min: int = 0,
+        quant_max: int = 255,
+        symmetric: bool = False,
+        axis: int | None = None,
+        group_size: int | None = None,
+        channels: int = 1,
+        device: Any = None,
+    ) -> None:
+        super().__init__()
+        check_range(quant_min, quant_max)
+        self.quant_min, self.quant_max = quant_min, quant_max
+        self.symmetric, self.axis, self.group_size = symmetric, axis, group_size
+        infinite = torch.full((channels,), torch.inf, dtype=torch.float32, device=device)
+        self.register_buffer("minimum", infinite)
+        self.register_buffer("maximum", -infinite)
+
+    @property
+    def channels(self) -> int:
+        """How many ranges are kept."""
+        return self.minimum.numel()
+
+    def nothing(self) -> Statistics:
+        """The statistics of no data."""
+        extremes = torch.full((3, self.channels), -torch.inf, dtype=torch.float32, device=self.minimum.device)
+        extremes[2] = 0.0
+        return Statistics(
+            extremes, torch.zeros((self.channels, self.sums), dtype=torch.float64, device=extremes.device)
+        )
+
+    @torch.no_grad()
+    def statistics(self, x: Tensor) -> Statistics:
+        """What this observer wants to know of x, of the finite values alone."""
+        if x.numel() == 0:
+            return self.nothing()
+        x = x.detach()
+        return Statistics(self._extremes(rows_of(x, self.axis, self.group_size)), self.sums_of(x))
+
+    def sums_of(self, x: Tensor) -> Tensor:
+        """The statistics of x that add up, float64 of shape (channels, sums)."""
+        return torch.empty((self.channels, 0), dtype=torch.float64, device=x.device)
+
+    @staticmethod
+    def _extremes(rows: Tensor) -> Tensor:
+        low, high = torch.aminmax(rows, dim=1)
+        at_fault = ~(low.isfinite() & high.isfinite())
+        # Looking at the answer is free on the CPU alone; elsewhere it would wait for the device.
+        if rows.device.type != "cpu" or torch.compiler.is_compiling() or bool(at_fault.any()):
+            finite = rows.isfinite()
+            low = torch.where(finite, rows, torch.inf).amin(1)
+            high = torch.where(finite, rows, -torch.inf).amax(1)
+        return torch.stack((-low.float(), high.float(), at_fault.float()))
+
+    @staticmethod
+    def merge(a: Statistics, b: Statistics) -> Statistics:
+        """The statistics of two parts of one batch together."""
+        return Statistics(torch.maximum(a.extremes, b.extremes), a.sums + b.sums)
+
+    def update(self, statistics: Statistics) -> None:
+        """Take one batch's statistics into the state: here the smallest and largest value of all that was seen."""
+        self.minimum.copy_(torch.minimum(self.minimum, -statistics.extremes[0]))
+        self.maximum.copy_(torch.maximum(self.maximum, statistics.extremes[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe x as one batch, and return it."""
+        self.update(self.statistics(x))
+        return x
+
+    def saw_data(self) -> bool:
+        """Whether any range is known (copies to the host)."""
+        return bool(self.maximum.isfinite().any())
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.minimum.fill_(torch.inf)
+        self.maximum.fill_(-torch.inf)
+
+    @torch.no_grad()
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, each float32 of shape (channels,); 1 and 0 where nothing was seen."""
+        seen = self.maximum.isfinite()
+        scale, zero_point = self._qparams(
+            torch.where(seen, self.minimum, 0.0).clamp(max=0.0), torch.where(seen, self.maximum, 0.0).clamp(min=0.0)
+        )
+        return torch.where(seen, scale.clamp(min=_EPS), 1.0), torch.where(seen, zero_point, 0.0)
+
+    def _qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point where all that was seen lies in [low, high], which holds 0."""
+        return self.covering(low, high)
+
+    def covering(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale and zero point whose codes reach from low <= 0 to high >= 0.
+
+        Krishnamoorthi 2018 (arXiv 1806.08342), equations 2 to 5.
+        """
+        if self.symmetric:
+            # The side with codes decides; an unsigned range sees nothing below 0.
+            scale = high / max(self.quant_max, 1)
+            if self.quant_min < 0:
+                scale = torch.maximum(scale, low / self.quant_min)
+            return scale, torch.zeros_like(scale)
+        levels = self.quant_max - self.quant_min
+        scale = high / levels - low / levels  # the difference itself may overflow
+        zero_point = self.quant_min - low / scale.clamp(min=_EPS)
+        return scale, zero_point.clamp(self.quant_min, self.quant_max).round()
+
+    def extra_repr(self) -> str:
+        return f"quant_min={self.quant_min}, quant_max={self.quant_max}, channels={self.channels}"
+
+
+def rows_of(x: Tensor, axis: int | None, group_size: int | None, padding: float | None = None) -> Tensor:
+    """The elements that share one range as rows, shape (channels, elements).
+
+    Where the last group is short, `padding` fills it; without one its last input does, which changes no range.
+    """
+    if group_size is not None:
+        rows, inputs = x.shape[0], x.shape[1]
+        groups = math.ceil(inputs / group_size)
+        index = torch.arange(groups * group_size, device=x.device)
+        filled = x[:, index.clamp(max=inputs - 1)]
+        if padding is not None and groups * group_size > inputs:
+            filled[:, inputs:] = padding
+        return filled.reshape(rows * groups, -1)
+    if axis is None:
+        return x.reshape(1, -1) if x.is_contiguous() else x.permute(_dense_order(x)).reshape(1, -1)
+    return x.movedim(axis, 0).reshape(x.shape[axis], -1)
+
+
+def _dense_order(x: Tensor) -> list[int]:
+    """Dimensions in memory order, so that flattening a channels_last tensor copies nothing."""
+    return sorted(range(x.ndim), key=lambda d: -x.stride()[d])

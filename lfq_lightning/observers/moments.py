@@ -1,0 +1,57 @@
+"""The range that LSQ starts from, of the values' mean magnitude."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lfq_lightning.observers.base import Observer, Statistics, rows_of
+
+
+def moments(rows: Tensor) -> Tensor:
+    """Count and sums of |x|, x and x^2 of the finite values of each row, float64 of shape (rows, 4)."""
+    finite = rows.isfinite()
+    x = torch.where(finite, rows, 0.0)
+    # Each mean in float32 over one batch; only their sums over batches need more.
+    columns = (finite.sum(1), x.abs().sum(1), x.sum(1), (x * x).sum(1))
+    return torch.stack([column.double() for column in columns], dim=1)
+
+
+class MomentsObserver(Observer):
+    """Keeps the first two moments beside the range."""
+
+    sums: ClassVar[int] = 4
+
+    moments: Tensor
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        zeros = torch.zeros((self.channels, 4), dtype=torch.float64, device=self.minimum.device)
+        self.register_buffer("moments", zeros)
+
+    def sums_of(self, x: Tensor) -> Tensor:
+        return moments(rows_of(x, self.axis, self.group_size, padding=math.nan).float())
+
+    def update(self, statistics: Statistics) -> None:
+        super().update(statistics)
+        self.moments += statistics.sums
+
+    def reset(self) -> None:
+        super().reset()
+        self.moments.zero_()
+
+
+class LSQObserver(MomentsObserver):
+    """scale = 2 E|x| / sqrt(quant_max), Esser et al. 2020 (LSQ, arXiv 1902.08153), section 2.1.
+
+    An affine quantizer takes the width of its range for quant_max, and the zero point that min-max gives.
+    """
+
+    def _qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        count, magnitude = self.moments[:, 0], self.moments[:, 1]
+        largest = self.quant_max if self.symmetric else self.quant_max - self.quant_min
+        scale = (2 * magnitude / count.clamp(min=1) / math.sqrt(max(largest, 1))).float()
+        return scale, self.covering(low, high)[1]

@@ -18,8 +18,9 @@ from tests.runs import Net, fit, images, qat
 X = images().tensors[0]
 
 
-def learned(model: nn.Module, x: Tensor = X) -> nn.Module:
-    lfq.attach(model, weight=4, activation=4)
+def learned(model: nn.Module, x: Tensor = X, observer: str = "mse") -> nn.Module:
+    weight = lfq.QuantSpec(bits=4, granularity="per_channel", observer=observer)
+    lfq.attach(model, weight, lfq.QuantSpec(bits=4, symmetric=False, observer=observer))
     lfq.calibrate(model, [x])
     lfq.set_phase(model, "learn")
     return model
@@ -64,16 +65,18 @@ def test_hidden_qparams_come_back_as_they_were() -> None:
     assert all(a[0] == b[0] and a[1] is b[1] for a, b in zip(before, model.named_parameters(), strict=True))
 
 
-def test_learning_is_invariant_to_the_units_of_an_activation() -> None:
+# The bins of the default observer are the same after a power of two alone.
+@pytest.mark.parametrize(("observer", "factor"), [("minmax", 1000.0), ("lsq", 1000.0), ("mse", 1024.0)])
+def test_learning_is_invariant_to_the_units_of_an_activation(observer: str, factor: float) -> None:
     torch.manual_seed(0)
     target, moved = torch.randn(64, 3), []
-    for unit in (1.0, 1000.0):
+    for unit in (1.0, factor):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(5, 3))
         with torch.no_grad():
             model[0].weight.div_(unit)
         x = torch.randn(64, 5, generator=torch.Generator().manual_seed(2)) * unit
-        learned(model, x)
+        learned(model, x, observer)
         optimizer = weights_optimizer(model)
         QParamOptimizer(model, [optimizer])
         before = scales(model)

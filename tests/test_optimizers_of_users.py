@@ -112,7 +112,29 @@ def test_qparams_learn_whatever_configure_optimizers_returns(tmp_path: Path, con
     assert_all_learned(model)
     users = {id(p) for o in made.optimizers for g in o.param_groups for p in g["params"]}
     assert not any(id(p) in users for q in lfq.quantizers(model).values() for p in q.parameters())
-    assert callback.qparam_optimizer.learning_rates == [1e-3]
+    [rate] = callback.qparam_optimizer.learning_rates
+    assert 0 < rate <= 1e-3
+
+
+def test_the_rate_of_scales_keeps_in_proportion_to_that_of_the_weights(tmp_path: Path) -> None:
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            weights = trainer.optimizers[0].param_groups[0]
+            seen.append((callback.qparam_optimizer.learning_rates[0], weights["lr"] / weights["initial_lr"]))
+
+    def configure(model: L.LightningModule) -> Any:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    callback = qat()
+    fit(tmp_path, net_with(configure), callback=callback, callbacks=[Watch()])
+    # A batch ends before the scheduler steps, so the rate that was used is still the weights' rate.
+    learning = [(own, share) for own, share in seen if own != 1e-3]
+    assert len(learning) > 3
+    assert all(own == pytest.approx(1e-3 * share) for own, share in learning)
 
 
 @pytest.mark.parametrize("configure", [*SCALAR, *BY_GROUP])

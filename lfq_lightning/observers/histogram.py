@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lfq_lightning.observers.base import Observer, Statistics, rows_of
 
-# A bin is a sign, an exponent and the first bits of a mantissa: 16 bins an octave over all of float32. So histograms of any batches and ranks add up exactly, and units do not matter.
+# A bin is a sign, an exponent and the first bits of a mantissa: 16 bins an octave over all of float32. So histograms of
+# any batches and ranks add up exactly, and a change of units by a power of two changes nothing.
 _SHIFT = 19
 _PER_SIGN = 1 << (31 - _SHIFT)
 BINS = 2 * _PER_SIGN

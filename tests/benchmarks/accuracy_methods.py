@@ -41,17 +41,21 @@ def ours(
     steps: int,
     weight: dict[str, Any] | None = None,
     activation: dict[str, Any] | None = None,
+    narrow: bool = False,
     **options: Any,
 ) -> list[L.Callback]:
     """The defaults, but for the fields given."""
     specs: dict[str, Any] = {"weight": cell.weight, "activation": cell.activation or None}
     if cell.group_size:
         specs["weight"] = lfq.QuantSpec(bits=cell.weight, granularity="per_group", group_size=cell.group_size)
+    if narrow:
+        largest = 2 ** (cell.weight - 1) - 1
+        weight = {"quant_min": -largest, "quant_max": largest}
     if weight:
         base = specs["weight"] if cell.group_size else lfq.QuantSpec(bits=cell.weight, granularity="per_channel")
         specs["weight"] = replace(base, **weight)
     if activation and cell.activation:
-        base = lfq.QuantSpec(bits=cell.activation, symmetric=False, observer="moving_average")
+        base = lfq.QuantSpec(bits=cell.activation, symmetric=False)
         specs["activation"] = replace(base, **activation)
     return [lfq.QuantizationAwareTraining(**specs, record_every_n_steps=10**9, **options)]
 
@@ -114,11 +118,18 @@ def adam(lr: float) -> Callable[..., torch.optim.Optimizer]:
     return partial(torch.optim.Adam, lr=lr)
 
 
+EXCLUSIVE = {"saturation": "exclusive"}
+
 # What the defaults were chosen from: each differs from them in what its name says.
 VARIANTS: dict[str, Method] = {
     "ours, Adam 3e-3": partial(ours, optimizer=adam(3e-3)),
-    "ours, Adam 1e-2": partial(ours, optimizer=adam(1e-2)),
-    "ours, exclusive saturation": partial(
-        ours, weight={"saturation": "exclusive"}, activation={"saturation": "exclusive"}
-    ),
+    "ours, Adam 3e-4": partial(ours, optimizer=adam(3e-4)),
+    "ours, weights lsq": partial(ours, weight={"observer": "lsq"}),
+    "ours, weights lsq+": partial(ours, weight={"observer": "lsq+"}),
+    "ours, inputs lsq": partial(ours, activation={"observer": "lsq"}),
+    "ours, inputs moving average": partial(ours, activation={"observer": "moving_average"}),
+    "ours, inputs percentile": partial(ours, activation={"observer": "percentile"}),
+    "ours, ranges min-max": partial(ours, weight={"observer": "minmax"}, activation={"observer": "moving_average"}),
+    "ours, narrow weights": partial(ours, narrow=True),
+    "ours, exclusive saturation": partial(ours, weight=EXCLUSIVE, activation=EXCLUSIVE),
 }

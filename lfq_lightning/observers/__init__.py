@@ -1,30 +1,42 @@
 """What a tensor's range is, by the observer's name."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 from lfq_lightning.observers.base import Observer, Statistics
 from lfq_lightning.observers.checking import check_observer
 from lfq_lightning.observers.histogram import PercentileObserver
-from lfq_lightning.observers.moments import LSQObserver
-from lfq_lightning.observers.mse import LSQPlusObserver, MSEObserver
+from lfq_lightning.observers.moments import LSQObserver, ThreeSigmaObserver
+from lfq_lightning.observers.mse import MSEObserver
 from lfq_lightning.observers.ranges import MinMaxObserver, MovingAverageObserver
 
-OBSERVERS: dict[str, type[Observer]] = {
+
+def lsq_plus(*args: Any, symmetric: bool = False, **kwargs: Any) -> Observer:
+    """LSQ+'s: three sigma for a symmetric quantizer, the least mean-square error for an affine one."""
+    made = ThreeSigmaObserver if symmetric else MSEObserver
+    return made(*args, symmetric=symmetric, **kwargs)
+
+
+OBSERVERS: dict[str, Callable[..., Observer]] = {
     "minmax": MinMaxObserver,
     "moving_average": MovingAverageObserver,
     "percentile": PercentileObserver,
     "mse": MSEObserver,
     "lsq": LSQObserver,
-    "lsq+": LSQPlusObserver,
+    "lsq+": lsq_plus,
 }
 
 __all__ = [
     "OBSERVERS",
     "LSQObserver",
-    "LSQPlusObserver",
     "MSEObserver",
     "MinMaxObserver",
     "MovingAverageObserver",
     "Observer",
     "PercentileObserver",
     "Statistics",
+    "ThreeSigmaObserver",
     "check_observer",
 ]

@@ -39,12 +39,12 @@ class Observer(nn.Module):
         axis: the dimension with one range per index, or None.
         group_size: for weights (O, I, ...), neighbouring inputs that share one range, or None.
         channels: how many ranges; 1 per tensor.
+        whole: each tensor observed is all that there is, as a weight is, so that no histogram need be kept.
 
     Attributes:
         minimum, maximum: float32 buffers of shape (channels,), infinite where nothing was seen yet.
     """
 
-    sums: ClassVar[int] = 0  # columns of `Statistics.sums`
     costly: ClassVar[bool] = False  # whether finding qparams costs much more than looking at the data once
 
     minimum: Tensor
@@ -59,11 +59,14 @@ class Observer(nn.Module):
         group_size: int | None = None,
         channels: int = 1,
         device: Any = None,
+        whole: bool = False,
     ) -> None:
         super().__init__()
         check_range(quant_min, quant_max)
         self.quant_min, self.quant_max = quant_min, quant_max
         self.symmetric, self.axis, self.group_size = symmetric, axis, group_size
+        self.whole = whole
+        self.sums = 0  # columns of `Statistics.sums`
         infinite = torch.full((channels,), torch.inf, dtype=torch.float32, device=device)
         self.register_buffer("minimum", infinite)
         self.register_buffer("maximum", -infinite)
@@ -114,9 +117,15 @@ class Observer(nn.Module):
         self.minimum.copy_(torch.minimum(self.minimum, -statistics.extremes[0]))
         self.maximum.copy_(torch.maximum(self.maximum, statistics.extremes[1]))
 
+    def observe(self, x: Tensor) -> Tensor:
+        """Observe x as one batch; the result is positive where it has values that are not finite, shape (channels,)."""
+        statistics = self.statistics(x)
+        self.update(statistics)
+        return statistics.extremes[2]
+
     def forward(self, x: Tensor) -> Tensor:
         """Observe x as one batch, and return it."""
-        self.update(self.statistics(x))
+        self.observe(x)
         return x
 
     def saw_data(self) -> bool:
@@ -131,11 +140,14 @@ class Observer(nn.Module):
     @torch.no_grad()
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point, each float32 of shape (channels,); 1 and 0 where nothing was seen."""
+        scale, zero_point = self._qparams(*self._range())
         seen = self.maximum.isfinite()
-        scale, zero_point = self._qparams(
-            torch.where(seen, self.minimum, 0.0).clamp(max=0.0), torch.where(seen, self.maximum, 0.0).clamp(min=0.0)
-        )
         return torch.where(seen, scale.clamp(min=_EPS), 1.0), torch.where(seen, zero_point, 0.0)
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        """The least range that holds 0 and all that was seen."""
+        low, high = (torch.where(end.isfinite(), end, 0.0) for end in (self.minimum, self.maximum))
+        return low.clamp(max=0.0), high.clamp(min=0.0)
 
     def _qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point where all that was seen lies in [low, high], which holds 0."""

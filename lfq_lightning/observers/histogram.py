@@ -41,26 +41,53 @@ def edges(device: torch.device) -> tuple[Tensor, Tensor]:
 class HistogramObserver(Observer):
     """Keeps a histogram beside the range: 64 KiB for each scale, however many batches there are."""
 
-    sums: ClassVar[int] = BINS
     costly: ClassVar[bool] = True
 
     histogram: Tensor
+    found: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        counts = torch.zeros((self.channels, BINS), dtype=torch.int64, device=self.minimum.device)
-        self.register_buffer("histogram", counts)
+        self.sums = 0 if self.whole else BINS
+        device = self.minimum.device
+        # Whole numbers, so that a change of dtype leaves them alone.
+        self.register_buffer("histogram", torch.zeros((self.channels, self.sums), dtype=torch.int64, device=device))
+        if self.whole:
+            self.register_buffer("found", torch.ones((2, self.channels), device=device))
 
     def sums_of(self, x: Tensor) -> Tensor:
+        if self.whole:
+            return super().sums_of(x)
         return histogram(rows_of(x, self.axis, self.group_size, padding=math.nan))
 
     def update(self, statistics: Statistics) -> None:
         super().update(statistics)
         self.histogram += statistics.sums.long()
 
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> Tensor:
+        at_fault = super().observe(x)
+        if self.whole and x.numel():
+            rows = rows_of(x.detach(), self.axis, self.group_size, padding=math.nan).float()
+            self.found.copy_(torch.stack(self._fit(rows, *self._range())))
+        return at_fault
+
     def reset(self) -> None:
         super().reset()
         self.histogram.zero_()
+
+    def _qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        if self.whole:
+            return self.found[0], self.found[1]
+        return self._fit_histogram(low, high)
+
+    def _fit(self, rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The qparams for these rows; NaN is padding, and other values that are not finite do not count."""
+        raise NotImplementedError
+
+    def _fit_histogram(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The qparams for all that the histogram holds."""
+        raise NotImplementedError
 
 
 class PercentileObserver(HistogramObserver):
@@ -78,7 +105,17 @@ class PercentileObserver(HistogramObserver):
             raise ValueError(f"`percentile` must be above 50 and at most 100. Found {percentile}.")
         self.percentile = percentile
 
-    def _qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def _fit(self, rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        finite = rows.isfinite()
+        ordered = torch.where(finite, rows, torch.inf).sort(dim=1).values
+        count = finite.sum(1, keepdim=True)
+        outside = ((1 - self.percentile / 100) * count).long()
+        last = (count - 1).clamp(min=0)
+        lower = ordered.gather(1, torch.minimum(outside, last)).squeeze(1)
+        upper = ordered.gather(1, (last - outside).clamp(min=0)).squeeze(1)
+        return self.covering(lower.clamp(max=0.0), upper.clamp(min=0.0))
+
+    def _fit_histogram(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         inner, outer = edges(self.histogram.device)
         # In order of value: negative bins from the outermost inwards, then positive ones outwards.
         counts = torch.cat([self.histogram[:, _PER_SIGN:].flip(1), self.histogram[:, :_PER_SIGN]], dim=1).double()

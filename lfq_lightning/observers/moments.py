@@ -1,9 +1,8 @@
-"""The range that LSQ starts from, of the values' mean magnitude."""
+"""The scales that LSQ and LSQ+ start from, of the values' moments."""
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,12 +22,11 @@ def moments(rows: Tensor) -> Tensor:
 class MomentsObserver(Observer):
     """Keeps the first two moments beside the range."""
 
-    sums: ClassVar[int] = 4
-
     moments: Tensor
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.sums = 4
         zeros = torch.zeros((self.channels, 4), dtype=torch.float64, device=self.minimum.device)
         self.register_buffer("moments", zeros)
 
@@ -55,3 +53,17 @@ class LSQObserver(MomentsObserver):
         largest = self.quant_max if self.symmetric else self.quant_max - self.quant_min
         scale = (2 * magnitude / count.clamp(min=1) / math.sqrt(max(largest, 1))).float()
         return scale, self.covering(low, high)[1]
+
+
+class ThreeSigmaObserver(MomentsObserver):
+    """scale = max(|mean - 3 sigma|, |mean + 3 sigma|) / 2^(bits - 1), for symmetric quantizers.
+
+    Bhalgat et al. 2020 (LSQ+, arXiv 2004.09576), section 3.3.
+    """
+
+    def _qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        count, _, total, squares = self.moments.unbind(1)
+        mean = total / count.clamp(min=1)
+        sigma = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
+        largest = torch.maximum((mean - 3 * sigma).abs(), (mean + 3 * sigma).abs())
+        return (largest / max(abs(self.quant_min), abs(self.quant_max))).float(), torch.zeros_like(low)

@@ -125,7 +125,7 @@ class LearnableFakeQuantize(Switches, Observing):
         else:
             axis = None
         observer = OBSERVERS[spec.observer](
-            quant_min, quant_max, spec.symmetric, axis, spec.group_size, channels or 1, device
+            quant_min, quant_max, spec.symmetric, axis, spec.group_size, channels or 1, device, whole=weight
         )
         made = cls(
             observer,

@@ -95,10 +95,9 @@ class Observing(nn.Module):
                 if isinstance(self.observer, Observer):
                     if self.is_weight:
                         self.observer.reset()
-                    statistics = self.observer.statistics(x)
+                    at_fault = self.observer.observe(x)
                     if not torch.compiler.is_compiling():
-                        self.warn_non_finite(statistics.extremes[2])
-                    self.observer.update(statistics)
+                        self.warn_non_finite(at_fault)
                 else:
                     self.observer(x.detach())
                 if self.fake_quant_enabled and not self.learned:

@@ -1,0 +1,133 @@
+"""Observers that weigh what they see: against brute force, merged over parts, and in constant memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lfq_lightning.observers import OBSERVERS, LSQObserver, MSEObserver, PercentileObserver, ThreeSigmaObserver
+from tests.assertions import assert_bit_equal
+
+FITTING = ["percentile", "mse", "lsq", "lsq+"]
+RANGES = {"affine": (0, 15, False), "symmetric": (-8, 7, True), "unsigned": (0, 15, True), "ternary": (-1, 1, True)}
+
+
+def sample(seed: int, shape: tuple[int, ...], shift: float) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator) * 3.0 ** torch.randn(shape, generator=generator) + shift
+
+
+def error_of(x: Tensor, scale: float, zero_point: float, quant_min: int, quant_max: int) -> float:
+    codes = ((x.double() / scale).round() + zero_point).clamp(quant_min, quant_max) - zero_point
+    return float((codes * scale - x.double()).square().mean())
+
+
+def least_error(x: Tensor, quant_min: int, quant_max: int, symmetric: bool) -> float:
+    """Over a fine grid of scales, and every zero point."""
+    top = float(x.abs().max()) * 2 / (quant_max - quant_min)
+    zero_points = [0] if symmetric else range(quant_min, quant_max + 1)
+    scales = [top * 2 ** (-k / 32) for k in range(-32, 160)]
+    return min(error_of(x, scale, z, quant_min, quant_max) for scale in scales for z in zero_points)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("kind", RANGES)
+@given(seed=st.integers(0, 10_000), shift=st.sampled_from([0.0, 1.0, -5.0]))
+@settings(max_examples=6)
+def test_the_search_comes_near_the_least_mean_square_error(kind: str, whole: bool, seed: int, shift: float) -> None:
+    quant_min, quant_max, symmetric = RANGES[kind]
+    x = sample(seed, (500,), shift)
+    if kind == "unsigned":
+        x = x.abs()
+    observer = MSEObserver(quant_min, quant_max, symmetric, whole=whole)
+    observer(x)
+    scale, zero_point = observer.calculate_qparams()
+    found = error_of(x, scale.item(), zero_point.item(), quant_min, quant_max)
+    assert found <= 1.12 * least_error(x, quant_min, quant_max, symmetric)
+
+
+@given(seed=st.integers(0, 10_000), shift=st.sampled_from([0.0, 2.0]), percentile=st.sampled_from([90.0, 99.0, 100.0]))
+@settings(max_examples=12)
+def test_percentiles_lie_within_a_bin_of_those_of_the_data(seed: int, shift: float, percentile: float) -> None:
+    x = sample(seed, (2000,), shift)
+    observer = PercentileObserver(0, 255, percentile=percentile)
+    observer(x)
+    scale, _ = observer.calculate_qparams()
+    high, low = (float(torch.quantile(x.double(), q)) for q in (percentile / 100, 1 - percentile / 100))
+    assert scale.item() * 255 == pytest.approx(max(high, 0) - min(low, 0), rel=0.08)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_lsq_starts_from_the_mean_magnitude(symmetric: bool) -> None:
+    x = sample(0, (4, 50), 0.5)
+    observer = LSQObserver(-8, 7, symmetric, axis=0, channels=4)
+    observer(x)
+    expected = 2 * x.abs().mean(1) / math.sqrt(7 if symmetric else 15)
+    torch.testing.assert_close(observer.calculate_qparams()[0], expected)
+
+
+def test_lsq_plus_starts_weights_three_sigma_wide() -> None:
+    x = sample(1, (4, 50), 0.5)
+    observer = OBSERVERS["lsq+"](-8, 7, symmetric=True, axis=0, channels=4)
+    assert isinstance(observer, ThreeSigmaObserver)
+    observer(x)
+    mean, sigma = x.mean(1), x.std(1, correction=0)
+    expected = torch.maximum((mean - 3 * sigma).abs(), (mean + 3 * sigma).abs()) / 8
+    torch.testing.assert_close(observer.calculate_qparams()[0], expected, rtol=1e-4, atol=0)
+    assert isinstance(OBSERVERS["lsq+"](0, 15), MSEObserver)
+
+
+@pytest.mark.parametrize("layout", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("name", FITTING)
+def test_parts_merged_equal_the_whole(name: str, layout: str) -> None:
+    x = sample(2, (6, 10), 0.3)
+    x[0, 3], x[5, 9] = torch.nan, torch.inf
+    # A group's remainder is part of every batch.
+    settings = {"tensor": {}, "channel": {"axis": 1, "channels": 10}, "group": {"group_size": 4, "channels": 9}}[layout]
+    rows = (x[:3], x[3:]) if layout != "group" else (x[:3], x[:3] * 2)
+    merged, one_by_one = (OBSERVERS[name](-8, 7, symmetric=True, **settings) for _ in range(2))
+    merged.update(merged.merge(*(merged.statistics(part) for part in rows)))
+    for part in rows:
+        one_by_one(part)
+    if layout != "group":
+        whole = OBSERVERS[name](-8, 7, symmetric=True, **settings)
+        whole(x)
+        torch.testing.assert_close(whole.calculate_qparams()[0], merged.calculate_qparams()[0])
+    torch.testing.assert_close(one_by_one.calculate_qparams()[0], merged.calculate_qparams()[0])
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_a_remainder_group_is_fitted_to_its_own_values_alone(name: str) -> None:
+    x = sample(3, (2, 10), 0.0)
+    grouped = OBSERVERS[name](-8, 7, symmetric=True, group_size=4, channels=6, whole=True)
+    alone = OBSERVERS[name](-8, 7, symmetric=True, whole=True)
+    grouped(x)
+    alone(x[1, 8:])
+    torch.testing.assert_close(grouped.calculate_qparams()[0][5:], alone.calculate_qparams()[0])
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_ten_thousand_batches_hold_constant_memory(name: str) -> None:
+    observer, x = OBSERVERS[name](0, 15), torch.rand(16)
+    observer(x)
+    before = sum(buffer.nbytes for buffer in observer.buffers())
+    for _ in range(10_000 if name in ("minmax", "lsq") else 1_000):
+        observer(x)
+    assert sum(buffer.nbytes for buffer in observer.buffers()) == before
+    assert before <= 2**17
+
+
+@pytest.mark.parametrize("name", ["percentile", "mse", "lsq+"])
+def test_units_of_a_power_of_two_change_the_scale_alone(name: str) -> None:
+    x = sample(4, (300,), 1.0)
+    scales = []
+    for unit in (1.0, 1024.0):
+        observer = OBSERVERS[name](0, 15)
+        observer(x * unit)
+        scales.append(observer.calculate_qparams()[0] / unit)
+    assert_bit_equal(*scales)

@@ -48,7 +48,8 @@ def test_the_search_comes_near_the_least_mean_square_error(kind: str, whole: boo
     observer(x)
     scale, zero_point = observer.calculate_qparams()
     found = error_of(x, scale.item(), zero_point.item(), quant_min, quant_max)
-    assert found <= 1.12 * least_error(x, quant_min, quant_max, symmetric)
+    # A histogram knows values to a sixteenth of an octave.
+    assert found <= (1.12 if whole else 1.4) * least_error(x, quant_min, quant_max, symmetric)
 
 
 @given(seed=st.integers(0, 10_000), shift=st.sampled_from([0.0, 2.0]), percentile=st.sampled_from([90.0, 99.0, 100.0]))

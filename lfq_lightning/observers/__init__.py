@@ -13,10 +13,10 @@ from lfq_lightning.observers.mse import MSEObserver
 from lfq_lightning.observers.ranges import MinMaxObserver, MovingAverageObserver
 
 
-def lsq_plus(*args: Any, symmetric: bool = False, **kwargs: Any) -> Observer:
+def lsq_plus(quant_min: int = 0, quant_max: int = 255, symmetric: bool = False, *args: Any, **kwargs: Any) -> Observer:
     """LSQ+'s: three sigma for a symmetric quantizer, the least mean-square error for an affine one."""
     made = ThreeSigmaObserver if symmetric else MSEObserver
-    return made(*args, symmetric=symmetric, **kwargs)
+    return made(quant_min, quant_max, symmetric, *args, **kwargs)
 
 
 OBSERVERS: dict[str, Callable[..., Observer]] = {

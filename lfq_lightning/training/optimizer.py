@@ -65,7 +65,7 @@ class _Slot:
             return self.quantizer.scale_reference
         return float(self.quantizer.quant_max - self.quantizer.quant_min)
 
-    def take_gradient(self) -> bool:
+    def take_gradient(self, loss_scale: Tensor | None) -> bool:
         """Hand value and gradient to the proxy; False where there is nothing to learn from."""
         gradient = self.value.grad
         if (
@@ -78,6 +78,8 @@ class _Slot:
         unit = self.unit()
         self.proxy.data.copy_(self.value / unit)
         self.proxy.grad = gradient.nan_to_num(0.0, 0.0, 0.0) * unit
+        if loss_scale is not None:
+            self.proxy.grad /= loss_scale
         return True
 
     def write_back(self, before: Tensor) -> None:
@@ -171,18 +173,18 @@ class QParamOptimizer:
         """Step the qparams of one optimizer with the gradients they hold."""
         slots = self._slots[position]
         self._average(slots)
-        moving = [slot for slot in slots if slot.take_gradient()]
+        loss_scale = None
+        if self._scaler is not None and slots:
+            # Unscaled here, since the scaler's own step waits for the device.
+            loss_scale = self._scaler.scale(torch.ones((), device=slots[0].value.device))
+        moving = [slot for slot in slots if slot.take_gradient(loss_scale)]
         if not moving:
             return
         before = [slot.proxy.detach().clone() for slot in moving]
         own = self.optimizers[position]
         if not self._schedules:
             self._pace[position].keep()
-        if self._scaler is None:
-            own.step()
-        else:
-            self._scaler.unscale_(own)
-            self._scaler.step(own)
+        own.step()
         for slot, old in zip(moving, before, strict=True):
             slot.write_back(old)
         if self._schedules:

@@ -18,7 +18,7 @@ from lfq_lightning.schedule import OBSERVING, PHASES, Phase, PhaseSchedule
 from lfq_lightning.spec import QuantSpec, Rule, SpecLike, activation_spec, weight_spec
 from lfq_lightning.training.neighbours import arrange, check_neighbours, require_gradients
 from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, ScheduleFactory, hidden_qparams
-from lfq_lightning.training.recorder import Recorder, summary_of
+from lfq_lightning.training.recorder import Recorder, log, summary_of
 from lfq_lightning.training.run_length import check_configured_length, is_dev_run, settle_schedule
 from lfq_lightning.training.run_phases import enter_phase, take_in_batch
 from lfq_lightning.training.sentinel import Reaction, Sentinel
@@ -172,10 +172,10 @@ class QuantizationAwareTraining(L.Callback):
         """Enter the epoch's phase."""
         enter_phase(trainer, pl_module, self._phase(trainer))
         phase = PHASES.index(model_phase(pl_module))
-        pl_module.log("lfq/phase", float(phase), on_step=False, on_epoch=True, sync_dist=True)
+        log(pl_module, "lfq/phase", phase, on_step=False, on_epoch=True, sync_dist=True)
         if self.qparam_optimizer is not None and self.qparam_optimizer.optimizers:
             rate = self.qparam_optimizer.learning_rates[0]
-            pl_module.log("lfq/lr", rate, on_step=False, on_epoch=True, sync_dist=True)
+            log(pl_module, "lfq/lr", rate, on_step=False, on_epoch=True, sync_dist=True)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -196,7 +196,7 @@ class QuantizationAwareTraining(L.Callback):
         rows = self._recorder.after_batch(trainer, pl_module)
         self._watch(trainer, pl_module, rows)
         for name, value in summary_of(rows).items():
-            pl_module.log(name, value, on_step=True, on_epoch=False)
+            log(pl_module, name, value, on_step=True, on_epoch=False)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Let no user's optimizer move qparams outside `learn`."""

@@ -152,7 +152,7 @@ def merge_statistics(model: nn.Module, reduce: Reduce | None = None) -> dict[str
         observer.update(Statistics(*merged))
         met[name] = merged[0][2].amax()
         if quantizer.fake_quant_enabled and not quantizer.learned:
-            quantizer.estimate()
+            quantizer.estimate(sign=not quantizer.estimated)
     return met
 
 

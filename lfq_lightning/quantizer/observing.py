@@ -56,10 +56,14 @@ class Observing(nn.Module):
         return isinstance(self.observer, Observer) and self.observer.costly
 
     @torch.no_grad()
-    def estimate(self) -> None:
-        """Set scale, zero point and, where it is open, the sign of the codes from the observer."""
+    def estimate(self, sign: bool = True) -> None:
+        """Set scale, zero point and, where it is open, the sign of the codes from the observer.
+
+        Args:
+            sign: False leaves the sign as it was decided before, and so need not wait for the device.
+        """
         observer = self.observer
-        spec = None if self.is_weight else self.spec
+        spec = None if self.is_weight or not sign else self.spec
         if isinstance(observer, Observer) and spec is not None and spec.symmetric and spec.signed is None:
             self.quant_min, self.quant_max = spec.code_range(signed=bool((observer.minimum < 0).any()))
             observer.quant_min, observer.quant_max = self.quant_min, self.quant_max

@@ -110,3 +110,10 @@ def _per_quantizer(rows: Iterable[TrajectoryRow]) -> dict[str, float]:
         values = {"scale": row.scale_mean, "zero_point": row.zero_point_mean, "saturation": row.saturation}
         metrics |= {f"lfq/{kind}/{row.quantizer}": value for kind, value in values.items() if value == value}
     return metrics
+
+
+def log(model: L.LightningModule, name: str, value: float | Tensor, **options: bool) -> None:
+    """`model.log` of a number; Lightning's own copy of a float to a GPU would wait for it, filling a tensor does not."""
+    if not isinstance(value, Tensor):
+        value = torch.full((), value, dtype=torch.float32, device=model.device)
+    model.log(name, value, **options)

@@ -112,8 +112,10 @@ def _per_quantizer(rows: Iterable[TrajectoryRow]) -> dict[str, float]:
     return metrics
 
 
-def log(model: L.LightningModule, name: str, value: float | Tensor, **options: bool) -> None:
-    """`model.log` of a number; Lightning's own copy of a float to a GPU would wait for it, filling a tensor does not."""
+def log(
+    model: L.LightningModule, name: str, value: float | Tensor, on_step: bool, on_epoch: bool, sync_dist: bool = False
+) -> None:
+    """`model.log`, for which a float would be copied to a GPU and waited for; filling a tensor there is not."""
     if not isinstance(value, Tensor):
         value = torch.full((), value, dtype=torch.float32, device=model.device)
-    model.log(name, value, **options)
+    model.log(name, value, on_step=on_step, on_epoch=on_epoch, sync_dist=sync_dist)

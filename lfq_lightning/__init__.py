@@ -11,10 +11,18 @@ from lfq_lightning.records.plot import plot_trajectories
 from lfq_lightning.records.summary import Summary, summarize
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.spec import QuantSpec, Rule
+from lfq_lightning.techniques.batch_norm import BatchNormStatistics
+from lfq_lightning.techniques.bit_annealing import BitAnnealing
+from lfq_lightning.techniques.distillation import Distillation
+from lfq_lightning.techniques.oscillation_control import OscillationControl
 from lfq_lightning.training.neighbours import while_learning
 
 __all__ = [
+    "BatchNormStatistics",
+    "BitAnnealing",
+    "Distillation",
     "LearnableFakeQuantize",
+    "OscillationControl",
     "PhaseSchedule",
     "Placement",
     "QuantSpec",

@@ -39,6 +39,9 @@ FLOORS = [
     ["checkpoint", "training.run_phases"],
     ["training"],
     ["callback"],
+    ["techniques.order", "techniques.oscillation"],
+    ["techniques.batch_norm", "techniques.bit_annealing", "techniques.distillation", "techniques.oscillation_control"],
+    ["techniques"],
     ["__init__"],
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))

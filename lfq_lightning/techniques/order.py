@@ -1,0 +1,25 @@
+"""Where a technique stands among the Trainer's callbacks: after the one whose quantizers it works on."""
+
+from __future__ import annotations
+
+import lightning as L
+
+from lfq_lightning.callback import QuantizationAwareTraining
+
+
+def quantization_callback(trainer: L.Trainer) -> QuantizationAwareTraining | None:
+    """The Trainer's QuantizationAwareTraining, or None where a user places and switches quantizers by hand."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
+
+
+def check_order(trainer: L.Trainer, own: L.Callback) -> None:
+    """Raise ValueError if a technique stands before QuantizationAwareTraining, whose phases it follows."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    quantization = quantization_callback(trainer)
+    if quantization is not None and callbacks.index(own) < callbacks.index(quantization):
+        name = type(own).__name__
+        raise ValueError(
+            f"{name} follows the phases and scales of a batch, and must be called after they are set. Found it before "
+            f"QuantizationAwareTraining: use the order `callbacks=[QuantizationAwareTraining(...), {name}(...)]`."
+        )

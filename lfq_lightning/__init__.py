@@ -2,6 +2,7 @@
 
 from lfq_lightning.callback import QuantizationAwareTraining
 from lfq_lightning.checkpoint import load_from_checkpoint, load_state_dict
+from lfq_lightning.export import export_onnx, export_pt2, freeze
 from lfq_lightning.ops import backends, fake_quantize
 from lfq_lightning.phases import calibrate, project_, set_phase
 from lfq_lightning.placement import Placement, attach, detach
@@ -33,7 +34,10 @@ __all__ = [
     "backends",
     "calibrate",
     "detach",
+    "export_onnx",
+    "export_pt2",
     "fake_quantize",
+    "freeze",
     "load_from_checkpoint",
     "load_state_dict",
     "plot_trajectories",

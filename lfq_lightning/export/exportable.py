@@ -1,0 +1,40 @@
+"""Whether a quantized model can be exported, or why not, by name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lfq_lightning.placement.host import hosts, quantizers
+
+MOST_BITS = 8
+
+
+def check_estimated(model: nn.Module) -> None:
+    """Raise ValueError unless the model has quantizers and each has its qparams."""
+    found = quantizers(model)
+    if not found:
+        raise ValueError("The model has no quantizers to export: call `lfq_lightning.attach` and train it first.")
+    blind = [name for name, quantizer in found.items() if not (quantizer.estimated or quantizer.learned)]
+    if blind:
+        raise ValueError(
+            f"A quantizer must have a scale before it is exported. Found none set for {', '.join(blind[:5])}: train, "
+            "or call `lfq_lightning.calibrate`."
+        )
+
+
+def check_exportable(model: nn.Module) -> None:
+    """Raise ValueError if a quantizer has settings that integer formats do not hold; known before training."""
+    reasons = []
+    for name, layer in hosts(model).items():
+        for role, quantizer in (("weight", layer.weight_quantizer), ("input", layer.input_quantizer)):
+            if quantizer is None:
+                continue
+            low, high = quantizer.code_range
+            if quantizer.bitwidth > MOST_BITS:
+                reasons.append(f"the {role} of {name!r} has {quantizer.bitwidth} bits, of at most {MOST_BITS}")
+            elif not (low >= -128 and high <= 127) and not (low >= 0 and high <= 255):
+                reasons.append(f"the codes {low} to {high} of the {role} of {name!r} are neither int8 nor uint8")
+            elif role == "weight" and quantizer.axis not in (None, 0, 1):
+                reasons.append(f"the weight of {name!r} has a scale for each index of dimension {quantizer.axis}")
+    if reasons:
+        raise ValueError(f"This model cannot be exported to integers: {'; '.join(reasons)}. Change those settings.")

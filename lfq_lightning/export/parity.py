@@ -1,0 +1,189 @@
+"""The parity gate: what ONNX Runtime computes from the file against what the model computes."""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from lfq_lightning.ops import spread
+from lfq_lightning.placement.host import hosts, plain_name
+from lfq_lightning.quantizer import LearnableFakeQuantize
+
+
+@dataclass(frozen=True)
+class QuantizerParity:
+    """One input quantizer: the share of its integer codes that are equal, and the largest difference of any."""
+
+    quantizer: str
+    codes: int
+    equal: float
+    largest: int
+
+
+@dataclass(frozen=True)
+class Parity:
+    """An exported file against the model it is of; prints as a table.
+
+    `difference` is the largest of any output, without graph optimizations and with all of them, `quanta` the first in
+    units of the last layer's integer accumulator (input scale times weight scale); `top1` the share of inputs whose
+    largest output stands at the same place.
+    """
+
+    quantizers: tuple[QuantizerParity, ...]
+    inputs: int
+    difference: float
+    quanta: float
+    top1: float
+    optimized_difference: float
+    optimized_top1: float
+    file_bytes: int
+    float_file_bytes: int
+    folded: tuple[str, ...] = ()
+
+    @property
+    def agrees(self) -> bool:
+        """Whether there is nothing to complain of."""
+        return not self.problems(1e-3)
+
+    def with_folded(self, names: Iterable[str]) -> Parity:
+        """The same, with the names of the BatchNorms that were folded."""
+        return replace(self, folded=tuple(names))
+
+    def problems(self, tolerance: float) -> list[str]:
+        """What is beyond the tolerance, in words."""
+        found = [
+            f"{row.quantizer}: {1 - row.equal:.2%} of the codes differ, by at most {row.largest}"
+            for row in self.quantizers
+            if 1 - row.equal > tolerance
+        ]
+        if self.top1 < 1 - tolerance:
+            found.append(f"the largest output is elsewhere for {1 - self.top1:.2%} of the inputs")
+        return found
+
+    def __str__(self) -> str:
+        width = max([len(row.quantizer) for row in self.quantizers] + [9])
+        lines = [f"{'quantizer':{width}}  {'codes':>9}  {'equal':>9}  largest difference"]
+        lines.append("-" * len(lines[0]))
+        lines += [f"{r.quantizer:{width}}  {r.codes:9,}  {r.equal:9.4%}  {r.largest:18d}" for r in self.quantizers]
+        ratio = self.file_bytes / self.float_file_bytes
+        return "\n".join(
+            [
+                *lines,
+                f"largest output difference  {self.difference:.3g} ({self.quanta:.3g} quanta); "
+                f"optimized {self.optimized_difference:.3g}",
+                f"same largest output        {self.top1:.2%} of {self.inputs:,} inputs; "
+                f"optimized {self.optimized_top1:.2%}",
+                f"BatchNorms folded          {len(self.folded)}",
+                f"file                       {self.file_bytes:,} bytes, {ratio:.2f} of the float file",
+            ]
+        )
+
+
+def compare(model: nn.Module, path: Path, batches: Iterable[tuple[Any, ...]], float_file_bytes: int) -> Parity:
+    """Run the model in eval mode and the file in ONNX Runtime on the same batches."""
+    reference = copy.deepcopy(model).eval()
+    for quantizer in (m for m in reference.modules() if isinstance(m, LearnableFakeQuantize)):
+        quantizer.phase = "freeze"
+    proto = onnx.load(path)
+    outputs = [output.name for output in proto.graph.output]
+    watched = _watch(proto)
+    plain = _session(proto, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    fast = _session(onnx.load(path), onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    tally = {name: [0, 0, 0] for name in watched}  # codes, equal, largest
+    worst, worst_fast, same, same_fast, count = 0.0, 0.0, 0, 0, 0
+    for inputs in batches:
+        expected, codes = _run(reference, inputs)
+        feed = {node.name: x.numpy() for node, x in zip(plain.get_inputs(), inputs, strict=True)}
+        values = dict(zip([o.name for o in plain.get_outputs()], plain.run(None, feed), strict=True))
+        optimized = fast.run(outputs[:1], feed)[0]
+        for name, tensors in watched.items():
+            for mine, theirs in zip(codes[name], (values[t] for t in tensors), strict=True):
+                apart = np.abs(mine - theirs.astype(np.int32))
+                row = tally[name]
+                row[0] += apart.size
+                row[1] += int((apart == 0).sum())
+                row[2] = max(row[2], int(apart.max(initial=0)))
+        found = values[outputs[0]]
+        worst = max(worst, float(np.abs(found - expected).max(initial=0)))
+        worst_fast = max(worst_fast, float(np.abs(optimized - expected).max(initial=0)))
+        top = expected.argmax(-1)
+        same += int((found.argmax(-1) == top).sum())
+        same_fast += int((optimized.argmax(-1) == top).sum())
+        count += top.size
+    rows = tuple(QuantizerParity(n, c, equal / max(c, 1), far) for n, (c, equal, far) in tally.items())
+    return Parity(
+        rows,
+        count,
+        worst,
+        worst / _quantum(reference),
+        same / max(count, 1),
+        worst_fast,
+        same_fast / max(count, 1),
+        path.stat().st_size,
+        float_file_bytes,
+    )
+
+
+def _session(proto: onnx.ModelProto, level: Any) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = level
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _watch(proto: onnx.ModelProto) -> dict[str, list[str]]:
+    """Make every QuantizeLinear's result an output of the graph; by quantizer their names, in order."""
+    found: dict[str, list[str]] = {}
+    for node in proto.graph.node:
+        if node.op_type == "QuantizeLinear":
+            scopes = next(p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes")
+            name = next(s for s in reversed(ast.literal_eval(scopes)) if s.endswith("input_quantizer"))
+            found.setdefault(name, []).append(node.output[0])
+            proto.graph.output.append(onnx.ValueInfoProto(name=node.output[0]))
+    return found
+
+
+def _run(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[np.ndarray, dict[str, list[np.ndarray]]]:
+    """The first output, and by input quantizer the codes of each use."""
+    codes: dict[str, list[np.ndarray]] = {}
+    handles = []
+    for name, layer in hosts(model).items():
+        if layer.input_quantizer is not None:
+            see = _Codes(codes.setdefault(f"{plain_name(name)}.input_quantizer", []))
+            handles.append(layer.input_quantizer.register_forward_hook(see))
+    try:
+        with torch.no_grad():
+            output = model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    first = output if isinstance(output, Tensor) else torch.utils._pytree.tree_leaves(output)[0]
+    return first.numpy(), codes
+
+
+class _Codes:
+    def __init__(self, into: list[np.ndarray]) -> None:
+        self.into = into
+
+    def __call__(self, quantizer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        assert isinstance(quantizer, LearnableFakeQuantize)
+        qparams = quantizer.used_qparams()
+        s, z = (spread(p, output.shape, quantizer.axis, quantizer.group_size) for p in qparams)
+        self.into.append(((output.float() / s).round() + z).numpy().astype(np.int32))
+
+
+def _quantum(model: nn.Module) -> float:
+    """One step of the last layer's integer accumulator, the largest of its channels."""
+    *_, last = hosts(model).values()
+    parts = [q.used_qparams()[0].max() for q in (last.weight_quantizer, last.input_quantizer) if q is not None]
+    return float(torch.stack(parts).prod())

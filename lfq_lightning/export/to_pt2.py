@@ -1,0 +1,58 @@
+"""Quantized models as `.pt2` programs with the quantize and dequantize operators that PyTorch's back ends lower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from lfq_lightning.export.fold import fold_batch_norm
+from lfq_lightning.export.integers import integer_copy
+
+
+def export_pt2(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    path: str | Path | None = None,
+    dynamic_shapes: Any = None,
+    fold: bool = False,
+) -> ExportedProgram:
+    """A quantized model as a program of `torch.ops.quantized_decomposed` and float operations.
+
+    These are the operators that PT2E back ends and ExecuTorch look for. Weights are int8 or uint8 constants; to load
+    a program, import `torch.ao.quantization.fx._decomposed`, which registers the operators.
+
+    Args:
+        model: a model with quantizers whose qparams are set; it is not changed.
+        example_inputs: one input or a tuple of positional inputs.
+        path: where to save the program, by convention `.pt2`; None saves nothing.
+        dynamic_shapes: as `torch.export.export` takes them.
+        fold: fold BatchNorms into weights; exact in the integers, but no longer equal to eager in the last float bits.
+
+    Returns:
+        The program.
+
+    Raises:
+        ValueError: if the model cannot be exported, by name.
+
+    Example:
+        >>> import torch, lfq_lightning as lfq
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> _ = lfq.attach(model)
+        >>> lfq.calibrate(model, [torch.randn(8, 4)])
+        >>> x = torch.randn(8, 4)
+        >>> program = lfq.export_pt2(model, x)
+        >>> torch.equal(program.module()(x), model.eval()(x))
+        True
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    integers = integer_copy(model)
+    if fold:
+        fold_batch_norm(integers, inputs)
+    program = torch.export.export(integers, inputs, dynamic_shapes=dynamic_shapes)
+    if path is not None:
+        torch.export.save(program, path)
+    return program

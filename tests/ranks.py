@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 import lfq_lightning as lfq
+from lfq_lightning.techniques.batch_norm import reestimate_batch_norm
 from tests.runs import Net, fit, images, qat
 
 SCHEDULE = lfq.PhaseSchedule(observe=0, estimate=1, learn=2)
@@ -170,6 +171,33 @@ FSDP: dict[str, Callable[[Path], Any]] = {
 }
 
 
+def reestimated(directory: Path) -> None:
+    """Estimate BatchNorm at the end: each rank's statistics, and the mean of what each would find alone."""
+    technique = lfq.BatchNormStatistics(reestimate="end", batches=5)
+    made = run(directory, Net, callbacks=[technique], limit_val_batches=1)
+    norm = made.lightning_module.norm
+    torch.save({k: v.clone() for k, v in norm.state_dict().items()}, directory / f"rank{made.global_rank}.pt")
+    reestimate_batch_norm(made.lightning_module, [batch for batch, _ in zip(data(2), range(5), strict=False)])
+    mean = {k: v.float() for k, v in norm.state_dict().items()}
+    for value in mean.values():
+        torch.distributed.all_reduce(value)
+        value /= 2
+    torch.save(mean, directory / "mean.pt")
+
+
+TECHNIQUES: dict[str, Callable[[Path], Any]] = {
+    "batch norm": reestimated,
+    "distilled": lambda d: run(d, Net, callbacks=[lfq.Distillation()], limit_val_batches=1),
+    "frozen weights": lambda d: run(
+        d,
+        Net,
+        callbacks=[lfq.BitAnnealing({0: 8, 3: 4}), lfq.OscillationControl(dampen=0.1, freeze=0.02)],
+        max_epochs=5,
+        limit_val_batches=1,
+    ),
+}
+
+
 def start_two(directory: Path, kind: str) -> dict[str, str]:
     """Run every scenario of a kind in two processes; the error of each that failed."""
     with socket.socket() as free:
@@ -196,7 +224,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     out = Path(sys.argv[1])
-    for name, scenario in {"ddp": DDP, "fsdp": FSDP}[sys.argv[2]].items():
+    for name, scenario in {"ddp": DDP, "fsdp": FSDP, "techniques": TECHNIQUES}[sys.argv[2]].items():
         (out / name).mkdir(exist_ok=True)
         try:
             scenario(out / name)

@@ -68,7 +68,7 @@ class OscillationControl(L.Callback):
         self._known: dict[str, Oscillation] = {}
         self._ranges: dict[str, list[int]] = {}
         self._began: int | None = None
-        self._followed: int | None = None
+        self._step_before = 0
         self._length = math.inf
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -85,8 +85,14 @@ class OscillationControl(L.Callback):
             raise ValueError(
                 f'OscillationControl needs whole weights. Found {sharded[0]} sharded: use `strategy="ddp"`.'
             )
-        if self._followed is not None and self._followed > trainer.global_step:  # a second fit counts from 0 again
-            self._began = self._followed = None
+        if self._began is not None and self._began > trainer.global_step:  # a second fit counts from 0 again
+            self._began = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the step, as a batch whose gradients are only accumulated makes none."""
+        self._step_before = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Add the dampening loss to the gradients."""
@@ -104,10 +110,9 @@ class OscillationControl(L.Callback):
     ) -> None:
         """Follow the weights after a step, and hold those that are frozen."""
         weights = {n: w for n, w in _quantized_weights(pl_module).items() if w[1].phase in ("learn", "freeze")}
-        if not weights or self._followed == trainer.global_step:
+        if not weights or trainer.global_step == self._step_before:
             return
-        self._began = trainer.global_step - 1 if self._began is None else self._began
-        self._followed = trainer.global_step
+        self._began = self._step_before if self._began is None else self._began
         for name, (layer, quantizer) in weights.items():
             self._follow(trainer, name, layer, quantizer)
         self._log(pl_module)
@@ -143,13 +148,13 @@ class OscillationControl(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         """What is known of each weight, as plain values and tensors."""
         known = {name: oscillation.to_dict() for name, oscillation in self._known.items()}
-        return {"known": known, "ranges": dict(self._ranges), "began": self._began, "followed": self._followed}
+        return {"known": known, "ranges": dict(self._ranges), "began": self._began}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict` gave."""
         self._known = {name: Oscillation(**tensors) for name, tensors in state_dict["known"].items()}
         self._ranges = dict(state_dict["ranges"])
-        self._began, self._followed = state_dict["began"], state_dict["followed"]
+        self._began = state_dict["began"]
 
 
 def _value(name: str, given: float | Sequence[float] | None) -> Annealed | None:

@@ -1,0 +1,160 @@
+"""BatchNorm's statistics: frozen from a point on, or estimated anew, on one rank and on two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lfq_lightning as lfq
+from lfq_lightning.techniques.batch_norm import batch_norms, reestimate_batch_norm
+from tests.ranks import start_two
+from tests.runs import Net, StatefulLoader, every_epoch, fit, images, loader, qat, trainer
+from tests.test_resume import assert_same_run
+
+
+def by_hand(model: Net, count: int) -> tuple[Tensor, Tensor]:
+    """Mean over batches of the mean and the variance that BatchNorm meets."""
+    met: list[Tensor] = []
+    with torch.no_grad(), model.norm.register_forward_pre_hook(lambda _, args: met.append(args[0])):
+        model.eval()
+        for batch in list(loader())[:count]:
+            model(batch[0])
+    parts = [m.transpose(0, 1).flatten(1) for m in met]
+    return torch.stack([p.mean(1) for p in parts]).mean(0), torch.stack([p.var(1) for p in parts]).mean(0)
+
+
+def test_statistics_are_the_mean_of_the_batches_of_the_quantized_model(tmp_path: Path) -> None:
+    model, _, _ = fit(tmp_path)
+    model.train()
+    affine = model.norm.weight.clone()
+    qparams = {k: v.clone() for k, v in model.state_dict().items() if "quantizer" in k and isinstance(v, Tensor)}
+    reestimate_batch_norm(model, list(loader())[:5])
+    assert all(module.training for module in model.modules())
+    assert model.norm.momentum == 0.1
+    mean, variance = by_hand(model, 5)
+    torch.testing.assert_close(model.norm.running_mean, mean)
+    torch.testing.assert_close(model.norm.running_var, variance)
+    assert torch.equal(model.norm.weight, affine)
+    state = model.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in qparams.items())
+
+
+def test_without_batches_statistics_stay_and_it_raises() -> None:
+    model = Net()
+    model.norm.running_mean.fill_(3.0)
+    with pytest.raises(ValueError, match="at least one batch"):
+        reestimate_batch_norm(model, [])
+    assert (model.norm.running_mean == 3.0).all()
+
+
+class Means(L.Callback):
+    """The running mean and the mode of BatchNorm after each epoch's first and last batch."""
+
+    def __init__(self) -> None:
+        self.means: list[Tensor] = []
+        self.modes: list[bool] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Net, *_: Any) -> None:
+        self.means.append(pl_module.norm.running_mean.clone())
+        self.modes.append(pl_module.norm.training)
+
+
+@pytest.mark.parametrize("moment", ["learn", 2])
+def test_statistics_are_frozen_from_a_phase_or_epoch_on_while_affine_parameters_learn(
+    tmp_path: Path, moment: Any
+) -> None:
+    means = Means()
+    model, _, _ = fit(tmp_path, callbacks=[lfq.BatchNormStatistics(freeze=moment), means], max_epochs=4)
+    assert means.modes == [True] * 16 + [False] * 16
+    assert not torch.equal(means.means[14], means.means[15])
+    assert all(torch.equal(mean, means.means[15]) for mean in means.means[16:])
+    assert model.norm.training
+    assert not torch.equal(model.norm.weight, torch.ones(4))
+
+
+def test_estimating_at_the_end_uses_the_trained_weights(tmp_path: Path) -> None:
+    technique = lfq.BatchNormStatistics(reestimate="end", batches=4)
+    model, _, _ = fit(tmp_path, callbacks=[technique])
+    mean, variance = by_hand(model, 4)
+    torch.testing.assert_close(model.norm.running_mean, mean)
+    torch.testing.assert_close(model.norm.running_var, variance)
+
+
+@pytest.mark.parametrize("moment", ["learn", 2])
+def test_estimating_once_at_a_phase_or_epoch_then_freezing(tmp_path: Path, moment: Any) -> None:
+    means = Means()
+    technique = lfq.BatchNormStatistics(freeze="learn", reestimate=moment, loader=loader())
+    fit(tmp_path, callbacks=[technique, means], max_epochs=4)
+    assert not torch.equal(means.means[15], means.means[16])
+    assert all(torch.equal(mean, means.means[16]) for mean in means.means[16:])
+
+
+def test_the_random_numbers_of_the_run_stay_as_they_are(tmp_path: Path) -> None:
+    weights = []
+    for technique in ([], [lfq.BatchNormStatistics(reestimate="learn")]):
+        data = DataLoader(images(), batch_size=8, shuffle=True)
+        model, _, _ = fit(tmp_path / str(len(technique)), callbacks=technique, data=data)
+        weights.append(model.head.weight.detach())  # running statistics take no part in training
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("options", [{"freeze": "learn"}, {"freeze": 3, "reestimate": "learn"}, {"reestimate": 2}])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, options: dict[str, Any]) -> None:
+    def run(directory: Path, **more: Any) -> tuple[Any, ...]:
+        technique = lfq.BatchNormStatistics(**options)
+        return fit(directory, callbacks=[technique, every_epoch(tmp_path)], max_epochs=5, **more)
+
+    whole = run(tmp_path)
+    for epoch in (1, 2, 3):
+        assert_same_run(run(tmp_path / str(epoch), ckpt_path=tmp_path / f"epoch={epoch}.ckpt"), whole)
+
+
+def test_a_loader_that_estimating_would_disturb_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pass another as `loader`"):
+        fit(tmp_path, callbacks=[lfq.BatchNormStatistics(reestimate=1)], data=StatefulLoader())
+
+
+@pytest.mark.parametrize("options", [{}, {"freeze": "end"}, {"reestimate": "later"}, {"freeze": 1, "batches": 0}])
+def test_wrong_arguments_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"Found|phase"):
+        lfq.BatchNormStatistics(**options)
+
+
+def test_the_wrong_order_of_callbacks_is_refused_with_the_right_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"QuantizationAwareTraining\(...\), BatchNormStatistics"):
+        fit(tmp_path, callback=lfq.BatchNormStatistics(freeze=1), callbacks=[qat()])
+
+
+def test_after_an_error_batch_norm_has_its_mode_back(tmp_path: Path) -> None:
+    class Fails(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            if self.current_epoch == 1:
+                raise RuntimeError("stop")
+            return super().training_step(batch, batch_idx)
+
+    model = Fails()
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(tmp_path, [lfq.BatchNormStatistics(freeze=0)]).fit(model, loader())
+    assert model.norm.training
+
+
+def test_layers_without_running_statistics_are_left_alone() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False), nn.LayerNorm(2))
+    assert batch_norms(model) == [model[0]]
+    assert batch_norms(nn.SyncBatchNorm.convert_sync_batchnorm(model))  # it needs a GPU to run
+
+
+def test_two_ranks_end_with_the_same_statistics(tmp_path: Path) -> None:
+    assert start_two(tmp_path, "techniques") == {}
+    one, two = (torch.load(tmp_path / f"batch norm/rank{rank}.pt") for rank in (0, 1))
+    own = torch.load(tmp_path / "batch norm/mean.pt")
+    for key in ("running_mean", "running_var"):
+        assert torch.equal(one[key], two[key])
+        torch.testing.assert_close(one[key], own[key])
+    assert not torch.equal(one["running_mean"], torch.zeros(4))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,14 +89,29 @@ class Parity:
         )
 
 
-def compare(model: nn.Module, path: Path, batches: Iterable[tuple[Any, ...]], float_file_bytes: int) -> Parity:
-    """Run the model in eval mode and the file in ONNX Runtime on the same batches."""
+def compare(
+    model: nn.Module,
+    path: Path,
+    watched: Mapping[str, Sequence[str]],
+    batches: Iterable[tuple[Any, ...]],
+    float_file_bytes: int,
+) -> Parity:
+    """Run the model in eval mode and the file in ONNX Runtime on the same batches.
+
+    Args:
+        model: what was exported; it is not changed.
+        path: the file.
+        watched: what `codes_by_quantizer` gave.
+        batches: positional inputs.
+        float_file_bytes: the size to compare the file's with.
+    """
     reference = copy.deepcopy(model).eval()
     for quantizer in (m for m in reference.modules() if isinstance(m, LearnableFakeQuantize)):
         quantizer.phase = "freeze"
     proto = onnx.load(path)
     outputs = [output.name for output in proto.graph.output]
-    watched = _watch(proto)
+    for name in (name for names in watched.values() for name in names):
+        proto.graph.output.append(onnx.ValueInfoProto(name=name))
     plain = _session(proto, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
     fast = _session(onnx.load(path), onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
     tally = {name: [0, 0, 0] for name in watched}  # codes, equal, largest
@@ -141,15 +156,15 @@ def _session(proto: onnx.ModelProto, level: Any) -> onnxruntime.InferenceSession
     return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _watch(proto: onnx.ModelProto) -> dict[str, list[str]]:
-    """Make every QuantizeLinear's result an output of the graph; by quantizer their names, in order."""
+def codes_by_quantizer(proto: onnx.ModelProto) -> dict[str, list[str]]:
+    """The results of QuantizeLinear nodes by the quantizer that they are of, in order of use, as the exporter notes."""
     found: dict[str, list[str]] = {}
     for node in proto.graph.node:
         if node.op_type == "QuantizeLinear":
-            scopes = next(p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes")
-            name = next(s for s in reversed(ast.literal_eval(scopes)) if s.endswith("input_quantizer"))
+            notes = {note.key: note.value for note in node.metadata_props}
+            scopes = ast.literal_eval(notes["pkg.torch.onnx.name_scopes"])
+            name = next(scope for scope in reversed(scopes) if scope.endswith("input_quantizer"))
             found.setdefault(name, []).append(node.output[0])
-            proto.graph.output.append(onnx.ValueInfoProto(name=node.output[0]))
     return found
 
 

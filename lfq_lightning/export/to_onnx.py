@@ -78,7 +78,7 @@ def export_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"Export to ONNX needs onnx, onnxscript and onnxruntime ({error}): {_REMEDY}.") from error
-    from lfq_lightning.export.parity import compare
+    from lfq_lightning.export.parity import codes_by_quantizer, compare
 
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     integers = integer_copy(model)
@@ -86,13 +86,14 @@ def export_onnx(
     proto = _exported(integers, inputs, dynamic_axes, opset)
     if opset >= 21:
         _pack(proto, {name: m for name, m in integers.named_modules() if isinstance(m, IntegerWeight)})
+    watched = codes_by_quantizer(proto)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(proto, path)
-    parity = compare(
-        model, path, [inputs, *map(_positional, batches)], _float_bytes(model, inputs, dynamic_axes, opset)
-    )
-    parity = parity.with_folded(folded)
+    onnx.save(_bare(proto), path)
+    plain = copy.deepcopy(model).eval()
+    detach(plain)
+    float_bytes = _bare(_exported(plain, inputs, dynamic_axes, opset)).ByteSize()
+    parity = compare(model, path, watched, [inputs, *map(_positional, batches)], float_bytes).with_folded(folded)
     problems = parity.problems(tolerance)
     if problems:
         message = f"{path} does not give the model's answers: {'; '.join(problems)}.\n{parity}"
@@ -184,10 +185,13 @@ def _pack(proto: onnx.ModelProto, weights: dict[str, IntegerWeight]) -> None:
                 proto.graph.initializer.append(packed)
 
 
-def _float_bytes(
-    model: nn.Module, inputs: tuple[Any, ...], dynamic_axes: Mapping[str, Mapping[int, str]] | bool, opset: int
-) -> int:
-    """The size of the same model's file in float, its BatchNorms folded as the exporter does."""
-    plain = copy.deepcopy(model).eval()
-    detach(plain)
-    return _exported(plain, inputs, dynamic_axes, opset).ByteSize()
+def _bare(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without the exporter's notes on where in Python each node comes from; they are most of a small file."""
+    for node in proto.graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    for field in ("metadata_props", "doc_string", "value_info"):
+        proto.graph.ClearField(field)
+    for named in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+        named.ClearField("metadata_props")
+    return proto

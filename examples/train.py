@@ -38,6 +38,7 @@ def main(cfg: DictConfig) -> None:
 
     model = type(model).load_from_checkpoint(checkpoint, **cfg.quantized.model)
     callbacks = [instantiate(cfg.quant)]  # all that makes the second fit a quantization-aware one
+    callbacks += map(instantiate, cfg.get("technique", {}).values())
     trainer, checkpoint, metrics = fit_and_test(cfg, "quantized", model, data, callbacks)
     if trainer.is_global_zero:
         report(model, data, checkpoint, float_metrics, metrics)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch.loggers import Logger
+from omegaconf import OmegaConf
 
 import lfq_lightning as lfq
 from lfq_lightning.records.trajectory import read_trajectory
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
-NEEDS_TORCHVISION = {"cifar10", "imagenet", "imagenet_resnet18"}
+NEEDS_TORCHVISION = {"cifar10", "imagenet", "imagenet_resnet18", "imagenet_mobilenet_v2"}
 
 
 def choices(group: str) -> list[str]:
@@ -55,6 +58,36 @@ def test_every_experiment_composes(experiment: str) -> None:
     config = composed(f"experiment={experiment}")
     assert isinstance(instantiate(config.quant), lfq.QuantizationAwareTraining)
     assert config.quantized.trainer.max_epochs > 0
+    for technique in config.get("technique", {}).values():
+        assert isinstance(instantiate(technique), L.Callback)
+    targets = re.findall(r"_target_: (\S+)", OmegaConf.to_yaml(config))
+    for target in targets:
+        assert target.startswith("torchvision.") or get_object(target), target
+
+
+@pytest.mark.parametrize("technique", choices("technique"))
+def test_every_technique_makes_a_callback(technique: str) -> None:
+    [made] = composed(f"technique=[{technique}]").technique.values()
+    assert isinstance(instantiate(made), L.Callback)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "bits", "rate", "decay", "epochs"),
+    [
+        ("w4a4", 4, 0.01, 1e-4, 90),
+        ("w3a3", 3, 0.01, 5e-5, 90),
+        ("w2a2", 2, 0.01, 2.5e-5, 90),
+        ("w8a8", 8, 1e-3, 1e-4, 1),
+    ],
+)
+@pytest.mark.parametrize("data", ["cifar10", "imagenet"])
+def test_the_recipes_of_lsq_differ_as_the_paper_says(
+    data: str, experiment: str, bits: int, rate: float, decay: float, epochs: int
+) -> None:
+    config = composed(f"experiment={data}_resnet18_{experiment}")
+    assert (config.quant.weight, config.quant.activation) == (bits, bits)
+    assert dict(config.quantized.model) == {"learning_rate": rate, "weight_decay": decay}
+    assert config.quantized.trainer.max_epochs == epochs
 
 
 @pytest.mark.parametrize("quant", choices("quant"))

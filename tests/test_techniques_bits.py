@@ -47,7 +47,7 @@ def test_the_clipping_range_is_kept(new: tuple[int, int]) -> None:
         torch.testing.assert_close(then_scale * (code_then - then_zero_point), scale * (code - zero_point))
 
 
-def test_the_reference_scale_follows_and_zero_stays_the_zero_point_of_symmetric_codes() -> None:
+def test_without_data_the_clipping_range_is_kept_and_the_reference_scale_follows() -> None:
     quantizer = lfq.LearnableFakeQuantize.from_spec(lfq.QuantSpec(bits=2), weight=True)
     change_range(quantizer, (-128, 127))
     quantizer.scale.data.fill_(0.01)
@@ -56,6 +56,24 @@ def test_the_reference_scale_follows_and_zero_stays_the_zero_point_of_symmetric_
     torch.testing.assert_close(quantizer.scale_reference / quantizer.scale, torch.tensor([2.0]))
     assert quantizer.zero_point.item() == 0.0
     assert quantizer.scale.item() == pytest.approx(0.85)
+
+
+def test_qparams_are_those_of_a_fresh_quantizer_of_these_bits() -> None:
+    weight, x = torch.randn(4, 9), torch.randn(64).relu()
+    made = []
+    for bits in (4, 2):
+        spec = lfq.QuantSpec(bits=bits, granularity="per_channel", axis=0)
+        of_weight = lfq.LearnableFakeQuantize.from_spec(spec, 4, weight=True)
+        of_input = lfq.LearnableFakeQuantize.from_spec(lfq.QuantSpec(bits=bits, symmetric=False))
+        of_weight.estimate_from(weight)
+        of_input.estimate_from(x)
+        made.append((of_weight, of_input))
+    change_range(made[0][0], (-2, 1), weight)
+    change_range(made[0][1], (0, 3))
+    for found, expected in zip(*made, strict=True):
+        assert torch.equal(found.scale, expected.scale)
+        assert torch.equal(found.scale_reference, expected.scale)
+        assert torch.equal(found.zero_point, expected.zero_point)
 
 
 def test_stages_lower_the_bits_of_the_inner_layer_and_leave_the_first_and_last_at_eight(tmp_path: Path) -> None:

@@ -56,13 +56,14 @@ class IntegerWeight(nn.Module):
         self.only = float(scale.flatten()[0]), int(zero_point.flatten()[0])  # numbers, where there is one of each
         self.register_buffer("codes", codes.to(self.dtype))
         self.register_buffer("scale", scale.clone())
-        self.register_buffer("zero_point", zero_point.to(self.dtype))
+        # PyTorch's operator subtracts in the wider of the two types: bytes would wrap around.
+        self.register_buffer("zero_point", zero_point.long())
 
     def forward(self, weight: Tensor, learn: bool = True) -> Tensor:
         """The weight that the codes stand for."""
         if self.group_size is not None:
             kernel = [-1, -1, *self.codes.shape[2:]]
-            scale, zero_point = self.scale.expand(kernel).contiguous(), self.zero_point.expand(kernel).contiguous()
+            scale, zero_point = self.scale.expand(kernel).contiguous(), self.zero_point.expand(kernel).to(self.dtype)
             return dequantize_groups(self.codes, scale, zero_point, self.group_size)
         full = (0, 255) if self.dtype is torch.uint8 else (-128, 127)
         axis = self.axis
@@ -108,7 +109,7 @@ class IntegerWeight(nn.Module):
         codes = torch.where(wide < 0, turned, torch.where(wide == 0, z.expand_as(codes), codes))
         if not fits:
             zero_point = torch.where(flat_factor < 0, total - zero_point, zero_point)
-        self.codes, self.zero_point = codes.to(self.dtype), zero_point.to(self.dtype)
+        self.codes, self.zero_point = codes.to(self.dtype), zero_point.long()
         return True
 
 
@@ -127,7 +128,7 @@ class IntegerInput(nn.Module):
         scale, zero_point = quantizer.used_qparams()
         self.only = float(scale[0]), int(zero_point[0])  # numbers, where there is one of each
         self.register_buffer("scale", scale.clone())
-        self.register_buffer("zero_point", zero_point.to(self.dtype))
+        self.register_buffer("zero_point", zero_point.long())
         low, high = (scale * (end - zero_point) for end in self.range)
         self.ends = float(low[0]), float(high[0])
         self.register_buffer("low", low)

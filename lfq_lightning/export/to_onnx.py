@@ -147,7 +147,7 @@ def _table() -> dict[Any, Any]:
         return op.DequantizeLinear(codes, scale, zero_point, axis=1, block_size=group_size)
 
     def quantize(x: Any, scale: Any, zero_point: Any, axis: int, low: int, high: int, dtype: int) -> Any:
-        return op.QuantizeLinear(x, scale, zero_point, axis=axis)
+        return op.QuantizeLinear(x, scale, op.Cast(zero_point, to=dtype), axis=axis)
 
     return {
         torch.ops.lfq_lightning.dequantize_groups.default: groups,
@@ -178,11 +178,17 @@ def _pack(proto: onnx.ModelProto, weights: dict[str, IntegerWeight]) -> None:
                 own = f"{node.name}.zero_point"
                 node.input[2] = own
             kind = onnx.TensorProto.UINT4 if values.dtype == np.uint8 else onnx.TensorProto.INT4
-            packed = onnx.helper.make_tensor(own, kind, values.shape, values.flatten().tolist())
+            packed = onnx.helper.make_tensor(own, kind, values.shape, _nibbles(values), raw=True)
             if own == name:
                 stored[name].CopyFrom(packed)
             else:
                 proto.graph.initializer.append(packed)
+
+
+def _nibbles(values: np.ndarray) -> bytes:
+    """Two values a byte, the first in the low half, as ONNX packs them."""
+    halves = np.append(values.flatten(), np.zeros(values.size % 2, values.dtype)).view(np.uint8) & 0xF
+    return (halves[::2] | halves[1::2] << 4).tobytes()
 
 
 def _bare(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -1,0 +1,227 @@
+"""Exported files give the answers of the model that was trained, in ONNX Runtime and as programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from networks import ConvolutionalNetwork
+from torch import Tensor, nn
+
+import lfq_lightning as lfq
+from lfq_lightning.export.fold import fold_batch_norm
+from lfq_lightning.export.integers import integer_copy
+from tests.assertions import assert_bit_equal
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporter, about itself
+
+
+class LeNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 6, 5, padding=2), nn.Conv2d(6, 16, 5)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(16 * 25, 120), nn.Linear(120, 84), nn.Linear(84, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.max_pool2d(torch.relu(self.conv1(x)), 2)
+        x = torch.max_pool2d(torch.relu(self.conv2(x)), 2).flatten(1)
+        return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
+
+
+class Encoder(nn.Module):
+    """An embedding and a transformer encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(32, 16)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embedding(tokens)).mean(1))
+
+
+def convolutional(block: Any) -> nn.Module:
+    """With BatchNorms as training leaves them, some factors negative or zero."""
+    network = ConvolutionalNetwork(block, channels=1, classes=10, widths=[8, 16], depth=1)
+    with torch.no_grad():
+        for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.running_mean.normal_(std=0.2)
+            norm.running_var.uniform_(0.5, 2)
+            norm.weight.normal_()
+            norm.weight[1] = 0
+            norm.bias.normal_()
+    return network
+
+
+def images(count: int) -> Tensor:
+    return torch.randn(count, 1, 8, 8)
+
+
+NETWORKS: dict[str, Any] = {
+    "lenet": (LeNet, lambda n: torch.randn(n, 1, 28, 28)),
+    "residual": (lambda: convolutional("residual"), images),
+    "separable": (lambda: convolutional("separable"), images),
+    "mlp": (
+        lambda: nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)),
+        lambda n: torch.randn(n, 20),
+    ),
+    "encoder": (Encoder, lambda n: torch.randint(32, (n, 7))),
+}
+AFFINE = lfq.QuantSpec(bits=4, symmetric=False, granularity="per_channel")
+SETTINGS: dict[str, Any] = {
+    "w8a8": (8, 8),
+    "w4a8": (4, 8),
+    "w4a4": (4, 4),
+    "w2a4": (2, 4),
+    "w4 groups": (lfq.QuantSpec(bits=4, granularity="per_group", group_size=5), None),
+    "w4 affine, a8 symmetric": (AFFINE, lfq.QuantSpec(bits=8)),
+    "w8 per tensor, a8 per channel": (lfq.QuantSpec(bits=8), lfq.QuantSpec(bits=8, granularity="per_channel")),
+}
+# One of each, and every setting once on the network with the most to fold.
+OFTEN = {("residual", s) for s in SETTINGS} | {(n, "w4a4") for n in NETWORKS} | {("encoder", "w4 groups")}
+CASES = [
+    pytest.param(n, s, marks=() if (n, s) in OFTEN else pytest.mark.slow)
+    for n in NETWORKS
+    for s in SETTINGS
+    if (n, s) != ("encoder", "w8 per tensor, a8 per channel")  # dimension 1 is a sequence
+]
+
+
+def trained(network: str, settings: str) -> tuple[nn.Module, Any]:
+    make, inputs = NETWORKS[network]
+    model = make()
+    lfq.attach(model, *SETTINGS[settings])
+    lfq.calibrate(model, [inputs(64)])
+    lfq.set_phase(model, "learn")
+    return model.eval(), inputs
+
+
+@pytest.mark.parametrize(("network", "settings"), CASES)
+def test_onnx_runtime_gives_the_answers_of_the_model(tmp_path: Path, network: str, settings: str) -> None:
+    model, inputs = trained(network, settings)
+    before = {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    parity = lfq.export_onnx(model, inputs(4), tmp_path / "m.onnx", batches=[inputs(1000)])
+    assert parity.inputs == 1004
+    assert parity.top1 >= 0.999
+    assert all(row.equal > 0.995 for row in parity.quantizers)
+    # Two that see the same input with the same scale are one in the file: the residual network's shortcut.
+    inputs_quantized = sum(not q.is_weight for q in lfq.quantizers(model).values())
+    assert len(parity.quantizers) in (inputs_quantized, inputs_quantized - (network == "residual"))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items() if isinstance(v, Tensor))
+    assert "same largest output" in str(parity)
+
+
+@pytest.mark.parametrize("settings", ["w4a4", "w4 affine, a8 symmetric", "w4 groups"])
+def test_folding_rounds_no_integer_again(settings: str) -> None:
+    model, inputs = trained("residual", settings)
+    x = inputs(16)
+    integers = integer_copy(model)
+    torch.testing.assert_close(integers(x), model(x), rtol=1e-4, atol=1e-4)
+    codes = {name: m.codes.clone() for name, m in integers.named_modules() if hasattr(m, "codes")}
+    folded = fold_batch_norm(integers, (x,))
+    assert len(folded) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    torch.testing.assert_close(integers(x), model(x), rtol=1e-4, atol=1e-4)
+    for name, before in codes.items():
+        weight = integers.get_submodule(name)
+        span = {tuple(row.tolist()) for row in weight.codes.flatten(1)}
+        if name == "stem.conv.weight_quantizer":
+            gamma = model.stem.norm.weight
+            same = [bool((b == a).all()) for b, a in zip(before, weight.codes, strict=True)]
+            assert all(s for s, g in zip(same, gamma, strict=True) if g > 0)
+            assert not any(s for s, g in zip(same, gamma, strict=True) if g < 0)
+        assert weight.range[0] <= min(min(row) for row in span)
+        assert max(max(row) for row in span) <= weight.range[1]
+
+
+def test_a_normalization_whose_input_is_used_elsewhere_is_left_alone() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.norm(y) + y
+
+    model = Both()
+    lfq.attach(model)
+    lfq.calibrate(model, [images(8)])
+    assert fold_batch_norm(integer_copy(model), (images(2),)) == []
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.28), (4, 0.16)])
+def test_files_are_small(tmp_path: Path, bits: int, most: float) -> None:
+    model = ConvolutionalNetwork("residual", 3, 10, [64, 128, 256], 1)
+    lfq.attach(model, bits, 8)
+    x = torch.randn(2, 3, 32, 32)
+    lfq.calibrate(model, [x])
+    parity = lfq.export_onnx(model.eval(), x, tmp_path / "m.onnx", on_mismatch="warn")
+    assert parity.file_bytes == (tmp_path / "m.onnx").stat().st_size
+    assert parity.file_bytes <= most * parity.float_file_bytes
+
+
+def test_weights_are_integers_in_the_file(tmp_path: Path) -> None:
+    model, inputs = trained("residual", "w4a4")
+    lfq.export_onnx(model, inputs(4), tmp_path / "m.onnx")
+    kinds = {i.name: i.data_type for i in onnx.load(tmp_path / "m.onnx").graph.initializer}
+    assert kinds["stem.conv.weight_quantizer.codes"] == onnx.TensorProto.INT8
+    assert kinds["blocks.0.first.conv.weight_quantizer.codes"] == onnx.TensorProto.INT4
+    assert not any(name.endswith("conv.weight") for name in kinds)
+
+
+def test_a_file_that_gives_other_answers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = trained("mlp", "w8a8")
+    from lfq_lightning.export import integers
+
+    original = integers.IntegerWeight.__init__
+
+    def broken(self: Any, quantizer: Any, weight: Tensor) -> None:
+        original(self, quantizer, weight)
+        self.codes = self.codes.roll(1, 0)
+
+    monkeypatch.setattr(integers.IntegerWeight, "__init__", broken)
+    with pytest.raises(ValueError, match=r"does not give the model's answers: .*codes differ"):
+        lfq.export_onnx(model, inputs(64), tmp_path / "m.onnx")
+    with pytest.warns(UserWarning, match="does not give the model's answers"):
+        assert not lfq.export_onnx(model, inputs(64), tmp_path / "m.onnx", on_mismatch="warn").agrees
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_frozen_copy_needs_torch_alone_and_keeps_every_bit(settings: str) -> None:
+    model, inputs = trained("residual", settings)
+    x = inputs(16)
+    frozen = lfq.freeze(model)
+    assert not lfq.quantizers(frozen)
+    assert lfq.quantizers(model)
+    assert not any(type(m).__module__.startswith("lfq_lightning") for m in frozen.modules())
+    for same in (frozen, torch.jit.trace(frozen, x), torch.export.export(frozen, (x,)).module()):
+        assert_bit_equal(same(x), model(x))
+
+
+@pytest.mark.parametrize("settings", ["w8a8", "w4a4", "w4 groups"])
+def test_a_program_comes_back_from_its_file(tmp_path: Path, settings: str) -> None:
+    model, inputs = trained("residual", settings)
+    x = inputs(16)
+    program = lfq.export_pt2(model, x, tmp_path / "m.pt2")
+    back = torch.export.load(tmp_path / "m.pt2").module()(x)
+    assert_bit_equal(back, program.module()(x))
+    # The operators multiply by 1 / scale where ONNX and we divide: a value on a tie may go to the other side.
+    torch.testing.assert_close(back, model(x), rtol=0.02, atol=0.02)
+    if settings != "w4 groups":
+        assert any("quantized_decomposed.quantize_per_tensor" in str(n.target) for n in program.graph.nodes)
+
+
+def test_what_cannot_be_exported_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="has no quantizers to export"):
+        lfq.freeze(model)
+    lfq.attach(model, weight=12, activation=None)
+    with pytest.raises(ValueError, match=r"Found none set for 0\.weight_quantizer"):
+        lfq.freeze(model)
+    lfq.calibrate(model, [torch.randn(4, 4)])
+    with pytest.raises(ValueError, match="the weight of '0' has 12 bits, of at most 8"):
+        lfq.export_onnx(model, torch.randn(2, 4), "unused.onnx")

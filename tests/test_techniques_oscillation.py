@@ -140,7 +140,7 @@ def test_dampening_pulls_weights_to_their_grid_and_measuring_changes_nothing(tmp
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_steps_are_followed_once_each(tmp_path: Path, accumulate: int) -> None:
-    control = lfq.OscillationControl(momentum=1.0)
+    control = lfq.OscillationControl(momentum=0.5)
     seen: list[Tensor] = []
 
     class Note(L.Callback):
@@ -154,7 +154,7 @@ def test_steps_are_followed_once_each(tmp_path: Path, accumulate: int) -> None:
     assert control.state_dict()["began"] == 2 * BATCHES // accumulate
     assert len(seen) == 2 * BATCHES // accumulate
     values = torch.stack(seen).flatten(1)
-    expected = [by_the_paper([int(v) for v in column], 1.0)[0] for column in values.T]
+    expected = [by_the_paper([int(v) for v in column], 0.5)[0] for column in values.T]
     assert control._known["second"].frequency.flatten().tolist() == pytest.approx(expected)
 
 

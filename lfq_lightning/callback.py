@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lfq_lightning.checkpoint import check_loadable, fit_to
+from lfq_lightning.export.exportable import check_exportable
 from lfq_lightning.phases import model_phase, set_gathering
 from lfq_lightning.placement import Placement, apply, plan
 from lfq_lightning.placement.host import quantizers, set_compressed
@@ -25,6 +27,9 @@ from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.sharding import check_strategy
 from lfq_lightning.training.user_optimizer import UserOptimizers, arranged_qparams, make_optimizer
 from lfq_lightning.training.wrapping import Wrappers
+
+if TYPE_CHECKING:
+    from lfq_lightning.export.parity import Parity
 
 
 class QuantizationAwareTraining(L.Callback):
@@ -53,6 +58,8 @@ class QuantizationAwareTraining(L.Callback):
             in a run so short that there would be fewer than 50.
         on_collapse: what happens to a quantizer whose scale, zero point or saturation shows that it passes nothing
             useful any more: "warn" names it once, "reinit" also estimates its qparams anew, "raise" ends the run.
+        export: when a fit ends, write the best checkpoint, or the last, to this ONNX file, run it in ONNX Runtime and
+            compare; `parity` holds the result. A relative path is taken from the Trainer's log directory.
 
     Raises:
         TypeError, ValueError: if an argument is wrong, here or when a fit begins.
@@ -74,6 +81,7 @@ class QuantizationAwareTraining(L.Callback):
         compress_saved: bool = False,
         record_every_n_steps: int | None = None,
         on_collapse: Reaction = "warn",
+        export: str | Path | None = None,
     ) -> None:
         self.weight: SpecLike = weight if isinstance(weight, int) else weight_spec(weight)
         self.activation: SpecLike = activation if isinstance(activation, int) else activation_spec(activation)
@@ -93,10 +101,13 @@ class QuantizationAwareTraining(L.Callback):
         self.reobserve = reobserve
         self.compress_saved = compress_saved
         self.record_every_n_steps = record_every_n_steps
+        self.export = export
 
         self._recorder = Recorder(record_every_n_steps)
         self._sentinel = Sentinel(on_collapse)
         self.placement: Placement | None = None
+        self.parity: Parity | None = None
+        self._last_batch: Any = None
         self.qparam_optimizer: QParamOptimizer | UserOptimizers | None = None
         self._schedule_in_force: PhaseSchedule | None = self.schedule
         self._restored: dict[str, Any] = {}
@@ -141,7 +152,9 @@ class QuantizationAwareTraining(L.Callback):
         require_gradients(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over from the user's optimizers what concerns qparams."""
+        """Take over from the user's optimizers what concerns qparams; refuse what could not be exported."""
+        if self.export is not None:
+            check_exportable(pl_module)
         self._wrappers.remove()
         self.qparam_optimizer = make_optimizer(trainer, pl_module, self.optimizer, self.lr_schedule)
         if not self._take_up() and self.reobserve:
@@ -182,6 +195,7 @@ class QuantizationAwareTraining(L.Callback):
     ) -> None:
         """Gather statistics from this batch's forward passes, and measure them where a record is due."""
         enter_phase(trainer, pl_module, self._phase(trainer))
+        self._last_batch = batch if self.export is not None else None
         if model_phase(pl_module) in OBSERVING:
             set_gathering(pl_module, True)
         self._recorder.before_batch(trainer, pl_module)
@@ -229,6 +243,13 @@ class QuantizationAwareTraining(L.Callback):
         phase = model_phase(pl_module)
         if quantizers(pl_module) and phase not in ("learn", "freeze") and not is_dev_run(trainer):
             rank_zero_warn(f"The run ended in phase {phase!r}: scales and zero points were not learned.")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Export, on rank zero."""
+        if self.export is not None and trainer.is_global_zero and not is_dev_run(trainer):
+            from lfq_lightning.training.exporting import export_fit  # imports onnxruntime, which few runs need
+
+            self.parity = export_fit(trainer, pl_module, self.export, self._last_batch)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave nothing behind but the quantizers."""

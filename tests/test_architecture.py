@@ -42,6 +42,7 @@ FLOORS = [
     ["training.optimizer", "training.sentinel", "training.sharding"],
     ["training.neighbours", "training.recorder", "training.run_length", "training.user_optimizer"],
     ["checkpoint", "training.run_phases"],
+    ["training.exporting"],
     ["training"],
     ["callback"],
     ["techniques.order", "techniques.oscillation"],

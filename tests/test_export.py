@@ -15,6 +15,7 @@ import lfq_lightning as lfq
 from lfq_lightning.export.fold import fold_batch_norm
 from lfq_lightning.export.integers import integer_copy
 from tests.assertions import assert_bit_equal
+from tests.runs import Net, every_epoch, fit, loader, qat
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporter, about itself
 
@@ -225,3 +226,21 @@ def test_what_cannot_be_exported_is_named() -> None:
     lfq.calibrate(model, [torch.randn(4, 4)])
     with pytest.raises(ValueError, match="the weight of '0' has 12 bits, of at most 8"):
         lfq.export_onnx(model, torch.randn(2, 4), "unused.onnx")
+
+
+def test_a_fit_ends_with_an_exported_file_and_an_unchanged_model(tmp_path: Path) -> None:
+    callback = qat(export="model.onnx")
+    model, made, _ = fit(tmp_path, Net(), callback=callback, callbacks=[every_epoch(tmp_path)])
+    assert callback.parity is not None
+    assert callback.parity.agrees
+    [path] = tmp_path.rglob("model.onnx")
+    assert onnx.load(path).graph.node
+    assert lfq.quantizers(model)
+    made.test(model, loader(), ckpt_path="best", weights_only=True)
+    made.fit_loop.max_epochs = made.current_epoch + 1
+    made.fit(model, loader())
+
+
+def test_what_cannot_be_exported_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be exported to integers: the weight of 'first' has 16 bits"):
+        fit(tmp_path, Net(), callback=qat(weight=16, export="model.onnx"))

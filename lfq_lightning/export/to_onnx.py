@@ -147,7 +147,8 @@ def _table() -> dict[Any, Any]:
         return op.DequantizeLinear(codes, scale, zero_point, axis=1, block_size=group_size)
 
     def quantize(x: Any, scale: Any, zero_point: Any, axis: int, low: int, high: int, dtype: int) -> Any:
-        return op.QuantizeLinear(x, scale, op.Cast(zero_point, to=dtype), axis=axis)
+        zero_point = op.Cast(zero_point, to=dtype)
+        return op.QuantizeLinear(x, scale, zero_point, axis=axis)
 
     return {
         torch.ops.lfq_lightning.dequantize_groups.default: groups,

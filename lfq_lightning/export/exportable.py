@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from lfq_lightning.placement.host import hosts, quantizers
@@ -26,6 +27,8 @@ def check_exportable(model: nn.Module) -> None:
     """Raise ValueError if a quantizer has settings that integer formats do not hold; known before training."""
     reasons = []
     for name, layer in hosts(model).items():
+        if layer.weight.dtype is not torch.float32:
+            reasons.append(f"{name!r} computes in {layer.weight.dtype}, where the formats hold float32")
         for role, quantizer in (("weight", layer.weight_quantizer), ("input", layer.input_quantizer)):
             if quantizer is None:
                 continue

@@ -64,26 +64,36 @@ def _pairs(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[tuple[str,
         calls.append((names[module], module, [id(a) for a in args if isinstance(a, Tensor)]))
         if isinstance(output, Tensor):
             kept.append(output)
-            if isinstance(module, QuantizedLayer):
+            if _channels_second(module, output):
                 outputs[id(output)] = names[module]
 
     handles = [m.register_forward_hook(see) for m in names if isinstance(m, (QuantizedLayer, _BatchNorm))]
     reads = _Reads(outputs)
     try:
         with torch.no_grad(), reads:
-            model(*example_inputs)
+            result = model(*example_inputs)
     finally:
         for handle in handles:
             handle.remove()
+    returned = {id(leaf) for leaf in torch.utils._pytree.tree_leaves(result)}
     found = []
     for name, module, inputs in calls:
         once = sum(call[0] == name for call in calls) == 1
-        if isinstance(module, _BatchNorm) and once and inputs and inputs[0] in outputs:
+        if not isinstance(module, _BatchNorm) or module.running_mean is None:  # its factors are each batch's own
+            continue
+        if once and inputs and inputs[0] in outputs:
             layer = outputs[inputs[0]]
-            used = sum(call[0] == layer for call in calls) == 1
+            used = sum(call[0] == layer for call in calls) == 1 and inputs[0] not in returned
             if used and reads.count.get(inputs[0], 0) == 1:
                 found.append((layer, name))
     return found
+
+
+def _channels_second(module: nn.Module, output: Tensor) -> bool:
+    """Whether BatchNorm takes the layer's output channels for its own: a Linear in a sequence has them last."""
+    if not isinstance(module, QuantizedLayer) or isinstance(module, nn.Embedding):
+        return False
+    return output.ndim == (2 if isinstance(module, nn.Linear) else module.weight.ndim)
 
 
 class _Reads(torch.overrides.TorchFunctionMode):

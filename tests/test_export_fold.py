@@ -1,0 +1,133 @@
+"""BatchNorm is folded where it takes a layer's outputs alone, and is left as it is everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lfq_lightning as lfq
+from lfq_lightning.export.fold import fold_batch_norm
+from lfq_lightning.export.integers import integer_copy
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporter, about itself
+
+
+class Normed(nn.Module):
+    """A layer, a BatchNorm with a negative, a zero and positive factors, and how the two are used."""
+
+    def __init__(self, layer: nn.Module, norm: nn.Module, use: Callable[..., Any]) -> None:
+        super().__init__()
+        self.layer, self.norm, self.use = layer, norm, use
+        with torch.no_grad():
+            norm.weight.uniform_(0.5, 2)
+            norm.weight[0], norm.weight[1] = -0.7, 0.0
+            norm.bias.normal_()
+            if norm.running_mean is not None:
+                norm.running_mean.normal_(std=0.2)
+                norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.use(self, x)
+
+
+def in_a_row(model: Any, x: Tensor) -> Tensor:
+    return model.norm(model.layer(x))
+
+
+def returned_too(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = model.layer(x)
+    return model.norm(y), y
+
+
+def used_twice(model: Any, x: Tensor) -> Tensor:
+    return model.norm(model.layer(x)) + model.layer(x + 1)
+
+
+def images() -> Tensor:
+    return torch.randn(6, 4, 7, 7)
+
+
+def calibrated(model: nn.Module, x: Tensor, weight: Any = 8) -> nn.Module:
+    lfq.attach(model, weight, 8)
+    lfq.calibrate(model, [x])
+    return model.eval()
+
+
+FOLDED: dict[str, Any] = {
+    "convolution": (lambda: nn.Conv2d(4, 5, 3), lambda: nn.BatchNorm2d(5), images),
+    "without bias": (lambda: nn.Conv2d(4, 5, 3, bias=False), lambda: nn.BatchNorm2d(5), images),
+    "depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4), lambda: nn.BatchNorm2d(8), images),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 5, 3), lambda: nn.BatchNorm2d(5), images),
+    "signal": (lambda: nn.Conv1d(4, 5, 3), lambda: nn.BatchNorm1d(5), lambda: torch.randn(6, 4, 9)),
+    "linear": (lambda: nn.Linear(4, 5), lambda: nn.BatchNorm1d(5), lambda: torch.randn(6, 4)),
+}
+LEFT: dict[str, Any] = {
+    "its input is an output": (lambda: nn.Conv2d(4, 5, 3), lambda: nn.BatchNorm2d(5), returned_too, images),
+    "its layer is used twice": (lambda: nn.Conv2d(4, 5, 3), lambda: nn.BatchNorm2d(5), used_twice, images),
+    "statistics of each batch": (
+        lambda: nn.Conv2d(4, 5, 3),
+        lambda: nn.BatchNorm2d(5, track_running_stats=False),
+        in_a_row,
+        images,
+    ),
+    "features last": (
+        lambda: nn.Linear(4, 5),
+        lambda: nn.BatchNorm1d(5),
+        in_a_row,
+        lambda: torch.randn(6, 5, 4),
+    ),
+    "embedding": (
+        lambda: nn.Embedding(5, 5),
+        lambda: nn.BatchNorm1d(5),
+        in_a_row,
+        lambda: torch.randint(5, (6,)),
+    ),
+    "grouped and transposed": (
+        lambda: nn.ConvTranspose2d(4, 4, 3, groups=2),
+        lambda: nn.BatchNorm2d(4),
+        in_a_row,
+        images,
+    ),
+}
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("case", FOLDED)
+def test_it_is_folded_with_negative_and_zero_factors(case: str, bits: int) -> None:
+    layer, norm, inputs = FOLDED[case]
+    x = inputs()
+    rule = lfq.QuantSpec(bits=bits, granularity="per_channel")
+    model = Normed(layer(), norm(), in_a_row)
+    lfq.attach(model, 8, 8, rules=[lfq.Rule("layer", weight=rule)])
+    lfq.calibrate(model, [x])
+    with torch.no_grad():  # codes at both ends of the range: those that a sign finds no room for
+        model.layer.weight_quantizer.scale.mul_(0.5)
+    integers = integer_copy(model.eval())
+    assert fold_batch_norm(integers, (x,)) == ["norm"]
+    assert type(integers.norm) is nn.Identity
+    assert_same(integers(x), model(x))
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_it_is_left_where_folding_would_change_the_answers(case: str) -> None:
+    layer, norm, use, inputs = LEFT[case]
+    x = inputs()
+    model = calibrated(Normed(layer(), norm(), use), x)
+    integers = integer_copy(model)
+    assert fold_batch_norm(integers, (x,)) == []
+    assert_same(integers(x), model(x))
+
+
+def test_weights_in_other_precisions_are_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).bfloat16()
+    x = torch.randn(8, 4, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"'0' computes in torch\.bfloat16"):
+        lfq.export_onnx(calibrated(model, x), x, "unused.onnx")

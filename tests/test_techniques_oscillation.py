@@ -154,8 +154,10 @@ def test_steps_are_followed_once_each(tmp_path: Path, accumulate: int) -> None:
     assert control.state_dict()["began"] == 2 * BATCHES // accumulate
     assert len(seen) == 2 * BATCHES // accumulate
     values = torch.stack(seen).flatten(1)
-    expected = [by_the_paper([int(v) for v in column], 0.5)[0] for column in values.T]
-    assert control._known["second"].frequency.flatten().tolist() == pytest.approx(expected)
+    expected = [by_the_paper([int(v) for v in column], 0.5) for column in values.T]
+    known = control._known["second"]
+    assert known.frequency.flatten().tolist() == pytest.approx([frequency for frequency, _ in expected])
+    assert known.average.flatten().tolist() == pytest.approx([average for _, average in expected])
 
 
 @pytest.mark.parametrize("options", [{"freeze": (0.03, 0.005)}, {"dampen": (0.0, 0.1)}])

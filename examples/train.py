@@ -59,7 +59,7 @@ def fit_and_test(cfg: DictConfig, stage: str, model: Any, data: Any, callbacks: 
 
 
 def report(model: Any, data: Any, checkpoint: Path, float_metrics: dict[str, float], metrics: dict[str, float]) -> None:
-    """Print the quantizers and both fits side by side; write metrics.json and trajectories.png."""
+    """Print quantizers, fits and parity; write metrics.json, trajectories.png and quantized.onnx."""
     directory, log_directory = checkpoint.parent.parent, checkpoint.parent
     images, _ = next(iter(data.test_dataloader()))
     summary = lfq.summarize(model, images)
@@ -72,7 +72,10 @@ def report(model: Any, data: Any, checkpoint: Path, float_metrics: dict[str, flo
     for name in metrics:
         print(f"{name:14}{float_metrics[name]:12.6g}{metrics[name]:12.6g}")
     print(f"\ncheckpoint    {checkpoint}\ntrajectory    {log_directory / 'trajectory.csv'}")
-    print(f"picture       {picture}\nmetrics       {metrics_file}")
+    print(f"picture       {picture}\nmetrics       {metrics_file}\n")
+    onnx_file = directory / "quantized.onnx"
+    print(lfq.export_onnx(model, images, onnx_file, batches=data.test_dataloader()))
+    print(f"ONNX          {onnx_file}")
 
 
 if __name__ == "__main__":

@@ -47,10 +47,32 @@ def test_the_main_job_trains_to_four_bits_and_writes_what_it_says(tmp_path: Path
     rows = read_trajectory(tmp_path / "quantized/trajectory.csv")
     assert [p for p in dict.fromkeys(r.phase for r in rows)] == ["observe", "estimate", "learn"]
     assert (tmp_path / "trajectories.png").stat().st_size > 10_000
-    for word in ("SQNR", "weight_quantizer", "trajectory.csv", "trajectories.png", "last_epoch.ckpt", "metrics.json"):
+    for word in (
+        "SQNR",
+        "weight_quantizer",
+        "trajectory.csv",
+        "trajectories.png",
+        "last_epoch.ckpt",
+        "metrics.json",
+        "same largest output",
+    ):
         assert word in done.stdout
+    assert (tmp_path / "quantized.onnx").stat().st_size < 30_000
     saved = torch.load(tmp_path / "quantized/last_epoch.ckpt", weights_only=True)
     assert any("QuantizationAwareTraining" in key for key in saved["callbacks"])
+
+
+def test_the_export_example_ends_with_files_that_agree(tmp_path: Path) -> None:
+    code = "import export; export.main(max_epochs=5)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "examples")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "same largest output" in done.stdout
+    written = {path.name for path in tmp_path.rglob("*") if path.suffix in (".onnx", ".pt2")}
+    assert written == {"digits.onnx", "by_hand.onnx", "digits.pt2"}
 
 
 @pytest.mark.parametrize("experiment", choices("experiment"))

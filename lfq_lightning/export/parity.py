@@ -52,8 +52,8 @@ class Parity:
 
     @property
     def agrees(self) -> bool:
-        """Whether there is nothing to complain of."""
-        return not self.problems(1e-3)
+        """Whether no more than a hundredth of any quantizer's codes differ, and the same output is the largest."""
+        return not self.problems(0.01)
 
     def with_folded(self, names: Iterable[str]) -> Parity:
         """The same, with the names of the BatchNorms that were folded."""

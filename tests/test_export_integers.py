@@ -1,79 +1,92 @@
-"""An exported graph can run in integers alone, and gives the codes that ONNX Runtime gives in float."""
+"""The exported numbers suffice to run a network in integers alone: int32 sums, multipliers, biases and shifts."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from itertools import pairwise
 
-import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
-from tests.integer_reference import run_in_integers
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporter, about itself
-
-SYMMETRIC, AFFINE = lfq.QuantSpec(bits=8), lfq.QuantSpec(bits=8, symmetric=False, granularity="per_channel")
-SETTINGS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4), "w2a4": (2, 4), "affine weights": (AFFINE, SYMMETRIC)}
+from lfq_lightning.export.fold import fold_batch_norm
+from lfq_lightning.export.integers import IntegerInput, IntegerWeight, integer_copy
+from lfq_lightning.placement.host import QuantizedLayer
 
 
-def network() -> nn.Module:
-    """Strides, padding, groups, and BatchNorms with a negative and a zero factor."""
-    made = nn.Sequential(
-        nn.Conv2d(2, 8, 3, padding=1, stride=2),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 6, 1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(6 * 25, 16),
-        nn.ReLU(),
-        nn.Linear(16, 5),
-    )
+def quantized(x: Tensor, quantizer: IntegerInput) -> Tensor:
+    """The codes of a float tensor, as QuantizeLinear gives them."""
+    codes = (x / quantizer.scale).round() + quantizer.zero_point
+    return codes.clamp(*quantizer.range).to(torch.int32)
+
+
+def accumulated(layer: nn.Module, codes: Tensor, zero_point: Tensor) -> Tensor:
+    """Sums of products of integers; int32 holds every one of them."""
+    weight: IntegerWeight = layer.weight_quantizer
+    centred = weight.codes.to(torch.int64) - weight.zero_point.view(-1, *[1] * (weight.codes.ndim - 1))
+    x = codes.to(torch.int64) - zero_point
+    if isinstance(layer, nn.Conv2d):
+        # Products and sums of these integers are exact in float64.
+        sums = nn.functional.conv2d(x.double(), centred.double(), None, layer.stride, layer.padding)
+    else:
+        sums = nn.functional.linear(x.double(), centred.double())
+    assert sums.abs().max() < 2**31
+    return sums.long()
+
+
+def requantized(sums: Tensor, layer: nn.Module, following: IntegerInput) -> Tensor:
+    """The next layer's codes by an integer multiplier, bias and shift for each channel, and ReLU."""
+    factor = layer.input_quantizer.scale.double() * layer.weight_quantizer.scale.double() / following.scale.double()
+    _, exponent = torch.frexp(factor)
+    shift = (30 - exponent).long()
+    multiplier = (factor * 2.0**shift).round().long()
+    bias = (layer.bias.double() / following.scale.double() * 2.0**shift).round().long()
+    shape = (-1, *[1] * (sums.ndim - 2))
+    half = torch.ones_like(shift) << (shift - 1)
+    codes = (sums * multiplier.view(shape) + (bias + half).view(shape)) >> shift.view(shape)
+    codes = codes.clamp(min=0) + following.zero_point
+    return codes.clamp(*following.range).to(torch.int32)
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, stride=2)
+        self.head = nn.Linear(72, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
+        return self.head(x.flatten(1))
+
+
+@pytest.mark.parametrize(("weight", "activation"), [(8, 8), (4, 8), (4, 4), (2, 4)])
+def test_a_network_runs_in_integers_alone(weight: int, activation: int) -> None:
+    model, x = Network(), torch.randn(200, 1, 8, 8)
     with torch.no_grad():
-        for norm in (made[1], made[4]):
-            norm.weight.uniform_(0.5, 2)
-            norm.weight[0], norm.weight[1] = -0.8, 0.0
-            norm.bias.normal_()
-            norm.running_mean.normal_(std=0.2)
-            norm.running_var.uniform_(0.5, 2)
-    return made
-
-
-def run_in_float(path: Path, x: Tensor, names: list[str]) -> list[np.ndarray]:
-    proto = onnx.load(path)
-    for name in names:
-        proto.graph.output.append(onnx.ValueInfoProto(name=name))
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"input": x.numpy()})
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_integers_alone_give_the_codes_of_float(tmp_path: Path, settings: str) -> None:
-    model = network()
-    lfq.attach(model, *SETTINGS[settings])
-    x = torch.randn(64, 2, 9, 9)
+        model.norm1.weight.normal_()
+        model.norm1.running_mean.normal_()
+    lfq.attach(model, weight, activation)
     lfq.calibrate(model, [x])
-    path = tmp_path / "m.onnx"
-    parity = lfq.export_onnx(model.eval(), x, path)
-    assert len(parity.folded) == 2
-    codes, output = run_in_integers(path, x.numpy())
-    assert len(codes) == 5
-    expected, *others = run_in_float(path, x, list(codes))
-    for (name, mine), theirs in zip(codes.items(), others, strict=True):
-        assert len(np.unique(mine)) > 8, name
-        # A sum that lies within float rounding of a tie may fall to the other side of it.
-        apart = np.abs(mine.astype(int) - theirs.astype(int))
-        assert apart.max() <= 1, name
-        assert (apart > 0).mean() <= 1e-4, name
-    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-2 * float(np.abs(expected).max()))
-    with torch.no_grad():
-        assert (output.argmax(1) == model(x).argmax(1).numpy()).all()
+    model.eval()
+    integers = integer_copy(model)
+    assert fold_batch_norm(integers, (x,)) == ["norm1"]
+    seen: list[Tensor] = []
+    layers = [integers.conv1, integers.conv2, integers.head]
+    for layer in layers[1:]:
+        assert isinstance(layer, QuantizedLayer)
+        layer.input_quantizer.register_forward_hook(lambda q, args, y: seen.append(quantized(args[0], q)))
+    expected = integers(x)
+
+    codes = quantized(x, integers.conv1.input_quantizer)
+    for layer, following in pairwise(layers):
+        sums = accumulated(layer, codes, layer.input_quantizer.zero_point)
+        codes = requantized(sums, layer, following.input_quantizer)
+        codes = codes.flatten(1) if following is integers.head else codes
+        # Float sums round, so a value on the edge between two codes may fall to the other side.
+        apart = (codes - seen.pop(0)).abs()
+        assert (apart > 0).float().mean() < 1e-3
+    sums = accumulated(integers.head, codes, integers.head.input_quantizer.zero_point)
+    unit = integers.head.input_quantizer.scale * integers.head.weight_quantizer.scale
+    outputs = sums * unit + integers.head.bias
+    assert outputs.argmax(1).eq(expected.argmax(1)).float().mean() >= 0.995

@@ -63,7 +63,8 @@ def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     batches = list(data.train_dataloader())
     names: dict[str, Any] = {"MyModule": MyModule, "data": data, "batches": batches, "batch": batches[0]}
     for block in BLOCKS:
-        if not any(word in block for word in ("summarize", "export_onnx")):  # these look at the model of the task before
+        # These look at the model of the task before.
+        if not any(word in block for word in ("summarize", "export_onnx")):
             names["model"] = MyModule()
         exec(compile(block, "README.md", "exec"), names)
     assert BLOCKS

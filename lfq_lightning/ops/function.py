@@ -12,6 +12,9 @@ from lfq_lightning.ops.layout import check_scales
 
 Saturation = Literal["lsq", "exclusive", "inclusive"]
 
+# quant_min, quant_max, axis, group_size, grad_factor and saturation: one argument costs autograd less than six.
+Settings = tuple[int, int, int | None, int | None, float, str]
+
 LARGEST_CODE = 2**16
 
 
@@ -28,42 +31,23 @@ class FakeQuantize(torch.autograd.Function):
         x: Tensor,
         scale: Tensor,
         zero_point: Tensor,
-        quant_min: int,
-        quant_max: int,
-        axis: int | None,
-        group_size: int | None,
-        grad_factor: float,
-        saturation: str,
+        settings: Settings,
     ) -> Tensor:
         backend = select(x)
-        y, qparams = backend.forward(x, scale, zero_point, quant_min, quant_max, axis, group_size)
+        y, qparams = backend.forward(x, scale, zero_point, *settings[:4])
         ctx.save_for_backward(x, qparams)
-        ctx.backend = backend
-        ctx.arguments = (quant_min, quant_max, axis, group_size, grad_factor, saturation)
+        ctx.backend, ctx.settings = backend, settings
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, qparams = ctx.saved_tensors
-        quant_min, quant_max, axis, group_size, grad_factor, saturation = ctx.arguments
-        needs = ctx.needs_input_grad
-        learn = grad_factor != 0.0
-        gradients = ctx.backend.backward(
-            dy,
-            x,
-            qparams,
-            quant_min,
-            quant_max,
-            axis,
-            group_size,
-            grad_factor,
-            saturation,
-            learn and needs[1],
-            learn and needs[2],
-        )
+        settings, needs = ctx.settings, ctx.needs_input_grad
+        learn = settings[4] != 0.0
+        gradients = ctx.backend.backward(dy, x, qparams, *settings, learn and needs[1], learn and needs[2])
         if torch.is_grad_enabled():
             gradients = _OnceDifferentiable.apply(dy.new_zeros((), requires_grad=True), *gradients)
-        return *gradients, None, None, None, None, None, None
+        return *gradients, None
 
 
 class Unchanged(torch.autograd.Function):
@@ -144,9 +128,8 @@ def fake_quantize(
         tensor([-1.0000, -0.5000,  0.5000,  0.5000])
     """
     _check(x, scale, zero_point, quant_min, quant_max, axis, group_size, grad_factor, saturation)
-    return FakeQuantize.apply(
-        x, scale, zero_point, quant_min, quant_max, axis, group_size, float(grad_factor), saturation
-    )
+    settings = (quant_min, quant_max, axis, group_size, float(grad_factor), saturation)
+    return FakeQuantize.apply(x, scale, zero_point, settings)
 
 
 def check_range(quant_min: int, quant_max: int) -> None:

@@ -207,17 +207,8 @@ class LearnableFakeQuantize(Switches, Observing):
 
     def quantized(self, x: Tensor, grad_factor: float = 0.0) -> Tensor:
         """X on the integer grid and back, whatever the phase; with a factor of 0 the qparams get no gradient."""
-        return FakeQuantize.apply(
-            x,
-            self.scale,
-            self.zero_point,
-            self.quant_min,
-            self.quant_max,
-            self.axis,
-            self.group_size,
-            grad_factor,
-            self.saturation_rule,
-        )
+        settings = (self.quant_min, self.quant_max, self.axis, self.group_size, grad_factor, self.saturation_rule)
+        return FakeQuantize.apply(x, self.scale, self.zero_point, settings)
 
     def _gradient_factor(self, x: Tensor) -> float:
         if self.grad_factor != "lsq":

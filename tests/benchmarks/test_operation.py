@@ -36,7 +36,7 @@ class Operands:
 
     def ours(self) -> Tensor:
         settings = (*self.range, self.axis, None, 1.0, "lsq")
-        return FakeQuantize.apply(self.x, self.scale, self.zero_point, *settings)
+        return FakeQuantize.apply(self.x, self.scale, self.zero_point, settings)
 
     def aten(self) -> Tensor:
         if self.axis is None:

@@ -7,6 +7,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; processes that tests start inherit it
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,9 @@ if not torch.cuda.is_available():  # the Triton kernels then run on the CPU; thi
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+hypothesis.settings.register_profile("no_timing", deadline=None)  # machines differ, and other tests run beside
+hypothesis.settings.load_profile("no_timing")
 
 
 @pytest.fixture(autouse=True)

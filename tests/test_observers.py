@@ -61,7 +61,7 @@ def observer_for(kind: type[Observer], case: Case, symmetric: bool = False, **mo
     return kind(*codes, symmetric, axis, group_size, case.scale.numel(), **more)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(case=cases(), symmetric=st.booleans())
 def test_min_max_is_the_brute_force_range_of_the_finite_values(case: Case, symmetric: bool) -> None:
     observer = observer_for(MinMaxObserver, case, symmetric)
@@ -71,7 +71,7 @@ def test_min_max_is_the_brute_force_range_of_the_finite_values(case: Case, symme
     assert observer.saw_data() == any(share is not None for share in expected)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(case=cases())
 def test_what_is_not_finite_is_left_out_and_reported_for_its_share(case: Case) -> None:
     observer = observer_for(MinMaxObserver, case)
@@ -84,7 +84,7 @@ def test_what_is_not_finite_is_left_out_and_reported_for_its_share(case: Case) -
     assert torch.equal(reported.bool(), share)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(case=cases(), seed=st.integers(0, 2**31))
 def test_merging_two_batches_is_observing_both(case: Case, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -107,7 +107,7 @@ def test_merging_with_nothing_changes_nothing_and_observing_nothing_is_not_seein
     assert [p.tolist() for p in observer.calculate_qparams()] == [[1.0] * 3, [0.0] * 3]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     constant=st.floats(0.01, 1.0),
     batches=st.lists(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=4), min_size=1, max_size=6),
@@ -155,7 +155,7 @@ def moved(
     return old[0] + constant * (new[0] - old[0]), old[1] + constant * (new[1] - old[1])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(case=cases(), constant=st.sampled_from([0.01, 0.5]))
 def test_a_moving_average_of_channels_and_groups_is_the_brute_force_one(case: Case, constant: float) -> None:
     observer = observer_for(MovingAverageObserver, case, averaging_constant=constant)

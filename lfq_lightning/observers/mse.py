@@ -37,11 +37,13 @@ class MSEObserver(HistogramObserver):
     def _fit_histogram(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         inner, outer = edges(self.histogram.device)
         counts = self.histogram
-        if counts.device.type == "cpu":  # elsewhere, looking at the counts would wait for the device
-            used = counts.sum(0) > 0
-            counts, inner, outer = counts[:, used], inner[used], outer[used]
-        centre, width = (inner + outer).float() / 2, (outer - inner).abs().float()
-        return self._search(Points(counts.float(), centre[None], width[None]), low, high)
+        used = counts.sum(0) > 0
+        # Elsewhere, looking at the counts would wait for the device, and in a graph their number must be known.
+        if counts.device.type == "cpu" and not torch.compiler.is_compiling():
+            counts, inner, outer, used = counts[:, used], inner[used], outer[used], used[used]
+        # The outermost bins, never used, are infinite.
+        centre, width = (torch.where(used, p, 0.0).float()[None] for p in ((inner + outer) / 2, (outer - inner).abs()))
+        return self._search(Points(counts.float(), centre, width), low, high)
 
     def _search(self, points: Points, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         for shares in (_COARSE.to(low.device), _FINE.to(low.device)):

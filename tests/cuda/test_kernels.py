@@ -93,7 +93,7 @@ def test_forward_and_backward_equal_the_cpu(
     assert_devices_agree(x, dy, scale, zero_point, **arguments)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(case=cases(), saturation=st.sampled_from(SATURATIONS))
 def test_every_shape_stride_dtype_and_granularity_equals_the_cpu(case: Case, saturation: str) -> None:
     dy = torch.randn(case.x.shape).to(case.x.dtype)

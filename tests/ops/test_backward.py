@@ -60,7 +60,7 @@ def upstream(x: Tensor, seed: int = 0) -> Tensor:
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.dtype)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(case=cases(), saturation=st.sampled_from(SATURATIONS), layout=st.sampled_from(sorted(LAYOUTS)))
 def test_every_shape_stride_dtype_and_granularity_gives_the_definition(
     case: Case, saturation: str, layout: str

@@ -82,7 +82,7 @@ def test_backends_are_bit_equal_in_other_dtypes_on_every_half_and_bfloat16(grid:
     assert y.dtype is dtype
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(case=cases())
 def test_every_shape_stride_dtype_and_granularity_equals_the_oracle(case: Case) -> None:
     expected = oracle.forward(case.x, case.scale, case.zero_point, **case.settings)
@@ -224,7 +224,7 @@ def test_a_nan_qparam_is_not_hidden(backend: str, which: str) -> None:
 
 
 @each_backend
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     k=st.integers(-140, 140),
     scale=st.floats(EPS, 2.0**100, width=32),

@@ -63,7 +63,7 @@ def assert_agrees_with_native(arguments: list[Any]) -> None:
         torch.testing.assert_close(sums, expected_sums, rtol=0.0, atol=1e-5 * float(magnitude.abs().max()) + 1e-4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(case=cases(), saturation=st.sampled_from(SATURATIONS), layout=st.sampled_from(sorted(LAYOUTS)))
 def test_every_shape_stride_dtype_and_granularity_gives_the_definition(
     case: Case, saturation: str, layout: str

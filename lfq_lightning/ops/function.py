@@ -35,16 +35,16 @@ class FakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         backend = select(x)
         y, qparams = backend.forward(x, scale, zero_point, *settings[:4])
-        ctx.save_for_backward(x, qparams)
-        ctx.backend, ctx.settings = backend, settings
+        ctx.save_for_backward(x)
+        ctx.call = backend, qparams, settings
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, qparams = ctx.saved_tensors
-        settings, needs = ctx.settings, ctx.needs_input_grad
-        learn = settings[4] != 0.0
-        gradients = ctx.backend.backward(dy, x, qparams, *settings, learn and needs[1], learn and needs[2])
+        (x,) = ctx.saved_tensors
+        backend, qparams, settings = ctx.call
+        needs, learn = ctx.needs_input_grad, settings[4] != 0.0
+        gradients = backend.backward(dy, x, qparams, *settings, learn and needs[1], learn and needs[2])
         if torch.is_grad_enabled():
             gradients = _OnceDifferentiable.apply(dy.new_zeros((), requires_grad=True), *gradients)
         return *gradients, None

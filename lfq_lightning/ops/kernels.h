@@ -99,24 +99,6 @@ INLINE Terms gradient_terms(float x, float g, float s, float low, float high) {
 
 // ---- kernels: the elements of a run share one scale; in rows, each column has its own ------------------------------
 
-template <typename T>
-INLINE void forward_of(const T* UNALIASED x, T* UNALIASED y, int64_t n, float s, float low, float high) {
-    for (int64_t i = 0; i < n; ++i) store(y[i], fake_quantized(load(x[i]), s, low, high));
-}
-
-template <typename T>
-INLINE void forward_of(const T* UNALIASED x, T* UNALIASED y, int64_t rows, int64_t width, const float* UNALIASED s,
-                       const float* UNALIASED low, const float* UNALIASED high) {
-    for (int64_t r = 0; r < rows; ++r, x += width, y += width)
-        for (int64_t c = 0; c < width; ++c) store(y[c], fake_quantized(load(x[c]), s[c], low[c], high[c]));
-}
-
-// What gradients are asked for; the kernels come in one version for each answer.
-struct Wanted {
-    int saturation;
-    bool scale, zero_point;
-};
-
 // Strips of `n` elements as float32: in place, or converted in loops of their own, which vectorise where one loop over
 // two widths would not.
 template <typename T>
@@ -139,6 +121,31 @@ struct Strip<float> {
 };
 
 template <typename T>
+INLINE void forward_of(const T* from, T* to, int64_t n, float s, float low, float high) {
+    Strip<T> x_strip, y_strip;
+    for (int64_t i = 0; i < n; i += STRIP) {
+        const int length = static_cast<int>(n - i < STRIP ? n - i : STRIP);
+        const float* UNALIASED x = x_strip.read(from + i, length);
+        float* UNALIASED y = y_strip.target(to + i);
+        for (int j = 0; j < length; ++j) y[j] = fake_quantized(x[j], s, low, high);
+        y_strip.write(to + i, length);
+    }
+}
+
+template <typename T>
+INLINE void forward_of(const T* UNALIASED x, T* UNALIASED y, int64_t rows, int64_t width, const float* UNALIASED s,
+                       const float* UNALIASED low, const float* UNALIASED high) {
+    for (int64_t r = 0; r < rows; ++r, x += width, y += width)
+        for (int64_t c = 0; c < width; ++c) store(y[c], fake_quantized(load(x[c]), s[c], low[c], high[c]));
+}
+
+// What gradients are asked for; the kernels come in one version for each answer.
+struct Wanted {
+    int saturation;
+    bool scale, zero_point;
+};
+
+template <typename T>
 struct Run {
     const T *x, *g;
     T* dx;
@@ -147,16 +154,11 @@ struct Run {
     float *scale, *zero_point;  // one partial sum each
 };
 
-INLINE void add_lanes(float* UNALIASED lanes, const float* UNALIASED terms, int n) {
-    int k = 0;
-    for (; k + LANES <= n; k += LANES) {
-#pragma omp simd
-        for (int j = 0; j < LANES; ++j) lanes[j] += terms[k + j];
-    }
-    for (int j = 0; k + j < n; ++j) lanes[j] += terms[k + j];
-}
-
-INLINE float sum_lanes(const float* lanes) {
+// The sum of `n` partial sums, a multiple of LANES, in an order that no instruction set changes.
+INLINE float sum_strip(const float* UNALIASED sums, int n) {
+    float lanes[LANES] = {};
+    for (int k = 0; k < n; k += LANES)
+        for (int j = 0; j < LANES; ++j) lanes[j] += sums[k + j];
     double total = 0.0;
     for (int j = 0; j < LANES; ++j) total += lanes[j];
     return static_cast<float>(total);
@@ -165,26 +167,27 @@ INLINE float sum_lanes(const float* lanes) {
 template <int SATURATION, bool SCALE, bool ZERO_POINT, typename T>
 INLINE void backward_of(const Run<T>& run) {
     const float s = run.s, low = run.low, high = run.high;
-    float scale[LANES] = {}, zero_point[LANES] = {};
-    alignas(64) float scale_terms[STRIP] = {}, zero_point_terms[STRIP] = {};
+    // A sum for each place in a strip: no addition waits for the one before it.
+    alignas(64) float scale[STRIP], zero_point[STRIP];
+    const int sums = run.n < STRIP ? static_cast<int>(run.n + LANES - 1) / LANES * LANES : STRIP;
+    std::memset(scale, 0, sums * sizeof(float));
+    std::memset(zero_point, 0, sums * sizeof(float));
     Strip<T> x_strip, g_strip, dx_strip;
     for (int64_t i = 0; i < run.n; i += STRIP) {
         const int n = static_cast<int>(run.n - i < STRIP ? run.n - i : STRIP);
         const float *UNALIASED x = x_strip.read(run.x + i, n), *UNALIASED g = g_strip.read(run.g + i, n);
         float* UNALIASED dx = dx_strip.target(run.dx + i);
-        // The terms first and their sums in a second loop: as one, compilers unroll it instead of vectorising it.
+#pragma omp simd
         for (int j = 0; j < n; ++j) {
             const Terms t = gradient_terms<SATURATION>(x[j], g[j], s, low, high);
             dx[j] = t.dx;
-            if (SCALE) scale_terms[j] = t.scale;
-            if (ZERO_POINT) zero_point_terms[j] = t.zero_point;
+            if (SCALE) scale[j] += t.scale;
+            if (ZERO_POINT) zero_point[j] += t.zero_point;
         }
-        if (SCALE) add_lanes(scale, scale_terms, n);
-        if (ZERO_POINT) add_lanes(zero_point, zero_point_terms, n);
         dx_strip.write(run.dx + i, n);
     }
-    if (SCALE) *run.scale = sum_lanes(scale);
-    if (ZERO_POINT) *run.zero_point = sum_lanes(zero_point);
+    if (SCALE) *run.scale = sum_strip(scale, sums);
+    if (ZERO_POINT) *run.zero_point = sum_strip(zero_point, sums);
 }
 
 template <typename T>

@@ -49,10 +49,8 @@ INLINE float load(Half v) {
 INLINE void store(float& to, float v) { to = v; }
 INLINE void store(double& to, float v) { to = static_cast<double>(v); }
 // NaN is not looked for: all that can reach here has a payload of at most 7 bits, which rounding leaves alone.
-INLINE void store(BFloat& to, float v) {
-    const uint32_t u = bits_of(v);
-    to.bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
+INLINE uint32_t rounded(float v) { return bits_of(v) + 0x7fffu + ((bits_of(v) >> 16) & 1u); }
+INLINE void store(BFloat& to, float v) { to.bits = static_cast<uint16_t>(rounded(v) >> 16); }
 INLINE void store(Half& to, float v) {
     const uint32_t sign = bits_of(v) & 0x80000000u, u = bits_of(v) ^ sign;
     const uint32_t subnormal = bits_of(float_of(u) + 0.5f) - 0x3f000000u;  // the addition rounds to 2^-24
@@ -120,9 +118,39 @@ struct Strip<float> {
     INLINE void write(float*, int) const {}
 };
 
+// Strips whose elements may come in any order, which those of a run may.
+template <typename T>
+struct Unordered : Strip<T> {};
+
+// Two neighbours as one word: no element is moved to another lane.
+template <>
+struct Unordered<BFloat> {
+    float space[STRIP];
+    INLINE const float* read(const BFloat* from, int n) {
+        const int half = n / 2;
+        for (int j = 0; j < half; ++j) {
+            uint32_t pair;
+            std::memcpy(&pair, from + 2 * j, 4);
+            space[j] = float_of(pair << 16);
+            space[half + j] = float_of(pair & 0xffff0000u);
+        }
+        if (n % 2) space[n - 1] = load(from[n - 1]);
+        return space;
+    }
+    INLINE float* target(BFloat*) { return space; }
+    INLINE void write(BFloat* to, int n) const {
+        const int half = n / 2;
+        for (int j = 0; j < half; ++j) {
+            const uint32_t pair = rounded(space[j]) >> 16 | (rounded(space[half + j]) & 0xffff0000u);
+            std::memcpy(to + 2 * j, &pair, 4);
+        }
+        if (n % 2) store(to[n - 1], space[n - 1]);
+    }
+};
+
 template <typename T>
 INLINE void forward_of(const T* from, T* to, int64_t n, float s, float low, float high) {
-    Strip<T> x_strip, y_strip;
+    Unordered<T> x_strip, y_strip;
     for (int64_t i = 0; i < n; i += STRIP) {
         const int length = static_cast<int>(n - i < STRIP ? n - i : STRIP);
         const float* UNALIASED x = x_strip.read(from + i, length);
@@ -172,7 +200,7 @@ INLINE void backward_of(const Run<T>& run) {
     const int sums = run.n < STRIP ? static_cast<int>(run.n + LANES - 1) / LANES * LANES : STRIP;
     std::memset(scale, 0, sums * sizeof(float));
     std::memset(zero_point, 0, sums * sizeof(float));
-    Strip<T> x_strip, g_strip, dx_strip;
+    Unordered<T> x_strip, g_strip, dx_strip;
     for (int64_t i = 0; i < run.n; i += STRIP) {
         const int n = static_cast<int>(run.n - i < STRIP ? run.n - i : STRIP);
         const float *UNALIASED x = x_strip.read(run.x + i, n), *UNALIASED g = g_strip.read(run.g + i, n);

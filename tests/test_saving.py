@@ -1,4 +1,4 @@
-"""Backward from 8-bit codes: the same bits for less memory."""
+"""Backward from tensors that are quantized again: the same bits for less memory."""
 
 from __future__ import annotations
 
@@ -64,13 +64,34 @@ def test_groups_and_a_channel_axis_of_the_input_are_rebuilt_too() -> None:
     assert all(torch.equal(gradient, compressed[name]) for name, gradient in plain.items())
 
 
-def test_more_than_256_codes_are_stored_as_usual() -> None:
+def test_bits_do_not_matter() -> None:
     x = torch.randn(32, 64)
-    wide = lfq.QuantSpec(bits=10)
+    wide = lfq.QuantSpec(bits=12)
     model = learned(nn.Sequential(nn.Linear(64, 64)), x, weight=wide, activation=wide)
+    plain, compressed = gradients(model, x, False), gradients(model, x, True)
+    assert all(torch.equal(gradient, compressed[name]) for name, gradient in plain.items())
+
+
+def test_qparams_that_step_between_forward_and_backward_do_not_matter() -> None:
+    x = torch.randn(32, 64)
+    model = learned(nn.Sequential(nn.Linear(64, 64)), x)
     set_compressed(model, True)
-    model(x).sum().backward()
-    assert model[0].saved.stored == model[0].saved.full > 0
+    loss = model(x).square().sum()
+    expected = torch.autograd.grad(loss, model[0].weight, retain_graph=True)
+    with torch.no_grad():
+        model[0].input_quantizer.scale *= 2
+    assert torch.equal(*expected, *torch.autograd.grad(loss, model[0].weight))
+
+
+def test_an_input_that_is_changed_in_place_is_an_error_and_never_another_gradient() -> None:
+    x = torch.randn(32, 64)
+    model = learned(nn.Sequential(nn.Linear(64, 64)), x)
+    lfq.set_phase(model, "freeze")
+    set_compressed(model, True)
+    loss = model(x).square().sum()
+    x.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        loss.backward()
 
 
 def test_a_copy_in_another_dtype_is_stored_as_usual_and_reported() -> None:

@@ -70,9 +70,9 @@ def attach(
         weight: bits, a QuantSpec or None (float) for the weights. An int means symmetric per channel.
         activation: the same for layer inputs. An int means affine per tensor.
         rules: exceptions; the first that matches a layer decides.
-        compress_saved: keep what layers need for backward as 8-bit codes instead of float32, without changing a bit of
-            any gradient. Eager execution only; where a layer saves something else (a copy
-            in another dtype), that is stored as usual. Each layer's `saved` tells the bytes.
+        compress_saved: keep no quantized tensor for backward, but make it again from the float tensor that the
+            quantizer keeps anyway, without changing a bit of any gradient. Eager execution only; where a layer saves
+            something else (a copy in another dtype), that is stored as usual. Each layer's `saved` tells the bytes.
 
     Returns:
         What was placed where. Attaching again with the same arguments changes nothing.

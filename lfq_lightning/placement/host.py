@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.distributed.tensor import DTensor
 
-from lfq_lightning.placement.saving import Saved, compressed
+from lfq_lightning.placement.saving import Quantized, Saved, compressed
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 WEIGHT, INPUT = "weight_quantizer", "input_quantizer"
@@ -29,23 +29,24 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         weight, quantizer = self.weight, self.input_quantizer
+        given = (*args, *kwargs.values())
         if quantizer is not None:
             args = tuple(_quantize(quantizer, a, weight.requires_grad) for a in args)
             kwargs = {name: _quantize(quantizer, a, weight.requires_grad) for name, a in kwargs.items()}
-        if self.saved is None:
-            return self._forward(self._used_weight(), args, kwargs)
-        used = self._used_weight()
-        quantized = [(a, quantizer) for a in (*args, *kwargs.values()) if quantizer is not None and _is_floating(a)]
+        used = weight
         if self.weight_quantizer is not None:
-            quantized.append((used, self.weight_quantizer))
-        with compressed(quantized, self.saved):
+            used = _quantize(self.weight_quantizer, weight, weight.requires_grad)
+        if self.saved is None:
             return self._forward(used, args, kwargs)
-
-    def _used_weight(self) -> Tensor:
-        weight = self.weight
-        return (
-            weight if self.weight_quantizer is None else _quantize(self.weight_quantizer, weight, weight.requires_grad)
-        )
+        pairs = zip((*args, *kwargs.values(), used), (*given, weight), strict=True)
+        makers = [quantizer] * len(given) + [self.weight_quantizer]
+        made = [
+            Quantized(value, source, maker)
+            for (value, source), maker in zip(pairs, makers, strict=True)
+            if maker is not None and _is_floating(value)
+        ]
+        with compressed(made, self.saved):
+            return self._forward(used, args, kwargs)
 
     def _forward(self, weight: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.weight_quantizer is None:
@@ -127,7 +128,7 @@ def hosts(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def set_compressed(model: nn.Module, compress: bool) -> None:
-    """Whether quantized layers keep what backward needs as 8-bit codes."""
+    """Whether quantized layers rebuild in backward what they would otherwise keep for it."""
     if compress and any(isinstance(module, OptimizedModule) for module in model.modules()):
         raise ValueError(
             "`compress_saved` goes with eager execution. Found a model compiled by torch.compile, which decides by "

@@ -1,16 +1,16 @@
-"""Lossless 8-bit storage of what a layer keeps for its backward pass."""
+"""Storage of what a layer keeps for its backward pass: quantized tensors are rebuilt instead of kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lfq_lightning.ops import effective, spread
+from lfq_lightning.ops import FakeQuantize
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 
@@ -22,33 +22,50 @@ class Saved:
     stored: int = 0
 
 
-class _Codes:
-    """A fake-quantized float32 tensor as integer codes, from which the same bits can be computed again."""
+class Quantized(NamedTuple):
+    """A fake-quantized tensor, what it was made of, and the quantizer that made it."""
 
-    def __init__(self, value: Tensor, quantizer: LearnableFakeQuantize) -> None:
-        s, z = effective(quantizer.scale.detach(), quantizer.zero_point.detach(), *quantizer.code_range)
-        self._layout = (value.shape, quantizer.axis, quantizer.group_size)
-        self._low = quantizer.quant_min - z
-        # value / s is an integer up to two roundings, far closer than a half.
-        codes = (value / spread(s, *self._layout)).round_().sub_(spread(self._low, *self._layout))
-        self._codes = codes.to(torch.uint8)
-        # A NaN has no code. It makes the whole tensor NaN, without waiting for the device to ask.
-        self._scale = s * torch.where(value.sum().isnan(), torch.nan, 1.0)
+    value: Tensor
+    source: Tensor
+    quantizer: LearnableFakeQuantize
+
+
+class _Recipe:
+    """A fake-quantized tensor as the float tensor it came from, which the quantizer's own backward keeps anyway.
+
+    Integer codes would take a byte an element more, and to pack and unpack them more time than to quantize again.
+    """
+
+    def __init__(self, quantized: Quantized) -> None:
+        _, source, quantizer = quantized
+        self._source, self._version = source.detach(), source._version
+        self._qparams = quantizer.used_qparams()
+        self._settings = (*quantizer.code_range, quantizer.axis, quantizer.group_size, 0.0, quantizer.saturation_rule)
 
     def rebuild(self) -> Tensor:
-        """The tensor, bit for bit: (q - z) * s, as the forward pass computed it."""
-        value = self._codes.to(torch.float32)
-        return value.add_(spread(self._low, *self._layout)).mul_(spread(self._scale, *self._layout))
+        """The tensor, bit for bit, as the forward pass computed it.
+
+        Raises:
+            RuntimeError: if what it came from was changed in place since.
+        """
+        if self._source._version != self._version:
+            raise RuntimeError(
+                "A tensor needed for backward was modified in place after a quantized layer had used it. Found shape "
+                f"{tuple(self._source.shape)}, version {self._source._version} instead of {self._version}: use an "
+                "operation out of place there (relu instead of relu_)."
+            )
+        with torch.no_grad():
+            return FakeQuantize.apply(self._source, *self._qparams, self._settings)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and qparams."""
-        return self._codes.nbytes + self._low.nbytes + self._scale.nbytes
+        """Bytes beyond what is kept anyway: the qparams'."""
+        return sum(p.nbytes for p in self._qparams)
 
 
 @contextmanager
-def compressed(quantized: Iterable[tuple[Tensor, LearnableFakeQuantize]], saved: Saved) -> Iterator[None]:
-    """Within it, autograd saves these fake-quantized tensors as integer codes; `saved` is told the bytes.
+def compressed(quantized: Iterable[Quantized], saved: Saved) -> Iterator[None]:
+    """Within it, autograd keeps recipes of these fake-quantized tensors; `saved` is told the bytes.
 
     Raises:
         RuntimeError: under torch.compile, which decides by itself what to keep for backward.
@@ -71,34 +88,26 @@ def compressed(quantized: Iterable[tuple[Tensor, LearnableFakeQuantize]], saved:
 
 
 class _Saving:
-    """Packs what autograd saves of some fake-quantized tensors as integer codes, and unpacks it on demand.
+    """Packs what autograd saves of some fake-quantized tensors as recipes, and rebuilds it on demand.
 
     Tensors are recognised by their storage, so views of them (a transposed weight, a flattened input) count. What is
     saved beside them, such as autocast's copies, is stored as usual.
-
-    Args:
-        quantized: fake-quantized tensors with the quantizers that made them; only float32 with at most 256 codes is
-            packed.
     """
 
-    def __init__(self, quantized: Iterable[tuple[Tensor, LearnableFakeQuantize]]) -> None:
-        self._known = {
-            value.untyped_storage().data_ptr(): (value, quantizer)
-            for value, quantizer in quantized
-            if value.dtype is torch.float32 and quantizer.quantizes and quantizer.bitwidth <= 8
-        }
-        self._packed: dict[int, _Codes] = {}
+    def __init__(self, quantized: Iterable[Quantized]) -> None:
+        self._known = {q.value.untyped_storage().data_ptr(): q for q in quantized if q.quantizer.quantizes}
+        self._packed: dict[int, _Recipe] = {}
         self.full = self.stored = 0
 
     def pack(self, tensor: Tensor) -> Any:
-        """A saved tensor, or its codes and its place in the tensor they are of."""
+        """A saved tensor, or its recipe and its place in the tensor that it makes."""
         self.full += tensor.nbytes
         key = tensor.untyped_storage().data_ptr()
-        if key not in self._known or tensor.dtype is not torch.float32:
+        if key not in self._known or tensor.dtype is not self._known[key].value.dtype:
             self.stored += tensor.nbytes
             return tensor
         if key not in self._packed:
-            self._packed[key] = _Codes(*self._known[key])
+            self._packed[key] = _Recipe(self._known[key])
             self.stored += self._packed[key].nbytes
         return self._packed[key], tensor.shape, tensor.stride(), tensor.storage_offset()
 
@@ -107,11 +116,11 @@ class _Saving:
         """What `pack` was given."""
         if isinstance(packed, Tensor):
             return packed
-        codes, shape, stride, offset = packed
-        tensor: Tensor = codes.rebuild().as_strided(shape, stride, offset)
+        recipe, shape, stride, offset = packed
+        tensor: Tensor = recipe.rebuild().as_strided(shape, stride, offset)
         return tensor
 
     def forget(self) -> None:
-        """Let go of the full tensors once the layer's forward pass is over; the codes live on in the graph."""
+        """Let go of the quantized tensors once the layer's forward pass is over; the recipes live on in the graph."""
         self._known.clear()
         self._packed.clear()

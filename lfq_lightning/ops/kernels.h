@@ -4,16 +4,13 @@
 
 #pragma once
 
-#include <cstdint>
-#include <cstring>
+#include "elements.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define VERSIONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define VERSIONED
 #endif
-#define INLINE inline __attribute__((always_inline))
-#define UNALIASED __restrict__
 
 namespace lfq {
 namespace {
@@ -23,42 +20,9 @@ using std::int64_t;
 constexpr float EPS = 1.1920928955078125e-7f;
 constexpr float TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds half to even
 constexpr int LANES = 16;                  // partial sums a block keeps, on every instruction set
-constexpr int STRIP = 256;                 // elements of other dtypes that are converted at a time
 constexpr int64_t BLOCK = 2048;            // elements a partial sum covers: 128 additions a lane; also a tile
 
 enum Saturation { LSQ, EXCLUSIVE, INCLUSIVE };
-
-// ---- element types ------------------------------------------------------------------------------------------------
-
-struct Half { uint16_t bits; };
-struct BFloat { uint16_t bits; };
-
-INLINE uint32_t bits_of(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
-INLINE float float_of(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
-
-INLINE float load(float v) { return v; }
-INLINE float load(double v) { return static_cast<float>(v); }
-INLINE float load(BFloat v) { return float_of(static_cast<uint32_t>(v.bits) << 16); }
-INLINE float load(Half v) {
-    const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
-    const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // infinity and NaN
-    const float scaled = float_of(magnitude) * 0x1p112f;                   // exact, subnormals included
-    return float_of(bits_of(scaled) | special | static_cast<uint32_t>(v.bits & 0x8000u) << 16);
-}
-
-INLINE void store(float& to, float v) { to = v; }
-INLINE void store(double& to, float v) { to = static_cast<double>(v); }
-// NaN is not looked for: all that can reach here has a payload of at most 7 bits, which rounding leaves alone.
-INLINE uint32_t rounded(float v) { return bits_of(v) + 0x7fffu + ((bits_of(v) >> 16) & 1u); }
-INLINE void store(BFloat& to, float v) { to.bits = static_cast<uint16_t>(rounded(v) >> 16); }
-INLINE void store(Half& to, float v) {
-    const uint32_t sign = bits_of(v) & 0x80000000u, u = bits_of(v) ^ sign;
-    const uint32_t subnormal = bits_of(float_of(u) + 0.5f) - 0x3f000000u;  // the addition rounds to 2^-24
-    const uint32_t normal = (u + 0xc8000fffu + ((u >> 13) & 1u)) >> 13;
-    const uint32_t special = u > 0x7f800000u ? 0x7e00u : 0x7c00u;
-    const uint32_t finite = u < 0x38800000u ? subnormal : normal;
-    to.bits = static_cast<uint16_t>((u >= 0x47800000u ? special : finite) | sign >> 16);
-}
 
 // ---- one element --------------------------------------------------------------------------------------------------
 
@@ -96,57 +60,6 @@ INLINE Terms gradient_terms(float x, float g, float s, float low, float high) {
 }
 
 // ---- kernels: the elements of a run share one scale; in rows, each column has its own ------------------------------
-
-// Strips of `n` elements as float32: in place, or converted in loops of their own, which vectorise where one loop over
-// two widths would not.
-template <typename T>
-struct Strip {
-    float space[STRIP];
-    INLINE const float* read(const T* from, int n) {
-        for (int j = 0; j < n; ++j) space[j] = load(from[j]);
-        return space;
-    }
-    INLINE float* target(T*) { return space; }
-    INLINE void write(T* to, int n) const {
-        for (int j = 0; j < n; ++j) store(to[j], space[j]);
-    }
-};
-template <>
-struct Strip<float> {
-    INLINE const float* read(const float* from, int) { return from; }
-    INLINE float* target(float* to) { return to; }
-    INLINE void write(float*, int) const {}
-};
-
-// Strips whose elements may come in any order, which those of a run may.
-template <typename T>
-struct Unordered : Strip<T> {};
-
-// Two neighbours as one word: no element is moved to another lane.
-template <>
-struct Unordered<BFloat> {
-    float space[STRIP];
-    INLINE const float* read(const BFloat* from, int n) {
-        const int half = n / 2;
-        for (int j = 0; j < half; ++j) {
-            uint32_t pair;
-            std::memcpy(&pair, from + 2 * j, 4);
-            space[j] = float_of(pair << 16);
-            space[half + j] = float_of(pair & 0xffff0000u);
-        }
-        if (n % 2) space[n - 1] = load(from[n - 1]);
-        return space;
-    }
-    INLINE float* target(BFloat*) { return space; }
-    INLINE void write(BFloat* to, int n) const {
-        const int half = n / 2;
-        for (int j = 0; j < half; ++j) {
-            const uint32_t pair = rounded(space[j]) >> 16 | (rounded(space[half + j]) & 0xffff0000u);
-            std::memcpy(to + 2 * j, &pair, 4);
-        }
-        if (n % 2) store(to[n - 1], space[n - 1]);
-    }
-};
 
 template <typename T>
 INLINE void forward_of(const T* from, T* to, int64_t n, float s, float low, float high) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import time
@@ -55,6 +56,16 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": version("torch"),
     }
+
+
+def keep_freed_memory() -> str:
+    """Let glibc keep what is freed, so that no call's time is the kernel's for fresh pages; the note to print."""
+    trim_threshold, mmap_threshold, most = -1, -3, 32 << 20
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, most)  # the highest there is: larger tensors are fresh pages each time
+    return "glibc keeps freed memory (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_), for all alike"
 
 
 def times(calls: Mapping[str, Call], seconds: float = 1.0, least: int = 5) -> dict[str, list[float]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lfq_lightning.ops import FakeQuantize
 from tests.benchmarks.formula import PythonFormula
-from tests.benchmarks.measuring import Call, Table, ratios
+from tests.benchmarks.measuring import Call, Table, keep_freed_memory, ratios
 
 SHAPES = [(64, 16), (3, 3, 256, 256), (16, 3, 256, 256), (64, 64, 32, 32), (512, 512, 3, 3)]
 LARGE = (64, 64, 32, 32)
@@ -63,6 +63,7 @@ def measured(operands: Operands, forward: Callable[[], Tensor]) -> tuple[float, 
 def test_operation(table: Table, bits: int) -> None:
     table.name = f"operation_{bits}_bits"
     table.notes.append("multiples of a memcpy of x: forward / forward + backward; float32, one thread")
+    table.notes.append(keep_freed_memory())
     for shape in SHAPES:
         for axis in (None, 1):
             torch.compiler.reset()
@@ -80,21 +81,22 @@ def test_operation(table: Table, bits: int) -> None:
             table.add(**row)
 
 
-@pytest.mark.parametrize("shape", [LARGE], ids=str)
-def test_operation_on_other_tensors(table: Table, shape: tuple[int, ...]) -> None:
+def test_operation_on_other_tensors(table: Table) -> None:
     table.name = "operation_on_other_tensors"
-    table.notes.append("multiples of a memcpy of the same bytes, (64, 64, 32, 32), 4 bits, one thread")
-    tensors: dict[str, Callable[[], Tensor]] = {
-        "contiguous": lambda: torch.randn(shape),
-        "channels_last": lambda: torch.randn(shape).to(memory_format=torch.channels_last),
-        "transposed": lambda: torch.randn(shape[::-1]).permute(3, 2, 1, 0),
-        "half of the channels": lambda: torch.randn(shape[0], 2 * shape[1], *shape[2:])[:, : shape[1]],
+    table.notes.append("multiples of a memcpy of the same 16 MB, (batch, 64, 32, 32), 4 bits, one thread")
+    table.notes.append(keep_freed_memory())
+    tensors: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
+        "contiguous": torch.randn,
+        "channels_last": lambda shape: torch.randn(shape).to(memory_format=torch.channels_last),
+        "transposed": lambda shape: torch.randn(shape[::-1]).permute(3, 2, 1, 0),
+        "half of the channels": lambda shape: torch.randn(shape[0], 2 * shape[1], *shape[2:])[:, : shape[1]],
     }
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        shape = (LARGE[0] * 4 // dtype.itemsize, *LARGE[1:])
         for name, make in tensors.items():
             for axis in (None, 1):
                 with torch.no_grad():
-                    x = make().to(dtype)
+                    x = make(shape).to(dtype)
                 operands = Operands(x, axis=axis)
                 forward, both = measured(operands, operands.ours)
                 table.add(

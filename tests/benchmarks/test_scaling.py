@@ -6,12 +6,13 @@ import os
 
 import torch
 
-from tests.benchmarks.measuring import Table, times
+from tests.benchmarks.measuring import Table, keep_freed_memory, times
 from tests.benchmarks.test_operation import Operands
 
 
 def test_scaling(table: Table) -> None:
     table.notes.append("nanoseconds an element and their ratio to a memcpy, float32, one scale, forward + backward")
+    table.notes.append(keep_freed_memory())
     threads = [n for n in (1, 2) if n <= (os.cpu_count() or 1)]
     for exponent in range(3, 9):
         operands = Operands(torch.randn(10**exponent))

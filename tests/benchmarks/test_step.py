@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks.measuring import Table, middle, times
+from tests.benchmarks.measuring import Table, keep_freed_memory, middle, times
 from tests.benchmarks.steps import MISSING, PREPARATIONS, training_step
 
 
@@ -21,6 +21,7 @@ def test_step(table: Table, network: str, pytestconfig: pytest.Config) -> None:
     table.notes.append(
         "one thread; memory: rise over the idle process, each in a process of its own; needed: without holes"
     )
+    table.notes.append(keep_freed_memory() + ", for the times")
     if MISSING:
         table.notes.append(f"not installed, left out: {', '.join(MISSING)}")
     torch.set_num_threads(1)

@@ -21,6 +21,7 @@ from lfq_lightning.spec import QuantSpec, Rule, SpecLike, activation_spec, weigh
 from lfq_lightning.training.neighbours import arrange, check_neighbours, require_gradients
 from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, ScheduleFactory, hidden_qparams
 from lfq_lightning.training.recorder import Recorder, log, summary_of
+from lfq_lightning.training.resuming import open_epoch
 from lfq_lightning.training.run_length import check_configured_length, is_dev_run, settle_schedule
 from lfq_lightning.training.run_phases import enter_phase, take_in_batch
 from lfq_lightning.training.sentinel import Reaction, Sentinel
@@ -195,6 +196,7 @@ class QuantizationAwareTraining(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Gather statistics from this batch's forward passes, and measure them where a record is due."""
+        open_epoch(trainer)
         enter_phase(trainer, pl_module, self._phase(trainer))
         self._last_batch = batch if self.export is not None else None
         if model_phase(pl_module) in OBSERVING:

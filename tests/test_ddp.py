@@ -1,84 +1,109 @@
-"""Two real processes: the same scales on each, and the run of one process with the whole batch."""
+"""Two processes in many settings: equal qparams on both, and the same as one process where that is promised."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
 
-SCRIPT = """
-import os, sys, warnings
-import lightning as L, torch
-from torch import nn
-from torch.utils.data import DataLoader
 import lfq_lightning as lfq
-from tests.runs import images, qat, trainer
-
-warnings.simplefilter("ignore")
-ranks, out, options = int(sys.argv[1]), sys.argv[2], eval(sys.argv[3])
-rank = int(os.environ.get("LOCAL_RANK", 0))
-local = 8 // ranks
-
-class Net(L.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
-        )
-        self.equal = True
-
-    def training_step(self, batch, batch_idx):
-        return nn.functional.cross_entropy(self.layers(batch[0]), batch[1])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1e-2)
-
-    def on_train_batch_end(self, *_):
-        mine = torch.cat([q.scale.detach() for q in lfq.quantizers(self).values()])
-        every = self.all_gather(mine).view(-1, mine.numel())
-        self.equal = self.equal and bool((every == every[0]).all())
-
-data = images(400)
-parts = [list(range(i * 8 + rank * local, i * 8 + (rank + 1) * local)) for i in range(50)]
-L.seed_everything(3, verbose=False)
-model = Net()
-schedule = lfq.PhaseSchedule(observe=0, estimate=10, learn=20, unit="step")
-strategy = "ddp" if ranks > 1 else "auto"
-made = trainer(
-    out, [qat(schedule=schedule)], max_epochs=1, devices=ranks, strategy=strategy, **options,
-    use_distributed_sampler=False,
-)
-made.fit(model, DataLoader(data, batch_sampler=parts))
-assert model.equal, "ranks differ"
-if made.is_global_zero:
-    state = {k: v for k, v in model.state_dict().items() if "quantizer" in k and torch.is_tensor(v)}
-    torch.save(state, out + "/state.pt")
-"""
+from lfq_lightning.training.sharding import check_strategy
+from tests.ranks import DDP, ByHand, fifty, kept, run, start_two
+from tests.runs import Net, qat, trainer
 
 
-def run(ranks: int, directory: Path, **options: Any) -> dict[str, torch.Tensor]:
-    directory.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(ranks), str(directory), repr(options)]
-    if ranks > 1:  # Lightning starts the other process with this script's own command line
-        (directory / "script.py").write_text(SCRIPT)
-        command = [sys.executable, str(directory / "script.py"), str(ranks), str(directory), repr(options)]
-        environment["PYTHONPATH"] = str(Path(__file__).parents[1])
-    done = subprocess.run(command, env=environment, timeout=180, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(directory / "state.pt")
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """Every scenario's folder, after one process has left a checkpoint that two resume from."""
+    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp("ranks")
+    run(directory / "one", ranks=1, callbacks=kept(directory / "one"), max_epochs=5)
+    return directory, start_two(directory, "ddp")
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}])
+def state(runs: tuple[Path, dict[str, str]], name: str) -> dict[str, Tensor]:
+    directory, failed = runs
+    assert name not in failed, failed[name]
+    path = directory / name / "quantizers.pt"
+    assert path.exists(), f"not reached after {list(failed)}: {list(failed.values())[:1]}"
+    return torch.load(path)
+
+
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5) -> None:
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=rtol, atol=1e-5 if "zero_point" in key else 0.0, msg=key)
+
+
+@pytest.mark.parametrize("name", DDP)
+def test_two_ranks_keep_equal_qparams(runs: Any, name: str) -> None:
+    found = state(runs, name)
+    moved = [not torch.equal(found[key], found[f"{key}_reference"]) for key in found if key.endswith("quantizer.scale")]
+    assert any(moved)
+
+
+@pytest.mark.parametrize(("name", "options"), [("fifty", {}), ("fifty accumulated", {"accumulate_grad_batches": 2})])
 def test_two_ranks_with_half_the_batch_follow_one_process_with_the_whole(
-    tmp_path: Path, options: dict[str, Any]
+    runs: Any, tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
-    one, two = run(1, tmp_path / "one", **options), run(2, tmp_path / "two", **options)
-    assert list(one) == list(two)
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-5, atol=1e-5 if "zero_point" in key else 0.0, msg=key)
+    found = state(runs, name)
+    fifty(tmp_path, 1, **options)
+    assert_near(found, torch.load(tmp_path / "quantizers.pt"))
+
+
+def test_how_ddp_keeps_its_buckets_changes_nothing(runs: Any) -> None:
+    found, expected = state(runs, "static graph false"), state(runs, "plain")
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_a_static_graph_is_refused(tmp_path: Path) -> None:
+    made = trainer(tmp_path, [qat()], strategy=DDPStrategy(static_graph=True))
+    with pytest.raises(ValueError, match=r"Found DDPStrategy\(static_graph=True\): leave it out"):
+        check_strategy(made)
+
+
+def test_in_the_users_optimizer_frozen_qparams_keep_still_despite_its_momentum(runs: Any) -> None:
+    found, expected = state(runs, "user frozen"), state(runs, "user")
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_accumulation_by_hand_without_synchronising_equals_the_trainers(runs: Any, tmp_path: Path) -> None:
+    run(tmp_path, ByHand, ranks=1)
+    assert_near(state(runs, "no sync"), torch.load(tmp_path / "quantizers.pt"))
+
+
+def test_ranks_with_unequal_batches_observe_the_whole_batch(runs: Any) -> None:
+    whole, parts = state(runs, "plain"), state(runs, "uneven")
+    # The first batch is observed before any weight moves.
+    key = "first.input_quantizer.observer.maximum"
+    assert torch.equal(parts[key], whole[key])
+
+
+def test_two_ranks_go_on_from_the_checkpoint_of_one(runs: Any) -> None:
+    assert_near(state(runs, "resumed"), torch.load(runs[0] / "one/quantizers.pt"), rtol=1e-4)
+
+
+def test_one_rank_goes_on_from_the_checkpoint_of_two(runs: Any, tmp_path: Path) -> None:
+    expected = state(runs, "saved")
+    path = runs[0] / "saved/epoch=2.ckpt"
+    run(tmp_path, ranks=1, callbacks=kept(tmp_path), max_epochs=5, ckpt_path=path)
+    assert_near(torch.load(tmp_path / "quantizers.pt"), expected, rtol=1e-4)
+
+
+def test_a_collapsed_quantizer_starts_over_on_both_ranks(runs: Any) -> None:
+    found, expected = state(runs, "reinit"), state(runs, "plain")
+    key = "second.input_quantizer.scale"
+    torch.testing.assert_close(found[key], expected[key], rtol=0.2, atol=0.0)
+
+
+def test_sync_batchnorm_leaves_quantized_layers_alone() -> None:
+    model = Net()
+    lfq.attach(model, weight=4, activation=4)
+    before = lfq.quantizers(model)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # what the Trainer does; it runs on a GPU alone
+    assert isinstance(converted.norm, nn.SyncBatchNorm)
+    assert list(map(id, lfq.quantizers(converted).values())) == list(map(id, before.values()))

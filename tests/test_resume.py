@@ -54,11 +54,21 @@ def test_resuming_in_the_middle_of_an_epoch_equals_an_uninterrupted_run(tmp_path
         assert_same_run(run(tmp_path / f"from{step}", ckpt_path=tmp_path / f"step={step}.ckpt"), whole)
 
 
+def test_a_run_resumed_between_two_epochs_can_be_resumed_again_within_the_next(tmp_path: Path) -> None:
+    def run(directory: Path, **more: Any) -> tuple[Any, ...]:
+        every_step = ModelCheckpoint(directory, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        return fit(directory, callback=qat(), callbacks=[every_step], data=StatefulLoader(), **more)
+
+    whole = run(tmp_path)
+    run(tmp_path / "once", ckpt_path=tmp_path / f"step={BATCHES}.ckpt")
+    assert_same_run(run(tmp_path / "twice", ckpt_path=tmp_path / f"once/step={BATCHES + 5}.ckpt"), whole)
+
+
 def test_a_derived_schedule_is_kept_by_the_run_that_resumes(tmp_path: Path) -> None:
     options = {"callbacks": [every_epoch(tmp_path)], "callback": qat(schedule=None), "max_epochs": 4}
     whole = fit(tmp_path, **options)
     longer = qat(schedule=None)
-    fit(tmp_path / "more", ckpt_path=tmp_path / "epoch=0.ckpt", **{**options, "callback": longer, "max_epochs": 40})
+    fit(tmp_path / "more", ckpt_path=tmp_path / "epoch=0.ckpt", **{**options, "callback": longer, "max_epochs": 12})
     assert longer.state_dict()["schedule"] == whole[2].state_dict()["schedule"]
 
 

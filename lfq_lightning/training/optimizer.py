@@ -191,15 +191,19 @@ class QParamOptimizer:
             self._schedules[position].step()
 
     def _average(self, slots: Sequence[_Slot]) -> None:
-        """Give every rank the mean gradient; one that was not used on a rank counts as zero there."""
+        """Give every rank the mean gradient; one that was not used on a rank counts as zero there.
+
+        Whether there is anything to average is known without asking the other ranks, and so without waiting for the
+        device: `fully_shard` lets no rank run a layer alone.
+        """
         if self._over_ranks is None or not any(slot.quantizer.learning_enabled for slot in slots):
             return
+        if all(slot.value.grad is None for slot in slots):
+            return  # torch's checkpoints step an optimizer without gradients to learn what state it has
         own = [torch.zeros_like(slot.value) if slot.value.grad is None else slot.value.grad for slot in slots]
-        used = own[0].new_tensor([float(any(slot.value.grad is not None for slot in slots))])
-        *mean, used = self._over_ranks(torch.cat([*own, used])).split([*(g.numel() for g in own), 1])
-        if used > 0:  # torch's checkpoints step an optimizer without gradients to learn what state it has
-            for slot, gradient in zip(slots, mean, strict=True):
-                slot.value.grad = gradient
+        mean = self._over_ranks(torch.cat(own)).split([gradient.numel() for gradient in own])
+        for slot, gradient in zip(slots, mean, strict=True):
+            slot.value.grad = gradient
 
     def forget(self, quantizer: LearnableFakeQuantize) -> None:
         """Drop what the optimizers remember of a quantizer."""

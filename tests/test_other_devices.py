@@ -1,0 +1,113 @@
+"""What another device than the CPU would do, without one: nothing waits for it, and its branches find the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+
+import lfq_lightning as lfq
+from lfq_lightning.observers import OBSERVERS
+from lfq_lightning.phases import estimate_weights, merge_statistics, set_gathering
+from lfq_lightning.schedule import PHASES, Phase
+from lfq_lightning.training.optimizer import QParamOptimizer, hidden_qparams
+from tests.runs import BATCHES, Net, loader, qat, trainer
+
+
+def on_meta(observer: str = "mse") -> Net:
+    """The net where tensors have no values: whatever wants to look at one raises."""
+    model = Net().to("meta")
+    weight = lfq.QuantSpec(bits=4, granularity="per_channel", observer=observer)
+    lfq.attach(model, weight, lfq.QuantSpec(bits=4, symmetric=False, observer=observer))
+    for quantizer in lfq.quantizers(model).values():
+        quantizer.estimated = True  # the first estimate of a run decides the sign, and waits
+    return model
+
+
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu")])
+@pytest.mark.parametrize("phase", PHASES)
+def test_no_step_of_any_phase_looks_at_a_value(phase: Phase, scaler: Any) -> None:
+    for observer in OBSERVERS if (phase, scaler) == ("estimate", None) else ["mse"]:
+        model = on_meta(observer)
+        with hidden_qparams(model):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        QParamOptimizer(model, [optimizer], scaler=scaler)
+        for quantizer in lfq.quantizers(model).values():
+            quantizer.phase = phase
+        for _ in range(2):
+            set_gathering(model, True)
+            x, target = torch.randn(8, 1, 8, 8, device="meta"), torch.zeros(8, dtype=torch.long, device="meta")
+            nn.functional.cross_entropy(model(x), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            set_gathering(model, False)
+            merge_statistics(model, lambda flat, _: flat)
+            estimate_weights(model, cheap=True)
+
+
+class Meta(CPUAccelerator):
+    """The device without values."""
+
+    def setup_device(self, device: torch.device) -> None:
+        assert device.type == "meta"
+
+
+class OnMeta(SingleDeviceStrategy):
+    """Trains there, and leaves the model there."""
+
+    def __init__(self) -> None:
+        super().__init__(device=torch.device("meta"), accelerator=Meta())
+
+    def teardown(self) -> None:
+        self.accelerator.teardown()
+
+
+class Unsized:
+    """Batches whose number Lightning does not know, and so does not ask the device about."""
+
+    def __iter__(self) -> Any:
+        return iter(loader())
+
+
+class Silent(Net):
+    """The net without metrics of its own, which are looked at when an epoch ends."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("optimizer", [None, "user"])
+def test_no_step_of_a_run_between_two_records_looks_at_a_value(tmp_path: Path, optimizer: Any) -> None:
+    model = Silent()
+    lfq.attach(model, weight=4, activation=4)
+    for quantizer in lfq.quantizers(model).values():
+        quantizer.learned = True
+    callback = qat(schedule=lfq.PhaseSchedule(0, 0, 0), record_every_n_steps=1000, optimizer=optimizer)
+    made = trainer(tmp_path, [callback], accelerator="auto", strategy=OnMeta(), max_epochs=1)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # its metrics, in the end
+        made.fit(model, Unsized())
+    assert made.global_step == BATCHES
+    assert {q.phase for q in lfq.quantizers(model).values()} == {"learn"}
+    assert model.second.weight_quantizer.scale.is_meta
+
+
+# A graph knows no values either, and takes the branches of other devices.
+@pytest.mark.parametrize("layout", ["tensor", "channel"])
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_observers_find_on_other_devices_what_they_find_on_the_cpu(name: str, layout: str) -> None:
+    x = torch.randn(6, 5, 7) * 3.0 ** torch.randn(6, 5, 7)
+    x[0, 0, 0], x[1, 0, 1], x[2, 0, 4] = torch.nan, torch.inf, -torch.inf
+    x[:, 1], x[:, 2] = 0.0, torch.nan
+    settings: dict[str, Any] = {"axis": 1, "channels": 5} if layout == "channel" else {}
+    here, there = (OBSERVERS[name](-8, 7, symmetric=name == "lsq+", **settings) for _ in range(2))
+    here.observe(x)
+    torch.compile(there.observe, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(there.state_dict(), here.state_dict())
+    found = torch.compile(there.calculate_qparams, backend="eager", fullgraph=True)()
+    torch.testing.assert_close(found, here.calculate_qparams())
+    torch.compiler.reset()

@@ -9,7 +9,7 @@ from typing import IO, Any, TypeVar
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lfq_lightning.placement import PlacedLayer, Placement, apply
 from lfq_lightning.placement.host import INPUT, WEIGHT, plain_name, quantizers
@@ -30,8 +30,14 @@ def manifest(state_dict: Mapping[str, Any]) -> Manifest:
     found = {}
     for key, value in state_dict.items():
         name = plain_name(key.removesuffix(_EXTRA))
-        if key.endswith(_EXTRA) and _is_quantizer(name) and value.get("spec") is not None:
-            found[name] = QuantSpec(**value["spec"])
+        if key.endswith(_EXTRA) and _is_quantizer(name) and isinstance(value, Mapping) and value.get("spec"):
+            try:
+                found[name] = QuantSpec(**value["spec"])
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"A checkpoint must say how {name} quantizes. Found {value['spec']}, which is no QuantSpec here "
+                    f"({error}): load it with the version of lfq_lightning that saved it."
+                ) from error
     return found
 
 
@@ -133,6 +139,11 @@ def _check_fits(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     problems = [f"missing {key}" for key in own if key not in state_dict]
     problems += [f"unexpected {key}" for key in state_dict if key not in own]
     problems += [
+        f"{key} is no tensor but {type(state_dict[key]).__name__}"
+        for key, value in own.items()
+        if isinstance(value, Tensor) and not isinstance(state_dict.get(key, value), Tensor)
+    ]
+    problems += [
         f"{key} has shape {tuple(state_dict[key].shape)} for {tuple(value.shape)}"
         for key, value in own.items()
         if hasattr(value, "shape") and hasattr(state_dict.get(key), "shape") and state_dict[key].shape != value.shape
@@ -210,10 +221,17 @@ def read_checkpoint(path: str | Path | IO[bytes], map_location: Any = None) -> d
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load has no common error for a file that is no checkpoint
+        reason = next(iter(str(error).splitlines()), "")
         raise ValueError(
-            f"{path} must be a complete checkpoint. Found a file that torch cannot read ({error}): it may have been "
-            "cut short, or be of another kind."
+            f"{path} must be a complete checkpoint. Found a file that torch cannot read ({type(error).__name__}: "
+            f"{reason}): it may have been cut short, or be of another kind."
         ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    state_dict = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
         raise ValueError(f"{path} must be a Lightning checkpoint. Found no `state_dict` in it: use `load_state_dict`.")
+    if "pytorch-lightning_version" not in checkpoint:
+        raise ValueError(
+            f"{path} must be saved by a Lightning Trainer. Found the keys {', '.join(map(str, checkpoint))}: build the "
+            "model, and use `load_state_dict`."
+        )
     return checkpoint

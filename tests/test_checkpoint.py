@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,18 +107,71 @@ def test_a_float_checkpoint_loads_as_the_float_module(tmp_path: Path) -> None:
     assert not lfq.quantizers(lfq.load_from_checkpoint(Net, tmp_path / "x.ckpt"))
 
 
-def test_a_truncated_or_foreign_file_is_refused_with_the_reason(tmp_path: Path) -> None:
-    _, made, _ = fit(tmp_path)
-    made.save_checkpoint(tmp_path / "x.ckpt")
-    whole = (tmp_path / "x.ckpt").read_bytes()
-    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
-    torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.ckpt")
-    with pytest.raises(ValueError, match="may have been cut short"):
-        lfq.load_from_checkpoint(Net, tmp_path / "cut.ckpt")
-    with pytest.raises(ValueError, match="no `state_dict`"):
-        lfq.load_from_checkpoint(Net, tmp_path / "foreign.ckpt")
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a quantized run."""
+    directory = tmp_path_factory.mktemp("saved")
+    fit(directory)[1].save_checkpoint(directory / "x.ckpt")
+    return directory / "x.ckpt"
+
+
+def written_by_another_version(path: Path) -> dict[str, Any]:
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state_dict"]["second.weight_quantizer._extra_state"]["spec"]["shape"] = "log"
+    return checkpoint
+
+
+FILES: dict[str, tuple[Callable[[Path], bytes], str]] = {
+    "cut": (lambda path: path.read_bytes()[: path.stat().st_size // 2], "may have been cut short"),
+    "empty": (lambda path: b"", r"torch cannot read \(EOFError"),
+    "text": (lambda path: b"a,b\n1,2\n", "of another kind"),
+}
+CONTENTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "tensors alone": (lambda path: {"weights": torch.zeros(1)}, "no `state_dict`.*use `load_state_dict`"),
+    "a list": (lambda path: [torch.zeros(1)], "no `state_dict`"),
+    "no tensors": (lambda path: {"state_dict": [1]}, "no `state_dict`"),
+    "another trainer's": (lambda path: {"state_dict": Net().state_dict(), "epoch": 3}, "keys state_dict, epoch: build"),
+    "another version's": (written_by_another_version, r"second\.weight_quantizer quantizes.*'shape': 'log'"),
+}
+
+
+@pytest.mark.parametrize("kind", [*FILES, *CONTENTS])
+def test_a_truncated_or_foreign_file_is_refused_with_the_reason(saved: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "odd.ckpt"
+    if kind in FILES:
+        made, message = FILES[kind]
+        path.write_bytes(made(saved))
+    else:
+        contents, message = CONTENTS[kind]
+        torch.save(contents(saved), path)
+    with pytest.raises(ValueError, match=message):
+        lfq.load_from_checkpoint(Net, path)
+
+
+def test_a_file_that_is_not_there_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         lfq.load_from_checkpoint(Net, tmp_path / "absent.ckpt")
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(
+    ("foreign", "message"),
+    [
+        ("x.ckpt", "Found str: pass what `torch.load`"),
+        ({1: torch.zeros(1)}, "must be a state dict"),
+        ({}, "missing first.weight"),
+        ({**Net().state_dict(), "head.bias": "zero"}, "head.bias is no tensor but str"),
+    ],
+)
+def test_a_foreign_state_dict_is_refused_and_changes_nothing(foreign: Any, message: str, quantized: bool) -> None:
+    model = Net()
+    if quantized:
+        lfq.attach(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        lfq.load_state_dict(model, foreign)
+    after = model.state_dict()
+    assert all(torch.equal(after[k], v) if isinstance(v, Tensor) else after[k] == v for k, v in before.items())
 
 
 def test_the_best_checkpoint_is_tested_in_the_same_process(tmp_path: Path) -> None:

@@ -117,6 +117,23 @@ def assert_ranks_agree(model: L.LightningModule) -> None:
     assert (every == every[0]).all(), "ranks differ"
 
 
+class Wanders(L.Callback):
+    """Changes one scale on one rank while learning."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 20:
+            pl_module.second.input_quantizer.scale.data.mul_(1.5)
+
+
+def apart(directory: Path) -> None:
+    """Freeze qparams that are not equal: both ranks must end."""
+    schedule = lfq.PhaseSchedule(observe=0, estimate=1, learn=2, freeze=3)
+    try:
+        run(directory, callback=qat(schedule=schedule), callbacks=[Wanders()], max_epochs=4)
+    except RuntimeError as error:
+        (directory / f"rank{os.environ['RANK']}.txt").write_text(str(error))
+
+
 def data(ranks: int, uneven: bool = False, batches: int = 8) -> DataLoader[Any]:
     """Batches of eight in all, dealt out to the ranks; uneven: six to the first."""
     first = 8 if ranks == 1 else 6 if uneven else 4
@@ -179,6 +196,7 @@ DDP: dict[str, Callable[[Path], Any]] = {
     ),
     "batch norm": lambda d: run(d, Net, limit_val_batches=1),
 }
+APART = {"apart": apart}
 
 
 def parallel(**options: Any) -> ModelParallelStrategy:
@@ -250,7 +268,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     out = Path(sys.argv[1])
-    for name, scenario in {"ddp": DDP, "fsdp": FSDP, "techniques": TECHNIQUES}[sys.argv[2]].items():
+    for name, scenario in {"ddp": DDP | APART, "fsdp": FSDP, "techniques": TECHNIQUES}[sys.argv[2]].items():
         (out / name).mkdir(exist_ok=True)
         try:
             scenario(out / name)

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import hydra
 import lightning as L
 import pytest
 import torch
@@ -179,6 +180,28 @@ def test_the_learning_rate_of_qparams_is_in_the_logs(tmp_path: Path) -> None:
     assert made.logged_metrics["lfq/lr"] == pytest.approx(1e-3)
 
 
+def test_the_learning_rate_monitor_shows_the_rate_of_qparams_in_the_users_optimizer(tmp_path: Path) -> None:
+    monitor = LearningRateMonitor()
+    logger = CSVLogger(tmp_path)
+    configure = OTHERS["bare"]
+    _, made, _ = fit(tmp_path, net_with(configure), callback=qat(optimizer="user"), logger=logger, callbacks=[monitor])
+    assert list(monitor.lrs) == ["lr-SGD/pg1", "lr-SGD/pg2"]
+    assert made.logged_metrics["lfq/lr"] == monitor.lrs["lr-SGD/pg2"][-1] == pytest.approx(1e-2)
+
+
+def test_an_optimizer_that_hydra_completes_later_steps_the_qparams(tmp_path: Path) -> None:
+    settings = {
+        "_target_": "lfq_lightning.QuantizationAwareTraining",
+        "schedule": {"observe": 0, "estimate": 1, "learn": 2},
+        "optimizer": {"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.25},
+        "lr_schedule": {"_target_": "torch.optim.lr_scheduler.StepLR", "_partial_": True, "step_size": 100},
+    }
+    model, _, callback = fit(tmp_path, callback=hydra.utils.instantiate(settings))
+    assert_all_learned(model)
+    assert type(callback.qparam_optimizer.optimizers[0]) is SGD
+    assert callback.qparam_optimizer.learning_rates == [0.25]
+
+
 def test_gradient_clipping_does_not_count_qparams(tmp_path: Path) -> None:
     norms: dict[str, list[float]] = {}
 
@@ -292,6 +315,12 @@ def test_a_scheduler_with_a_list_for_each_group_is_refused_with_the_remedy(tmp_p
         fit(tmp_path, net_with(configure), callback=qat(optimizer="user"))
     assert "one entry more" in refused.value.__notes__[0]
     assert torch.optim.Optimizer.__init__.__name__ == "__init__"
+
+
+def test_an_optimizer_of_a_single_group_cannot_hold_qparams_and_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="LBFGS") as refused:
+        fit(tmp_path, net_with(lambda net: torch.optim.LBFGS(net.parameters())), callback=qat(optimizer="user"))
+    assert "allows a single group" in refused.value.__notes__[0]
 
 
 def test_layers_that_no_optimizer_holds_are_refused_where_a_scheduler_forbids_another_group(tmp_path: Path) -> None:

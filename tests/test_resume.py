@@ -89,6 +89,18 @@ def test_a_second_fit_goes_on_learning_and_reobserve_starts_over(tmp_path: Path)
     assert list(dict.fromkeys(seen)) == ["observe", "estimate", "learn"]
 
 
+def test_a_checkpoint_of_weights_alone_goes_on_learning_where_it_stopped(tmp_path: Path) -> None:
+    model, made, _ = fit(tmp_path)
+    made.save_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    again = lfq.load_from_checkpoint(Net, tmp_path / "x.ckpt").train()
+    fit(tmp_path / "more", again, callback=qat(schedule=lfq.PhaseSchedule(0, 0, 0)), max_epochs=1)
+    for name, quantizer in lfq.quantizers(again).items():
+        before = lfq.quantizers(model)[name]
+        assert torch.equal(quantizer.scale_reference, before.scale_reference)
+        assert not torch.equal(quantizer.scale, before.scale)
+        torch.testing.assert_close(quantizer.scale, before.scale, rtol=0.05, atol=0.0)
+
+
 def test_after_detach_a_fit_attaches_again(tmp_path: Path) -> None:
     model, _, _ = fit(tmp_path)
     lfq.detach(model)

@@ -30,26 +30,30 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def attached(model: nn.Module, x: Tensor) -> nn.Module:
-    lfq.attach(model, weight=4, activation=4)
+def attached(model: nn.Module, x: Tensor, weight: Any = 4, activation: Any = 4) -> nn.Module:
+    lfq.attach(model, weight, activation)
     lfq.calibrate(model, [x])
     return model
 
 
-def networks() -> dict[str, tuple[nn.Module, Tensor]]:
+# The search for the least error, in every layer, takes Dynamo most of the time: one network has it.
+def networks() -> dict[str, tuple[nn.Module, Tensor, tuple[Any, Any]]]:
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
-    grouped = nn.Sequential(nn.Linear(40, 16), nn.ReLU(), nn.Linear(16, 16))
+    groups = nn.Sequential(nn.Linear(40, 16), nn.ReLU(), nn.Linear(16, 16))
+    by_range = lfq.QuantSpec(bits=4, symmetric=False, observer="minmax")
+    grouped = lfq.QuantSpec(bits=4, granularity="per_group", group_size=16, observer="lsq")
     return {
-        "convolutions": (Net(), X),
-        "transformer": (layer, torch.randn(4, 6, 16)),
-        "linear": (grouped, torch.randn(8, 40)),
+        "convolution": (plain, X, (4, 4)),
+        "transformer": (layer, torch.randn(4, 6, 16), (by_range, by_range)),
+        "groups": (groups, torch.randn(8, 40), (grouped, by_range)),
     }
 
 
-@pytest.mark.parametrize("kind", ["convolutions", "transformer", "linear"])
+@pytest.mark.parametrize("kind", ["convolution", "transformer", "groups"])
 def test_each_phase_and_mode_is_compiled_once_and_computes_what_eager_does(kind: str) -> None:
-    model, x = networks()[kind]
-    attached(model, x)
+    model, x, specs = networks()[kind]
+    attached(model, x, *specs)
     for phase in PHASES:
         lfq.set_phase(model, phase)
         eager = copy.deepcopy(model)
@@ -58,7 +62,7 @@ def test_each_phase_and_mode_is_compiled_once_and_computes_what_eager_does(kind:
         for training in (True, False):
             for net in (compiled, eager):
                 net.train(training)
-            for _ in range(3):
+            for _ in range(2):
                 outputs = [net(x) for net in (compiled, eager)]
                 torch.testing.assert_close(*outputs)
                 if training:
@@ -71,7 +75,7 @@ def test_gathering_under_the_callback_is_compiled_once_too() -> None:
     lfq.set_phase(model, "observe")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for _ in range(4):
+    for _ in range(3):
         set_gathering(model, True)
         compiled(X)
         set_gathering(model, False)
@@ -96,14 +100,14 @@ def test_a_compiled_module_is_trained_recorded_and_loaded_with_plain_names(tmp_p
         def __init__(self) -> None:
             super().__init__()
             if inner:
-                self.second = torch.compile(self.second, backend="aot_eager")
+                self.second = torch.compile(self.second, backend="eager")
 
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             return nn.functional.cross_entropy(self(batch[0]), batch[1])  # Dynamo cannot trace Lightning's `log`
 
         validation_step = L.LightningModule.validation_step
 
-    model = Wrapped() if inner else torch.compile(Wrapped(), backend="aot_eager")
+    model = Wrapped() if inner else torch.compile(Wrapped(), backend="eager")
     _, made, _ = fit(tmp_path, model, callback=qat(record_every_n_steps=5))
     rows = read_trajectory(tmp_path / "trajectory.csv")
     assert {r.quantizer.split(".")[0] for r in rows} == {"first", "second", "head"}

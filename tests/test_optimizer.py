@@ -105,10 +105,13 @@ def test_one_step_changes_a_scale_by_at_most_two_and_keeps_zero_points_in_range(
         assert (quantizer.zero_point <= quantizer.quant_max).all()
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
+def test_a_gradient_that_is_not_finite_moves_nothing_despite_momentum() -> None:
     model = learned(Net())
     optimizer = weights_optimizer(model)
     QParamOptimizer(model, [optimizer])
+    model(X).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
     (model(X) * torch.nan).sum().backward()
     before = scales(model)
     optimizer.step()

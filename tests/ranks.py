@@ -258,7 +258,7 @@ def start_two(directory: Path, kind: str) -> dict[str, str]:
             started.append(subprocess.Popen(command, env=environment, cwd=root, stdout=log, stderr=log))
     for process in started:
         try:
-            process.wait(timeout=200)
+            process.wait(timeout=280)
         except subprocess.TimeoutExpired:
             process.kill()
     return {path.stem: path.read_text() for path in directory.glob("*.failed")}

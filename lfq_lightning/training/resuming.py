@@ -16,6 +16,6 @@ def open_epoch(trainer: L.Trainer) -> None:
         trainer: in the middle of a training epoch.
     """
     progress = trainer.fit_loop.epoch_progress
-    if progress.current.ready == progress.current.processed:
+    if progress.current.ready == trainer.current_epoch:  # none is begun
         progress.increment_ready()
         progress.increment_started()

@@ -32,24 +32,29 @@ def main(cfg: DictConfig) -> None:
     data = instantiate(cfg.data)
 
     model = instantiate(cfg.model, **cfg.float.model)
-    _, checkpoint, float_metrics = fit_and_test(cfg, "float", model, data, callbacks=[])
-    if cfg.quant is None:
-        return
+    size = sum(4 * parameter.numel() for parameter in model.parameters())
+    trainer, checkpoint, metrics = fit_and_test(cfg, "float", model, data, callbacks=[])
+    results = {"float": {**metrics, "parameter_bytes": size}}
 
-    model = type(model).load_from_checkpoint(checkpoint, **cfg.quantized.model)
-    callbacks = [instantiate(cfg.quant)]  # all that makes the second fit a quantization-aware one
-    callbacks += map(instantiate, cfg.get("technique", {}).values())
-    trainer, checkpoint, metrics = fit_and_test(cfg, "quantized", model, data, callbacks)
+    qat = instantiate(cfg.quant)  # all that makes the second fit a quantization-aware one
+    if qat.weight is not None or qat.activation is not None:
+        model = type(model).load_from_checkpoint(checkpoint, **cfg.quantized.model)
+        callbacks = [qat, *map(instantiate, cfg.get("technique", {}).values())]
+        trainer, checkpoint, metrics = fit_and_test(cfg, "quantized", model, data, callbacks)
+        summary = lfq.summarize(model, next(iter(data.test_dataloader())))
+        size += summary.weight_bytes - summary.float_weight_bytes
+        results["quantized"] = {**metrics, "parameter_bytes": size}
     if trainer.is_global_zero:
-        report(model, data, checkpoint, float_metrics, metrics)
+        report(model, data, checkpoint, results)
 
 
 def fit_and_test(cfg: DictConfig, stage: str, model: Any, data: Any, callbacks: list[Any]) -> tuple[Any, ...]:
     """Fit `model`, then test the checkpoint of its last epoch; all lands in `<run directory>/<stage>`."""
     directory = Path(HydraConfig.get().runtime.output_dir, stage)
     callbacks = [*callbacks, ModelCheckpoint(directory, filename="last_epoch")]
-    logger = instantiate(cfg.logger, name=stage)
-    trainer = instantiate(cfg.trainer, _partial_=True)(logger=logger, callbacks=callbacks, **cfg[stage].trainer)
+    cfg.stage = stage
+    loggers = list(map(instantiate, cfg.logger.values()))
+    trainer = instantiate(cfg.trainer, _partial_=True)(logger=loggers, callbacks=callbacks, **cfg[stage].trainer)
     trainer.fit(model, data)
     checkpoint = directory / "last_epoch.ckpt"
     if trainer.max_epochs == 0:  # the network came with trained weights
@@ -58,24 +63,21 @@ def fit_and_test(cfg: DictConfig, stage: str, model: Any, data: Any, callbacks: 
     return trainer, checkpoint, metrics
 
 
-def report(model: Any, data: Any, checkpoint: Path, float_metrics: dict[str, float], metrics: dict[str, float]) -> None:
-    """Print quantizers, fits and parity; write metrics.json, trajectories.png and quantized.onnx."""
+def report(model: Any, data: Any, checkpoint: Path, results: dict[str, dict[str, float]]) -> None:
+    """Print fits, quantizers and parity; write metrics.json, trajectories.png and quantized.onnx."""
     directory, log_directory = checkpoint.parent.parent, checkpoint.parent
-    images, _ = next(iter(data.test_dataloader()))
-    summary = lfq.summarize(model, images)
-    picture = directory / "trajectories.png"
-    lfq.plot_trajectories(log_directory, picture)
-    float_metrics["weight_bytes"], metrics["weight_bytes"] = summary.float_weight_bytes, summary.weight_bytes
     metrics_file = directory / "metrics.json"
-    metrics_file.write_text(json.dumps({"float": float_metrics, "quantized": metrics}, indent=2) + "\n")
-    print(f"\n{summary}\n\n{'':14}{'float':>12}{'quantized':>12}")
-    for name in metrics:
-        print(f"{name:14}{float_metrics[name]:12.6g}{metrics[name]:12.6g}")
-    print(f"\ncheckpoint    {checkpoint}\ntrajectory    {log_directory / 'trajectory.csv'}")
-    print(f"picture       {picture}\nmetrics       {metrics_file}\n")
-    onnx_file = directory / "quantized.onnx"
-    print(lfq.export_onnx(model, images, onnx_file, batches=data.test_dataloader()))
-    print(f"ONNX          {onnx_file}")
+    metrics_file.write_text(json.dumps(results, indent=2) + "\n")
+    if "quantized" in results:
+        images, _ = next(iter(data.test_dataloader()))
+        picture = lfq.plot_trajectories(log_directory, directory / "trajectories.png")
+        onnx_file = directory / "quantized.onnx"
+        parity = lfq.export_onnx(model, images, onnx_file, batches=data.test_dataloader())
+        print(f"\n{lfq.summarize(model, images)}\n\n{parity}\n")
+        print(f"trajectory      {log_directory / 'trajectory.csv'}\npicture         {picture}\nONNX            {onnx_file}")
+    print(f"checkpoint      {checkpoint}\nmetrics         {metrics_file}\n\n{'':16}{''.join(f'{k:>12}' for k in results)}")
+    for name in results["float"]:
+        print(f"{name:16}{''.join(f'{metrics[name]:12.6g}' for metrics in results.values())}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from lfq_lightning.placement import Placement, apply, plan
 from lfq_lightning.placement.host import quantizers, set_compressed
 from lfq_lightning.records.trajectory import TrajectoryRow
 from lfq_lightning.schedule import OBSERVING, PHASES, Phase, PhaseSchedule
-from lfq_lightning.spec import QuantSpec, Rule, SpecLike, activation_spec, weight_spec
+from lfq_lightning.spec import QuantSpec, Rule, SpecLike, activation_spec, as_rules, made, weight_spec
 from lfq_lightning.training.neighbours import arrange, check_neighbours, require_gradients
 from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, ScheduleFactory, hidden_qparams
 from lfq_lightning.training.recorder import Recorder, log, summary_of
@@ -77,7 +77,7 @@ class QuantizationAwareTraining(L.Callback):
         activation: int | QuantSpec | None = 8,
         rules: Iterable[Rule] = (),
         schedule: PhaseSchedule | None = None,
-        optimizer: OptimizerFactory | Literal["user"] | None = None,
+        optimizer: Literal["user"] | OptimizerFactory | None = None,
         lr_schedule: ScheduleFactory | None = None,
         reobserve: bool = False,
         compress_saved: bool = False,
@@ -88,8 +88,8 @@ class QuantizationAwareTraining(L.Callback):
         self.weight: SpecLike = weight if isinstance(weight, int) else weight_spec(weight)
         self.activation: SpecLike = activation if isinstance(activation, int) else activation_spec(activation)
         weight_spec(self.weight), activation_spec(self.activation)
-        self.rules = tuple(Rule(**rule) if isinstance(rule, Mapping) else rule for rule in rules)
-        self.schedule = PhaseSchedule(**schedule) if isinstance(schedule, Mapping) else schedule
+        self.rules = as_rules(rules)
+        self.schedule = made("schedule", PhaseSchedule, schedule) if isinstance(schedule, Mapping) else schedule
         if self.schedule is not None and not isinstance(self.schedule, PhaseSchedule):
             raise TypeError(f"`schedule` must be a PhaseSchedule or None. Found {schedule!r}.")
         for name, value in (("optimizer", optimizer), ("lr_schedule", lr_schedule)):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, final, get_args
 
 from torch import nn
 
@@ -17,6 +17,7 @@ Granularity = Literal["per_tensor", "per_channel", "per_group"]
 ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "lsq", "lsq+"]
 
 
+@final  # jsonargparse then takes the fields alone, without a class path
 @dataclass(frozen=True)
 class QuantSpec:
     """One quantizer's settings.
@@ -124,7 +125,7 @@ class QuantSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, as `QuantSpec(**values)` takes them."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: getattr(self, name) for name in inspect.signature(QuantSpec).parameters}
 
     @property
     def label(self) -> str:
@@ -133,8 +134,9 @@ class QuantSpec:
         return f"{self.bits} bit {'symmetric' if self.symmetric else 'affine'} {self.granularity}{group}"
 
     def __repr__(self) -> str:
-        changed = (f for f in fields(self) if f.name == "bits" or getattr(self, f.name) != f.default)
-        return f"QuantSpec({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
+        known = inspect.signature(QuantSpec).parameters.values()
+        changed = (p.name for p in known if p.name == "bits" or getattr(self, p.name) != p.default)
+        return f"QuantSpec({', '.join(f'{name}={getattr(self, name)!r}' for name in changed)})"
 
 
 _CHOICES = {
@@ -144,19 +146,32 @@ _CHOICES = {
 }
 
 SpecLike = int | QuantSpec | Mapping[str, Any] | None
+Made = TypeVar("Made")
+
+
+def made(key: str, kind: Callable[..., Made], values: Mapping[str, Any]) -> Made:
+    """`kind(**values)`, whose errors begin with the key that the values stand under."""
+    known = inspect.signature(kind).parameters
+    unknown = sorted(map(str, set(values) - set(known)))
+    if unknown:
+        raise ValueError(f"`{key}` has unknown keys {unknown}. Known are {', '.join(known)}.")
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"`{key}`: {error}") from None
 
 
 def weight_spec(value: SpecLike) -> QuantSpec | None:
     """A weight's specification; an int means that many bits, symmetric and per channel."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return QuantSpec(bits=value, granularity="per_channel")
+        return made("weight", QuantSpec, {"bits": value, "granularity": "per_channel"})
     return _as_spec(value, "weight")
 
 
 def activation_spec(value: SpecLike) -> QuantSpec | None:
     """An activation's specification; an int means that many bits, affine and per tensor."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return QuantSpec(bits=value, symmetric=False)
+        return made("activation", QuantSpec, {"bits": value, "symmetric": False})
     spec = _as_spec(value, "activation")
     if spec is not None and spec.granularity == "per_group":
         raise ValueError(f"An activation is quantized per tensor or per channel. Found {spec!r}.")
@@ -167,19 +182,14 @@ def _as_spec(value: Any, role: str) -> QuantSpec | None:
     if value is None or isinstance(value, QuantSpec):
         return value
     if isinstance(value, Mapping):
-        unknown = set(value) - set(inspect.signature(QuantSpec).parameters)
-        if unknown:
-            raise ValueError(
-                f"`{role}` has unknown keys {sorted(map(str, unknown))}. Known are "
-                f"{', '.join(inspect.signature(QuantSpec).parameters)}."
-            )
-        return QuantSpec(**value)
+        return made(role, QuantSpec, value)
     raise TypeError(
         f"`{role}` must be a number of bits, a QuantSpec, a mapping of its fields, or None for float. "
         f"Found {value!r} of type {type(value).__name__}."
     )
 
 
+@final
 @dataclass(frozen=True)
 class Rule:
     """Settings for the modules it matches; the first rule that matches a module decides.
@@ -227,5 +237,18 @@ class Rule:
         return f"Rule({', '.join([match, *(f'{k}={v!r}' for k, v in given if v != 'default')])})"
 
 
-# OmegaConf takes a dataclass in a list for a schema, and its schemas know no unions: to it a Rule is any object.
-delattr(Rule, "__dataclass_fields__")
+def as_rules(values: Iterable[Rule | Mapping[str, Any]]) -> tuple[Rule, ...]:
+    """Rules, or mappings of their fields."""
+    rules = []
+    for number, value in enumerate(values):
+        key = f"rules[{number}]"
+        if not isinstance(value, (Rule, Mapping)):
+            raise TypeError(f"`{key}` must be a Rule or a mapping of its fields. Found {value!r}.")
+        rules.append(value if isinstance(value, Rule) else made(key, Rule, value))
+    return tuple(rules)
+
+
+# OmegaConf takes a dataclass for a schema wherever it meets one, in a list or mapping that Hydra instantiates without
+# `_convert_`, and its schemas know no unions: to it these are any objects.
+for _kind in (QuantSpec, Rule):
+    delattr(_kind, "__dataclass_fields__")

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from lfq_lightning import QuantSpec, Rule
+from lfq_lightning import QuantizationAwareTraining, QuantSpec, Rule
 
 RULES = [
     Rule("head", weight=8, activation=None),
@@ -96,3 +96,25 @@ def test_a_rule_holds_plain_values_whatever_it_was_given() -> None:
 def test_a_wrong_rule_raises_when_it_is_made(arguments: dict[str, Any], kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
         Rule(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("rules", "kind", "words"),
+    [
+        ([Rule("a"), {"match": "b", "wieght": 4}], ValueError, r"`rules\[1\]` has unknown keys \['wieght'\]. Known are"),
+        ([{"weight": 4}], TypeError, r"`rules\[0\]`: .* missing .*'match'"),
+        ([{"match": "b", "weight": {"bits": 1}}], ValueError, r"`rules\[0\]`: `weight`: `bits` must be between 2 and"),
+        (["head"], TypeError, r"`rules\[0\]` must be a Rule or a mapping of its fields. Found 'head'"),
+    ],
+    ids=str,
+)
+def test_a_wrong_rule_of_the_callback_is_named_by_its_place(rules: Any, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        QuantizationAwareTraining(rules=rules)
+
+
+def test_a_wrong_schedule_of_the_callback_is_named() -> None:
+    with pytest.raises(ValueError, match=r"`schedule` has unknown keys \['estmate'\]. Known are observe, estimate"):
+        QuantizationAwareTraining(schedule={"estmate": 3})
+    with pytest.raises(ValueError, match="`schedule`: Phases start in the order"):
+        QuantizationAwareTraining(schedule={"observe": 3})

@@ -65,6 +65,13 @@ def test_a_specification_survives_hydra(spec: QuantSpec) -> None:
 
 
 @given(specs())
+def test_a_list_and_a_mapping_of_specifications_survive_hydra_without_conversion(spec: QuantSpec) -> None:
+    node = {"_target_": "lfq_lightning.QuantSpec", **spec.to_dict()}
+    assert list(instantiate(OmegaConf.create([node, node]))) == [spec, spec]
+    assert instantiate(OmegaConf.create({"weight": node})).weight == spec
+
+
+@given(specs())
 def test_the_codes_are_as_many_as_the_bits_hold_unless_a_range_is_given(spec: QuantSpec) -> None:
     assume(spec.quant_min is None)
     for signed in (True, False):
@@ -160,8 +167,9 @@ def test_anything_else_is_refused_by_the_name_of_its_role(convert: Any, role: st
             convert(found)
     with pytest.raises(ValueError, match=f"`{role}` has unknown keys \\['bit', 'sign'\\]. Known are bits, symmetric"):
         convert({"bit": 8, "sign": True})
-    with pytest.raises(ValueError, match=r"`bits` must be between 2 and 16\. Found 1"):
-        convert(1)
+    for value in (1, {"bits": 1}):
+        with pytest.raises(ValueError, match=f"^`{role}`: `bits` must be between 2 and 16. Found 1"):
+            convert(value)
 
 
 def test_an_activation_has_no_groups() -> None:

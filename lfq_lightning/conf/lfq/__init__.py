@@ -1,0 +1,1 @@
+"""The Hydra groups `quant`, `schedule` and `technique`, found by every app beside which this is installed."""

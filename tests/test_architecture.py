@@ -49,7 +49,10 @@ FLOORS = [
     ["techniques.order", "techniques.oscillation"],
     ["techniques.batch_norm", "techniques.bit_annealing", "techniques.distillation", "techniques.oscillation_control"],
     ["techniques"],
+    ["commands.plot"],
+    ["commands"],
     ["__init__"],
+    ["__main__"],
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 

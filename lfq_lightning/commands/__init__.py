@@ -1,0 +1,1 @@
+"""What `python -m lfq_lightning` can be asked for: a module with one function `add_to` for each."""

@@ -1,39 +1,21 @@
 """Train a digits classifier to 4 bits, and let the fit end with an integer ONNX file that was run and compared.
 
-python examples/export.py
+python examples/export.py [EPOCHS]
 """
 
 from __future__ import annotations
 
-import warnings
+import sys
 
 import lightning as L
 import torch
-from digits import Digits
-from networks import ConvolutionalNetwork
-from torch import Tensor, nn
+from digits import Digits, DigitsClassifier
 
 import lfq_lightning as lfq
 
-warnings.filterwarnings("ignore", ".*does not have many workers")  # the digits are in memory
-
-
-class DigitsClassifier(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = ConvolutionalNetwork("residual", channels=1, classes=10, widths=[16, 32], depth=1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=3e-3)
-
 
 def main(max_epochs: int = 10) -> None:
+    L.seed_everything(0)
     qat = lfq.QuantizationAwareTraining(weight=4, activation=8, export="digits.onnx")
     trainer = L.Trainer(max_epochs=max_epochs, callbacks=[qat], accelerator="cpu", enable_progress_bar=False)
     model, data = DigitsClassifier(), Digits()
@@ -46,4 +28,4 @@ def main(max_epochs: int = 10) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

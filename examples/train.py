@@ -74,8 +74,12 @@ def report(model: Any, data: Any, checkpoint: Path, results: dict[str, dict[str,
         onnx_file = directory / "quantized.onnx"
         parity = lfq.export_onnx(model, images, onnx_file, batches=data.test_dataloader())
         print(f"\n{lfq.summarize(model, images)}\n\n{parity}\n")
-        print(f"trajectory      {log_directory / 'trajectory.csv'}\npicture         {picture}\nONNX            {onnx_file}")
-    print(f"checkpoint      {checkpoint}\nmetrics         {metrics_file}\n\n{'':16}{''.join(f'{k:>12}' for k in results)}")
+        print(
+            f"trajectory      {log_directory / 'trajectory.csv'}\npicture         {picture}\nONNX            {onnx_file}"
+        )
+    print(
+        f"checkpoint      {checkpoint}\nmetrics         {metrics_file}\n\n{'':16}{''.join(f'{k:>12}' for k in results)}"
+    )
     for name in results["float"]:
         print(f"{name:16}{''.join(f'{metrics[name]:12.6g}' for metrics in results.values())}")
 

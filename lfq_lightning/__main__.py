@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lfq_lightning.commands import plot
+from lfq_lightning.commands import compare, plot
 
-COMMANDS = (plot,)
+COMMANDS = (plot, compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "lfq_lightning"
 # A file imports only from rows above its own.
 FLOORS = [
     ["schedule", "records.trajectory", "training.wrapping", "ops.layout"],
-    ["records.plot", "ops.reference", "ops.native", "ops.triton_kernels"],
-    ["ops.triton"],
+    ["records.plot", "records.comparison", "ops.reference", "ops.native", "ops.triton_kernels"],
+    ["records.plot_comparison", "ops.triton"],
     ["ops.backends"],
     ["ops.function"],
     ["ops"],
@@ -49,7 +49,7 @@ FLOORS = [
     ["techniques.order", "techniques.oscillation"],
     ["techniques.batch_norm", "techniques.bit_annealing", "techniques.distillation", "techniques.oscillation_control"],
     ["techniques"],
-    ["commands.plot"],
+    ["commands.compare", "commands.plot"],
     ["commands"],
     ["__init__"],
     ["__main__"],

@@ -101,7 +101,11 @@ def test_a_wrong_rule_raises_when_it_is_made(arguments: dict[str, Any], kind: ty
 @pytest.mark.parametrize(
     ("rules", "kind", "words"),
     [
-        ([Rule("a"), {"match": "b", "wieght": 4}], ValueError, r"`rules\[1\]` has unknown keys \['wieght'\]. Known are"),
+        (
+            [Rule("a"), {"match": "b", "wieght": 4}],
+            ValueError,
+            r"`rules\[1\]` has unknown keys \['wieght'\]. Known are",
+        ),
         ([{"weight": 4}], TypeError, r"`rules\[0\]`: .* missing .*'match'"),
         ([{"match": "b", "weight": {"bits": 1}}], ValueError, r"`rules\[0\]`: `weight`: `bits` must be between 2 and"),
         (["head"], TypeError, r"`rules\[0\]` must be a Rule or a mapping of its fields. Found 'head'"),

@@ -68,11 +68,10 @@ def main(max_epochs: int = 60) -> None:
     print(lfq.summarize(model, torch.randn(64, model.latent)))
 
     with torch.no_grad():
-        drawn = model(torch.randn(128, model.latent)).view(8, 16, 8, 8)
+        digits = model(torch.randn(128, model.latent)).view(8, 16, 8, 8)
+    sheet = digits.transpose(1, 2).reshape(64, 128)  # 8 rows of 16 digits
     picture = f"{trainer.log_dir}/samples.png"
-    image.imsave(
-        picture, drawn.transpose(1, 2).reshape(64, 128).repeat_interleave(4, 0).repeat_interleave(4, 1), cmap="gray"
-    )
+    image.imsave(picture, sheet.kron(torch.ones(4, 4)).numpy(), cmap="gray")
     print(picture)
 
 

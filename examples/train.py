@@ -30,18 +30,18 @@ def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     L.seed_everything(cfg.seed, workers=True)
     data = instantiate(cfg.data)
+    callbacks = [instantiate(cfg.quant)]  # all that makes the second fit a quantization-aware one
+    callbacks += map(instantiate, cfg.get("technique", {}).values())
 
     model = instantiate(cfg.model, **cfg.float.model)
     size = sum(4 * parameter.numel() for parameter in model.parameters())
     trainer, checkpoint, metrics = fit_and_test(cfg, "float", model, data, callbacks=[])
     results = {"float": {**metrics, "parameter_bytes": size}}
 
-    qat = instantiate(cfg.quant)  # all that makes the second fit a quantization-aware one
-    if qat.weight is not None or qat.activation is not None:
+    if cfg.quant.weight is not None or cfg.quant.activation is not None:
         model = type(model).load_from_checkpoint(checkpoint, **cfg.quantized.model)
-        callbacks = [qat, *map(instantiate, cfg.get("technique", {}).values())]
         trainer, checkpoint, metrics = fit_and_test(cfg, "quantized", model, data, callbacks)
-        summary = lfq.summarize(model, next(iter(data.test_dataloader())))
+        summary = lfq.summarize(model)
         size += summary.weight_bytes - summary.float_weight_bytes
         results["quantized"] = {**metrics, "parameter_bytes": size}
     if trainer.is_global_zero:
@@ -66,20 +66,17 @@ def fit_and_test(cfg: DictConfig, stage: str, model: Any, data: Any, callbacks: 
 def report(model: Any, data: Any, checkpoint: Path, results: dict[str, dict[str, float]]) -> None:
     """Print fits, quantizers and parity; write metrics.json, trajectories.png and quantized.onnx."""
     directory, log_directory = checkpoint.parent.parent, checkpoint.parent
-    metrics_file = directory / "metrics.json"
-    metrics_file.write_text(json.dumps(results, indent=2) + "\n")
+    written = {"checkpoint": checkpoint, "metrics": directory / "metrics.json"}
+    written["metrics"].write_text(json.dumps(results, indent=2) + "\n")
     if "quantized" in results:
         images, _ = next(iter(data.test_dataloader()))
-        picture = lfq.plot_trajectories(log_directory, directory / "trajectories.png")
-        onnx_file = directory / "quantized.onnx"
-        parity = lfq.export_onnx(model, images, onnx_file, batches=data.test_dataloader())
-        print(f"\n{lfq.summarize(model, images)}\n\n{parity}\n")
-        print(
-            f"trajectory      {log_directory / 'trajectory.csv'}\npicture         {picture}\nONNX            {onnx_file}"
-        )
-    print(
-        f"checkpoint      {checkpoint}\nmetrics         {metrics_file}\n\n{'':16}{''.join(f'{k:>12}' for k in results)}"
-    )
+        written["trajectory"] = log_directory / "trajectory.csv"
+        written["picture"] = lfq.plot_trajectories(log_directory, directory / "trajectories.png")
+        written["ONNX"] = directory / "quantized.onnx"
+        parity = lfq.export_onnx(model, images, written["ONNX"], batches=data.test_dataloader())
+        print(f"\n{lfq.summarize(model, images)}\n\n{parity}")
+    print("", *(f"{name:16}{path}" for name, path in written.items()), sep="\n")
+    print(f"\n{'':16}{''.join(f'{stage:>12}' for stage in results)}")
     for name in results["float"]:
         print(f"{name:16}{''.join(f'{metrics[name]:12.6g}' for metrics in results.values())}")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from omegaconf import OmegaConf
 
@@ -58,34 +58,21 @@ class Comparison:
     methods: tuple[Method, ...]
     skipped: tuple[Path, ...] = ()
 
-    def to_dicts(self) -> list[dict[str, Any]]:
-        """The rows as plain dictionaries."""
-        return [
-            {
-                "method": m.name,
-                "seeds": len(m.values),
-                "bytes": m.size,
-                "mean": m.mean,
-                "standard_deviation": m.deviation,
-            }
-            | {"on_front": m.on_front}
-            for m in self.methods
-        ]
-
     def __str__(self) -> str:
         table = [("method", "seeds", "bytes", self.metric, "front")]
         for m in self.methods:
             spread = "" if math.isnan(m.deviation) else f" ± {m.deviation:.4f}"
             table.append((m.name, str(len(m.values)), f"{m.size:,.0f}", f"{m.mean:.4f}{spread}", "*" * m.on_front))
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        left = (True, False, False, True, True)
         lines = [
             "  ".join(
-                cell.ljust(w) if i in (0, 3, 4) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
-            )
+                cell.ljust(w) if to_left else cell.rjust(w) for cell, w, to_left in zip(row, widths, left, strict=True)
+            ).rstrip()
             for row in table
         ]
         notes = [f"without metrics.json, left out: {path}" for path in self.skipped]
-        return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:], *notes])
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])
 
 
 def compare(
@@ -155,8 +142,8 @@ def read_runs(directory: Path, seed: str) -> tuple[list[Run], list[Path]]:
         runs.append(Run(run, overrides, overrides.pop(seed, ""), results))
     if not runs:
         raise ValueError(
-            f"A comparison needs runs with .hydra/overrides.yaml and metrics.json. Found {len(skipped)} without metrics "
-            f"and none with them below `{directory}`: give the directory of a --multirun."
+            f"A comparison needs runs with .hydra/overrides.yaml and metrics.json. Found {len(skipped)} without "
+            f"metrics and none with them below `{directory}`: give the directory of a --multirun."
         )
     return runs, skipped
 

@@ -59,11 +59,17 @@ def _draw_method(axes: Axes, method: Method) -> None:
     shape = "s" if method.name == "float" else "o"
     axes.errorbar(method.size, method.mean, spread, fmt=shape, ms=6, elinewidth=1, capsize=2.5, zorder=3, **style)
     # The front rises to the right: above it there is room on the left, below it on the right.
-    place = {"xytext": (-6, 6), "ha": "right"} if method.on_front else {"xytext": (7, -6), "ha": "left"}
-    name = method.name.replace("$", r"\$")
-    va = "bottom" if method.on_front else "top"
+    place = ((-6, 6), "right", "bottom") if method.on_front else ((7, -6), "left", "top")
+    offset, horizontal, vertical = place
     axes.annotate(
-        name, (method.size, method.mean), textcoords="offset points", fontsize=8, color=colour, va=va, **place
+        method.name.replace("$", r"\$"),
+        (method.size, method.mean),
+        offset,
+        textcoords="offset points",
+        ha=horizontal,
+        va=vertical,
+        fontsize=8,
+        color=colour,
     )
 
 

@@ -6,6 +6,7 @@ python examples/finetune_from_checkpoint.py [EPOCHS]
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import lightning as L
 from digits import Digits, DigitsClassifier
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lfq_lightning as lfq
 
-QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
 
 
 def main(max_epochs: int = 20) -> None:

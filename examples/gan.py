@@ -6,6 +6,7 @@ python examples/gan.py [EPOCHS]
 from __future__ import annotations
 
 import sys
+from typing import cast
 
 import lightning as L
 import torch
@@ -13,6 +14,7 @@ from digits import Digits
 from matplotlib import image
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+from torch.optim import Optimizer
 
 import lfq_lightning as lfq
 
@@ -36,7 +38,7 @@ class GAN(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         real = batch[0].flatten(1)
         fake = self(torch.randn(len(real), self.latent))
-        generator, discriminator = self.optimizers()
+        generator, discriminator = cast(list[Optimizer], self.optimizers())
 
         # Each scale and zero point moves with the optimizer that holds its layer's weight, and no other.
         self.toggle_optimizer(discriminator)
@@ -48,13 +50,13 @@ class GAN(L.LightningModule):
         self.step("generator_loss", generator, softplus(-self.discriminator(fake)).mean())
         self.untoggle_optimizer(generator)
 
-    def step(self, name: str, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    def step(self, name: str, optimizer: Optimizer, loss: Tensor) -> None:
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
         self.log(name, loss)
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+    def configure_optimizers(self) -> list[Optimizer]:
         networks = (self.generator, self.discriminator)
         return [torch.optim.Adam(network.parameters(), lr=1e-3, betas=(0.5, 0.99)) for network in networks]
 

@@ -42,8 +42,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        attended = scaled_dot_product_attention(*qkv, is_causal=True)
+        query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        attended = scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
@@ -68,7 +68,7 @@ class LanguageModel(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
-def main(steps: int = 400) -> None:
+def main(steps: int = 300) -> None:
     L.seed_everything(0)
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     train = Windows([file for i, file in enumerate(files) if i % 10])
@@ -78,7 +78,8 @@ def main(steps: int = 400) -> None:
     model = LanguageModel()
     weight = lfq.QuantSpec(bits=4, granularity="per_group", group_size=32)
     qat = lfq.QuantizationAwareTraining(weight=weight, activation=8)
-    for name, callbacks in (("float", []), ("4 bits in groups of 32, inputs in 8", [qat])):
+    fits: dict[str, list[L.Callback]] = {"float": [], "4 bits in groups of 32, inputs in 8": [qat]}
+    for name, callbacks in fits.items():
         trainer = L.Trainer(max_epochs=1, callbacks=callbacks, accelerator="cpu", enable_progress_bar=False)
         trainer.fit(model, batches)
         [result] = trainer.test(model, test, verbose=False)

@@ -88,10 +88,10 @@ def test_every_quantizer_configuration_has_the_bits_of_its_name(quant: str) -> N
 @pytest.mark.parametrize("schedule", choices("schedule"))
 @pytest.mark.parametrize("quant", choices("quant"))
 def test_every_schedule_reaches_every_quantizer_configuration(quant: str, schedule: str) -> None:
-    config = composed(f"quant={quant}", f"schedule={schedule}", "schedule.learn=7", "++schedule.freeze=9")
+    config = composed(f"quant={quant}", f"schedule={schedule}", "schedule.learn=700", "++schedule.freeze=900")
     made = instantiate(config.quant).schedule
     assert isinstance(made, lfq.PhaseSchedule)
-    assert (made.learn, made.freeze) == (7, 9)
+    assert (made.learn, made.freeze) == (700, 900)
 
 
 @pytest.mark.parametrize("model", [m for m in choices("model") if m not in NEEDS_TORCHVISION])
@@ -122,7 +122,7 @@ def test_every_logger_is_made(logger: str, tmp_path: Path, monkeypatch: pytest.M
     made = [instantiate(node) for node in config.logger.values()]
     assert all(isinstance(each, Logger) for each in made)
     if logger in NEEDS:  # others have no folder for a run, in which the trajectory could lie
-        assert made[0].log_dir == str(tmp_path / "quantized")
+        assert Path(made[0].log_dir) == tmp_path / "quantized"
 
 
 @pytest.mark.parametrize("trainer", choices("trainer"))
@@ -141,7 +141,7 @@ def test_every_trainer_is_made(trainer: str) -> None:
     [
         ("quant=w4a5", r"(?s)Could not find 'quant/w4a5'.*Available options in 'quant':.*w4a4"),
         ("schedule=later", r"(?s)Could not find 'schedule/later'.*first_batch"),
-        ("technique=[distilation]", r"(?s)Could not find 'technique/distilation'.*distillation"),
+        ("technique=[distilation]", "Could not load 'technique/distilation'"),
         ("quants=w4a4", "Could not override 'quants'"),
         ("quant.wieght=4", r"(?s)Could not override 'quant.wieght'.*Key 'wieght' is not in struct"),
         ("schedule=freeze schedule.unfreeze=4", "(?s)Could not override 'schedule.unfreeze'"),
@@ -161,7 +161,7 @@ def test_a_name_that_does_not_exist_is_answered_with_the_key(override: str, word
         ("+quant.wieght=4", r"(?s)unexpected keyword argument 'wieght'.*full_key: quant$"),
         ("quant=w4_group quant.weight.bits=1", r"(?s)`bits` must be between.*full_key: quant.weight$"),
         ("quant=w4_group quant.weight.granularity=per_row", r"(?s)`granularity` must be .*full_key: quant.weight$"),
-        ("schedule=freeze schedule.freeze=1", r"(?s)learn=2 and freeze=1.*full_key: schedule$"),
+        ("schedule=freeze schedule.freeze=1", r"(?s)learn=2 and freeze=1.*full_key: quant.schedule$"),
         ("+quant.on_collapse=explode", r"(?s)`on_collapse` must be .*'explode'.*full_key: quant$"),
         ("+quant.rules=[{match:head,wieght:4}]", r"(?s)`rules\[0\]` has unknown keys \['wieght'\].*full_key: quant$"),
     ],
@@ -172,6 +172,6 @@ def test_a_wrong_value_is_answered_with_its_key(overrides: str, words: str) -> N
 
 
 def test_what_an_experiment_must_fill_is_named_where_none_is_chosen() -> None:
-    config = composed("experiment=null")
+    config = composed("~experiment")
     with pytest.raises(MissingMandatoryValue, match=r"float\.trainer\.max_epochs"):
         OmegaConf.to_container(config, throw_on_missing=True)

@@ -161,8 +161,8 @@ def _names(overrides: list[dict[str, str]]) -> list[str]:
 
 
 def _word(key: str, value: str) -> str:
-    is_word = re.fullmatch(r"[A-Za-z]\w*", value) and value not in ("null", "true", "false")
-    return value if is_word else f"{key}={value}"
+    words = re.fullmatch(r"\[?([A-Za-z]\w*(, ?[A-Za-z]\w*)*)\]?", value)
+    return words[1] if words and value not in ("null", "true", "false") else f"{key}={value}"
 
 
 def _on_front(method: Method, others: Iterable[Method], sign: int) -> bool:

@@ -39,9 +39,9 @@ def plot_comparison(comparison: Comparison, path: Path | str) -> Path:
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     axes = figure.subplots()
     front = [m for m in comparison.methods if m.on_front]
-    # Steps: between two methods there is none, and what may be spent on the next buys no more than the one before.
-    steps = {"drawstyle": "steps-post", "color": FRONT, "linewidth": 1, "alpha": 0.5, "zorder": 1}
-    axes.plot([m.size for m in front], [m.mean for m in front], **steps)
+    # Steps: between two methods there is none, and bytes short of the next buy no more than the one before.
+    reached = [(m.size, m.mean) for m in front] + [(comparison.methods[-1].size, front[-1].mean)]
+    axes.step(*zip(*reached, strict=True), where="post", color=FRONT, linewidth=1, alpha=0.5, zorder=1)
     for method in comparison.methods:
         _draw_method(axes, method)
     _label_axes(axes, comparison)
@@ -55,9 +55,19 @@ def _draw_method(axes: Axes, method: Method) -> None:
     spread = 0.0 if math.isnan(method.deviation) else method.deviation
     sizes = [method.size] * len(method.values)
     axes.scatter(sizes, method.values, s=10, color=colour, alpha=0.35, linewidths=0, zorder=2)
-    style = {"mfc": colour if method.on_front else "white", "mec": colour, "ecolor": colour}
-    shape = "s" if method.name == "float" else "o"
-    axes.errorbar(method.size, method.mean, spread, fmt=shape, ms=6, elinewidth=1, capsize=2.5, zorder=3, **style)
+    axes.errorbar(
+        method.size,
+        method.mean,
+        spread,
+        fmt="s" if method.name == "float" else "o",
+        markersize=6,
+        markerfacecolor=colour if method.on_front else "white",
+        markeredgecolor=colour,
+        ecolor=colour,
+        elinewidth=1,
+        capsize=2.5,
+        zorder=4 if method.on_front else 3,
+    )
     # The front rises to the right: above it there is room on the left, below it on the right.
     place = ((-6, 6), "right", "bottom") if method.on_front else ((7, -6), "left", "top")
     offset, horizontal, vertical = place

@@ -89,7 +89,7 @@ CLI = ["fit", f"--config={ROOT / 'examples/cli.yaml'}", "--trainer.max_epochs=3"
         (
             "language_model.py",
             ["10"],
-            ["float: ", "inputs in 8: ", " bits per byte", "per_group(32)"],
+            ["float: ", "inputs in 8: ", "per_group(32)"],
             ["trajectory.csv"],
         ),
         ("ddp.py", ["2"], ["2 ranks, 161 scales, equal in every bit: True"], ["trajectory.csv"]),

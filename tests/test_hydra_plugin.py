@@ -45,6 +45,7 @@ make: true
 START = """
 import runpy, site, sys
 installed, app, *sys.argv[1:] = sys.argv[1:]
+sys.path[1:1] = [installed]  # before an installation of the same name
 sys.path += {libraries}
 site.addsitedir(installed)
 sys.argv[0] = app

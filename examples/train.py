@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> None:
         size += summary.weight_bytes - summary.float_weight_bytes
         results["quantized"] = {**metrics, "parameter_bytes": size}
     if trainer.is_global_zero:
-        report(model, data, checkpoint, results)
+        report(model, data, checkpoint, results, cfg.onnx)
 
 
 def fit_and_test(cfg: DictConfig, stage: str, model: Any, data: Any, callbacks: list[Any]) -> tuple[Any, ...]:
@@ -63,7 +63,7 @@ def fit_and_test(cfg: DictConfig, stage: str, model: Any, data: Any, callbacks: 
     return trainer, checkpoint, metrics
 
 
-def report(model: Any, data: Any, checkpoint: Path, results: dict[str, dict[str, float]]) -> None:
+def report(model: Any, data: Any, checkpoint: Path, results: dict[str, dict[str, float]], onnx: bool) -> None:
     """Print fits, quantizers and parity; write metrics.json, trajectories.png and quantized.onnx."""
     directory, log_directory = checkpoint.parent.parent, checkpoint.parent
     written = {"checkpoint": checkpoint, "metrics": directory / "metrics.json"}
@@ -72,9 +72,10 @@ def report(model: Any, data: Any, checkpoint: Path, results: dict[str, dict[str,
         images, _ = next(iter(data.test_dataloader()))
         written["trajectory"] = log_directory / "trajectory.csv"
         written["picture"] = lfq.plot_trajectories(log_directory, directory / "trajectories.png")
-        written["ONNX"] = directory / "quantized.onnx"
-        parity = lfq.export_onnx(model, images, written["ONNX"], batches=data.test_dataloader())
-        print(f"\n{lfq.summarize(model, images)}\n\n{parity}")
+        print(f"\n{lfq.summarize(model, images)}")
+        if onnx:
+            written["ONNX"] = directory / "quantized.onnx"
+            print(f"\n{lfq.export_onnx(model, images, written['ONNX'], batches=data.test_dataloader())}")
     print("", *(f"{name:16}{path}" for name, path in written.items()), sep="\n")
     print(f"\n{'':16}{''.join(f'{stage:>12}' for stage in results)}")
     for name in results["float"]:

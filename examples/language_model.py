@@ -74,7 +74,6 @@ def main(steps: int = 300) -> None:
     train = Windows([file for i, file in enumerate(files) if i % 10])
     batches = DataLoader(train, batch_size=32, sampler=RandomSampler(train, num_samples=32 * steps))
     test = DataLoader(Windows(files[::10]), batch_size=64, sampler=range(0, 64 * CONTEXT * 16, CONTEXT))
-
     model = LanguageModel()
     weight = lfq.QuantSpec(bits=4, granularity="per_group", group_size=32)
     qat = lfq.QuantizationAwareTraining(weight=weight, activation=8)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lfq_lightning.checkpoint import check_loadable, fit_to
-from lfq_lightning.export.exportable import check_exportable
+from lfq_lightning.export.parity import Parity
 from lfq_lightning.phases import model_phase, set_gathering
 from lfq_lightning.placement import Placement, apply, plan
 from lfq_lightning.placement.host import quantizers, set_compressed
 from lfq_lightning.records.trajectory import TrajectoryRow
 from lfq_lightning.schedule import OBSERVING, PHASES, Phase, PhaseSchedule
 from lfq_lightning.spec import QuantSpec, Rule, SpecLike, activation_spec, as_rules, made, weight_spec
+from lfq_lightning.training.exporting import check_batch, check_fit, export_fit
 from lfq_lightning.training.neighbours import arrange, check_neighbours, require_gradients
 from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, ScheduleFactory, hidden_qparams
 from lfq_lightning.training.recorder import Recorder, log, summary_of
@@ -28,9 +29,6 @@ from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.sharding import check_strategy
 from lfq_lightning.training.user_optimizer import UserOptimizers, arranged_qparams, make_optimizer
 from lfq_lightning.training.wrapping import Wrappers
-
-if TYPE_CHECKING:
-    from lfq_lightning.export.parity import Parity
 
 
 class QuantizationAwareTraining(L.Callback):
@@ -156,7 +154,8 @@ class QuantizationAwareTraining(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over from the user's optimizers what concerns qparams; refuse what could not be exported."""
         if self.export is not None:
-            check_exportable(pl_module)
+            check_fit(trainer, pl_module)
+            self._last_batch = None
         self._wrappers.remove()
         self.qparam_optimizer = make_optimizer(trainer, pl_module, self.optimizer, self.lr_schedule)
         if not self._take_up() and self.reobserve:
@@ -198,7 +197,10 @@ class QuantizationAwareTraining(L.Callback):
         """Gather statistics from this batch's forward passes, and measure them where a record is due."""
         open_epoch(trainer)
         enter_phase(trainer, pl_module, self._phase(trainer))
-        self._last_batch = batch if self.export is not None else None
+        if self.export is not None:
+            if self._last_batch is None:
+                check_batch(pl_module, batch)
+            self._last_batch = batch
         if model_phase(pl_module) in OBSERVING:
             set_gathering(pl_module, True)
         self._recorder.before_batch(trainer, pl_module)
@@ -250,8 +252,6 @@ class QuantizationAwareTraining(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export, on rank zero."""
         if self.export is not None and trainer.is_global_zero and not is_dev_run(trainer):
-            from lfq_lightning.training.exporting import export_fit  # imports onnxruntime, which few runs need
-
             self.parity = export_fit(trainer, pl_module, self.export, self._last_batch)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

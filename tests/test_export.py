@@ -20,31 +20,6 @@ from tests.runs import Net, every_epoch, fit, loader, qat
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporter, about itself
 
 
-class LeNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 6, 5, padding=2), nn.Conv2d(6, 16, 5)
-        self.fc1, self.fc2, self.fc3 = nn.Linear(16 * 25, 120), nn.Linear(120, 84), nn.Linear(84, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.max_pool2d(torch.relu(self.conv1(x)), 2)
-        x = torch.max_pool2d(torch.relu(self.conv2(x)), 2).flatten(1)
-        return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
-
-
-class Encoder(nn.Module):
-    """An embedding and a transformer encoder."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(32, 16)
-        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.encoder(self.embedding(tokens)).mean(1))
-
-
 def convolutional(block: Any) -> nn.Module:
     """With BatchNorms as training leaves them, some factors negative or zero."""
     network = ConvolutionalNetwork(block, channels=1, classes=10, widths=[8, 16], depth=1)
@@ -63,14 +38,11 @@ def images(count: int) -> Tensor:
 
 
 NETWORKS: dict[str, Any] = {
-    "lenet": (LeNet, lambda n: torch.randn(n, 1, 28, 28)),
     "residual": (lambda: convolutional("residual"), images),
-    "separable": (lambda: convolutional("separable"), images),
     "mlp": (
         lambda: nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)),
         lambda n: torch.randn(n, 20),
     ),
-    "encoder": (Encoder, lambda n: torch.randint(32, (n, 7))),
 }
 AFFINE = lfq.QuantSpec(bits=4, symmetric=False, granularity="per_channel")
 SETTINGS: dict[str, Any] = {
@@ -82,14 +54,6 @@ SETTINGS: dict[str, Any] = {
     "w4 affine, a8 symmetric": (AFFINE, lfq.QuantSpec(bits=8)),
     "w8 per tensor, a8 per channel": (lfq.QuantSpec(bits=8), lfq.QuantSpec(bits=8, granularity="per_channel")),
 }
-# One of each, and every setting once on the network with the most to fold.
-OFTEN = {("residual", s) for s in SETTINGS} | {(n, "w4a4") for n in NETWORKS} | {("encoder", "w4 groups")}
-CASES = [
-    pytest.param(n, s, marks=() if (n, s) in OFTEN else pytest.mark.slow)
-    for n in NETWORKS
-    for s in SETTINGS
-    if (n, s) != ("encoder", "w8 per tensor, a8 per channel")  # dimension 1 is a sequence
-]
 
 
 def trained(network: str, settings: str) -> tuple[nn.Module, Any]:
@@ -101,19 +65,17 @@ def trained(network: str, settings: str) -> tuple[nn.Module, Any]:
     return model.eval(), inputs
 
 
-@pytest.mark.parametrize(("network", "settings"), CASES)
-def test_onnx_runtime_gives_the_answers_of_the_model(tmp_path: Path, network: str, settings: str) -> None:
-    model, inputs = trained(network, settings)
+@pytest.mark.parametrize("settings", ["w4 affine, a8 symmetric", "w8 per tensor, a8 per channel"])
+def test_export_leaves_the_model_as_it_is(tmp_path: Path, settings: str) -> None:
+    model, inputs = trained("residual", settings)
     before = {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, Tensor)}
-    parity = lfq.export_onnx(model, inputs(4), tmp_path / "m.onnx", batches=[inputs(1000)])
-    assert parity.inputs == 1004
-    assert parity.top1 >= 0.999
+    parity = lfq.export_onnx(model, inputs(4), tmp_path / "m.onnx", batches=[inputs(100)])
+    assert parity.inputs == 104
     assert all(row.equal > 0.995 for row in parity.quantizers)
-    # Two that see the same input with the same scale are one in the file: the residual network's shortcut.
-    inputs_quantized = sum(not q.is_weight for q in lfq.quantizers(model).values())
-    assert len(parity.quantizers) in (inputs_quantized, inputs_quantized - (network == "residual"))
+    assert {row.quantizer for row in parity.quantizers} == set(lfq.quantizers(model))
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items() if isinstance(v, Tensor))
-    assert "same largest output" in str(parity)
+    for words in ("same largest output", "with optimizations", "of the float file", "agrees                yes"):
+        assert words in str(parity)
 
 
 @pytest.mark.parametrize("settings", ["w4a4", "w4 affine, a8 symmetric", "w4 groups"])
@@ -185,7 +147,7 @@ def test_a_file_that_gives_other_answers_is_refused(tmp_path: Path, monkeypatch:
         self.codes = self.codes.roll(1, 0)
 
     monkeypatch.setattr(integers.IntegerWeight, "__init__", broken)
-    with pytest.raises(ValueError, match=r"does not give the model's answers: .*codes differ"):
+    with pytest.raises(ValueError, match=r"does not give the model's answers: 1\.weight_quantizer: .*codes differ"):
         lfq.export_onnx(model, inputs(64), tmp_path / "m.onnx")
     with pytest.warns(UserWarning, match="does not give the model's answers"):
         assert not lfq.export_onnx(model, inputs(64), tmp_path / "m.onnx", on_mismatch="warn").agrees

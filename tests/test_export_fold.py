@@ -51,10 +51,38 @@ def images() -> Tensor:
     return torch.randn(6, 4, 7, 7)
 
 
-def calibrated(model: nn.Module, x: Tensor, weight: Any = 8) -> nn.Module:
-    lfq.attach(model, weight, 8)
+def calibrated(model: nn.Module, x: Tensor, weight: Any = 8, rules: Any = ()) -> nn.Module:
+    lfq.attach(model, weight, 8, rules=rules)
     lfq.calibrate(model, [x])
     return model.eval()
+
+
+class Standardized(nn.Conv2d):
+    """Uses its weight in another way, so that a factor of the weight is none of the output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+class Activated(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+def doubled() -> nn.Module:
+    layer = nn.Conv2d(4, 5, 3)
+    layer.register_forward_hook(lambda module, args, output: output * 2)
+    return layer
+
+
+def read_through_a_property(model: Any, x: Tensor) -> Tensor:
+    y = model.layer(x)
+    return model.norm(y) + y.mT
+
+
+def changed_in_place(model: Any, x: Tensor) -> Tensor:
+    return model.norm(model.layer(x).relu_())
 
 
 FOLDED: dict[str, Any] = {
@@ -86,6 +114,11 @@ LEFT: dict[str, Any] = {
         in_a_row,
         lambda: torch.randint(5, (6,)),
     ),
+    "a subclass of the layer": (lambda: Standardized(4, 5, 3), lambda: nn.BatchNorm2d(5), in_a_row, images),
+    "a subclass with an activation": (lambda: nn.Conv2d(4, 5, 3), lambda: Activated(5), in_a_row, images),
+    "a hook changes the output": (doubled, lambda: nn.BatchNorm2d(5), in_a_row, images),
+    "read through a property": (lambda: nn.Conv2d(4, 5, 3), lambda: nn.BatchNorm2d(5), read_through_a_property, images),
+    "changed in place": (lambda: nn.Conv2d(4, 5, 3), lambda: nn.BatchNorm2d(5), changed_in_place, images),
     "grouped and transposed": (
         lambda: nn.ConvTranspose2d(4, 4, 3, groups=2),
         lambda: nn.BatchNorm2d(4),
@@ -120,8 +153,53 @@ def test_it_is_folded_with_negative_and_zero_factors(case: str, bits: int) -> No
 def test_it_is_left_where_folding_would_change_the_answers(case: str) -> None:
     layer, norm, use, inputs = LEFT[case]
     x = inputs()
-    model = calibrated(Normed(layer(), norm(), use), x)
+    rules = [lfq.Rule(Standardized, weight=8)] if case == "a subclass of the layer" else []
+    model = calibrated(Normed(layer(), norm(), use), x, rules=rules)
     integers = integer_copy(model)
+    assert fold_batch_norm(integers, (x,)) == []
+    assert_same(integers(x), model(x))
+
+
+@pytest.mark.parametrize("where", ["another name", "a list"])
+def test_it_is_folded_wherever_the_model_finds_it(where: str) -> None:
+    def use(model: Any, x: Tensor) -> Tensor:
+        for module in model.listed if where == "a list" else (model.layer, model.other):
+            x = module(x)
+        return x
+
+    made = Normed(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), use)
+    made.other = made.norm
+    made.__dict__["listed"] = [made.layer, made.norm]
+    x = images()
+    model = calibrated(made, x)
+    integers = integer_copy(model)
+    assert fold_batch_norm(integers, (x,)) == ["norm"]
+    assert_same(integers(x), model(x))
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e-20, 1e-42])
+def test_a_channel_that_says_nothing_has_a_bias_that_fits_32_bits(factor: float) -> None:
+    made = Normed(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), in_a_row)
+    with torch.no_grad():
+        made.norm.weight[2] = factor
+    x = images()
+    model = calibrated(made, x)
+    integers = integer_copy(model)
+    assert fold_batch_norm(integers, (x,)) == ["norm"]
+    quantum = integers.layer.input_quantizer.scale * integers.layer.weight_quantizer.scale
+    assert (integers.layer.bias.abs() / quantum).max() < 2**31
+    assert_same(integers(x), model(x))
+
+
+def test_it_is_left_where_a_channel_that_counts_would_have_no_room_for_its_bias() -> None:
+    made = Normed(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), in_a_row)
+    with torch.no_grad():
+        made.norm.weight[2], made.norm.bias[2] = 1e-3, 1e4
+    x = images()
+    model = calibrated(made, x)
+    integers = integer_copy(model)
+    quantum = integers.layer.input_quantizer.scale * integers.layer.weight_quantizer.scale[2]
+    assert 1e4 / (quantum * 1e-3) > 2**31
     assert fold_batch_norm(integers, (x,)) == []
     assert_same(integers(x), model(x))
 

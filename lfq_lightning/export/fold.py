@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lfq_lightning.export.integers import IntegerWeight
-from lfq_lightning.placement.host import WEIGHT, QuantizedLayer
-from lfq_lightning.placement.layers import TRANSPOSED
+from lfq_lightning.export.integers import IntegerInput, IntegerWeight
+from lfq_lightning.placement.host import WEIGHT, QuantizedLayer, float_type, hosts
+from lfq_lightning.placement.layers import QUANTIZABLE, TRANSPOSED
+
+MOST_QUANTA = 2.0**31 - 1  # back ends store a bias in 32 bits, in units of input scale times weight scale
 
 
-def fold_batch_norm(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[str]:
+def fold_batch_norm(
+    model: nn.Module, example_inputs: tuple[Any, ...], example_kwargs: dict[str, Any] | None = None
+) -> list[str]:
     """Fold every BatchNorm that alone follows a layer with integer weights, in place, and return their names.
 
     With f = gamma / sqrt(variance + eps): the scales of each output channel are multiplied by |f|, the sign of f goes
@@ -23,16 +27,21 @@ def fold_batch_norm(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[s
     Args:
         model: what `integer_copy` made, in eval mode.
         example_inputs: positional inputs of the model, to see what follows what.
+        example_kwargs: its keyword inputs.
     """
     folded = []
-    for layer_name, norm_name in _pairs(model, example_inputs):
+    for layer_name, norm_name in _pairs(model, example_inputs, example_kwargs or {}):
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
         assert isinstance(layer, QuantizedLayer)
         assert isinstance(norm, _BatchNorm)
         if _fold(layer, norm):
-            parent, _, child = norm_name.rpartition(".")
-            setattr(model.get_submodule(parent), child, nn.Identity())
+            # In place: the module may be registered under several names, or be called from a list.
+            norm.__class__ = nn.Identity  # type: ignore[assignment]
+            norm._parameters.clear()
+            norm._buffers.clear()
             folded.append(norm_name)
+    for layer in hosts(model).values():
+        _silence(layer)
     return folded
 
 
@@ -41,19 +50,52 @@ def _fold(layer: QuantizedLayer, norm: _BatchNorm) -> bool:
     assert norm.running_var is not None
     gamma = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
     factor = gamma.double() / (norm.running_var.double() + norm.eps).sqrt()
-    weight = layer._modules[WEIGHT]
-    axis = 1 if isinstance(layer, TRANSPOSED) else 0
-    if axis == 1 and layer.groups != 1:
-        return False  # output channels are spread over both dimensions
-    if not isinstance(weight, IntegerWeight) or not weight.scaled(factor.float(), axis):
-        return False
+    weight, axis = layer._modules[WEIGHT], int(isinstance(layer, TRANSPOSED))
+    if not isinstance(weight, IntegerWeight) or (axis == 1 and layer.groups != 1):
+        return False  # output channels of grouped transposed convolutions are spread over both dimensions
     bias = layer.bias.double() if isinstance(layer.bias, Tensor) else torch.zeros_like(factor)
-    shift = 0.0 if norm.bias is None else norm.bias.double()
-    layer.bias = nn.Parameter(((bias - norm.running_mean.double()) * factor + shift).float(), requires_grad=False)
+    bias = (bias - norm.running_mean.double()) * factor
+    bias = (bias if norm.bias is None else bias + norm.bias.double()).float()
+    made = weight.scaled(factor.float(), axis)
+    if made is None:
+        return False
+    too_many, idle = _out_of_range(layer, made, bias, axis)
+    if bool((too_many & ~idle).any()):
+        return False  # a factor so small that its channel's bias finds no room in 32 bits
+    layer._modules[WEIGHT] = made
+    layer.bias = nn.Parameter(bias, requires_grad=False)
     return True
 
 
-def _pairs(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[tuple[str, str]]:
+def _silence(layer: QuantizedLayer) -> None:
+    """Give output channels that say nothing a scale in whose units their bias fits 32 bits."""
+    weight, axis = layer._modules[WEIGHT], int(isinstance(layer, TRANSPOSED))
+    bias = getattr(layer, "bias", None)
+    if not isinstance(weight, IntegerWeight) or not isinstance(bias, Tensor) or float_type(layer) not in QUANTIZABLE:
+        return
+    if axis == 1 and layer.groups != 1:
+        return
+    too_many, idle = _out_of_range(layer, weight, bias, axis)
+    if bool((too_many & idle).any()):
+        layer._modules[WEIGHT] = weight.silenced(too_many & idle, axis) or weight
+
+
+def _out_of_range(layer: QuantizedLayer, weight: IntegerWeight, bias: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Output channels whose bias is beyond 32 bits, and those in which nothing but the bias shows in float32."""
+    quantizer = layer.input_quantizer
+    nothing = torch.zeros(len(bias), dtype=torch.bool)
+    if not isinstance(quantizer, IntegerInput):
+        return nothing, nothing
+    other = [d for d in range(weight.codes.ndim) if d != axis]
+    scale = weight._wide(weight.scale).double().expand(weight.codes.shape)
+    ends = torch.stack([quantizer.low, quantizer.high]).double().abs().max()
+    largest = (weight.centred.double().abs() * scale).sum(other) * ends
+    quantum = scale.amax(other) * quantizer.scale.double().min()
+    size = bias.double().abs()
+    return size > MOST_QUANTA * quantum, largest <= size * torch.finfo(torch.float32).eps / 4
+
+
+def _pairs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, str]]:
     """Names of layers and of the BatchNorms that are the only readers of what they give; each used once."""
     calls: list[tuple[str, nn.Module, list[int]]] = []
     outputs: dict[int, str] = {}
@@ -67,20 +109,22 @@ def _pairs(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[tuple[str,
             if _channels_second(module, output):
                 outputs[id(output)] = names[module]
 
-    handles = [m.register_forward_hook(see) for m in names if isinstance(m, (QuantizedLayer, _BatchNorm))]
+    # Before the user's own hooks, which may change or read what a layer gives.
+    watched = [m for m in names if isinstance(m, (QuantizedLayer, _BatchNorm))]
+    handles = [m.register_forward_hook(see, prepend=True) for m in watched]
     reads = _Reads(outputs)
     try:
         with torch.no_grad(), reads:
-            result = model(*example_inputs)
+            result = model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
     returned = {id(leaf) for leaf in torch.utils._pytree.tree_leaves(result)}
     found = []
     for name, module, inputs in calls:
+        if not isinstance(module, _BatchNorm) or not _is_plain(module) or module.running_mean is None:
+            continue  # without running statistics, its factors are each batch's own
         once = sum(call[0] == name for call in calls) == 1
-        if not isinstance(module, _BatchNorm) or module.running_mean is None:  # its factors are each batch's own
-            continue
         if once and inputs and inputs[0] in outputs:
             layer = outputs[inputs[0]]
             used = sum(call[0] == layer for call in calls) == 1 and inputs[0] not in returned
@@ -89,11 +133,22 @@ def _pairs(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[tuple[str,
     return found
 
 
+def _is_plain(norm: _BatchNorm) -> bool:
+    """Whether its forward is torch's: a subclass may do more, such as an activation."""
+    return type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and "forward" not in vars(norm)
+
+
 def _channels_second(module: nn.Module, output: Tensor) -> bool:
-    """Whether BatchNorm takes the layer's output channels for its own: a Linear in a sequence has them last."""
-    if not isinstance(module, QuantizedLayer) or isinstance(module, nn.Embedding):
+    """Whether the layer's output is torch's own, of which BatchNorm takes the output channels for its channels.
+
+    A Linear in a sequence has them last; a subclass may use its weight in another way.
+    """
+    kind = float_type(module)
+    if not isinstance(module, QuantizedLayer) or kind not in QUANTIZABLE or "forward" in vars(module):
         return False
-    return output.ndim == (2 if isinstance(module, nn.Linear) else module.weight.ndim)
+    if kind is nn.Embedding:
+        return False
+    return output.ndim == (2 if kind is nn.Linear else module.weight.ndim)
 
 
 class _Reads(torch.overrides.TorchFunctionMode):
@@ -104,10 +159,12 @@ class _Reads(torch.overrides.TorchFunctionMode):
         self.watched, self.count = watched, dict[int, int]()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
         name = getattr(function, "__name__", "")
         # Looking at a tensor's shape or grad mode (BatchNorm checks its input's dimensions) is not reading it.
-        if name not in ("dim", "size", "__get__", "numel"):
+        looks = name in ("dim", "size", "__get__", "numel") and not isinstance(result, Tensor)
+        if not looks:
             for tensor in torch.utils._pytree.tree_leaves((args, kwargs or {})):
                 if isinstance(tensor, Tensor) and id(tensor) in self.watched:
                     self.count[id(tensor)] = self.count.get(id(tensor), 0) + 1
-        return function(*args, **(kwargs or {}))
+        return result

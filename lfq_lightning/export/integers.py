@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lfq_lightning.export.exportable import check_estimated, check_exportable
 from lfq_lightning.ops import spread
-from lfq_lightning.placement.host import INPUT, WEIGHT, QuantizedLayer, hosts, whole_weight
+from lfq_lightning.placement.host import INPUT, WEIGHT, float_type, hosts, whole_weight
+from lfq_lightning.placement.layers import QUANTIZABLE
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 _decomposed = torch.ops.quantized_decomposed
@@ -35,6 +36,7 @@ class IntegerWeight(nn.Module):
     Attributes:
         codes: int8 or uint8, of the weight's shape.
         scale, zero_point: of shape (1,), (channels,) or (O, groups, 1, ...).
+        signs: by which the quantizer's own integers were multiplied: -1, 0 or 1 for each output channel.
     """
 
     codes: Tensor
@@ -44,7 +46,6 @@ class IntegerWeight(nn.Module):
     def __init__(self, quantizer: LearnableFakeQuantize, weight: Tensor) -> None:
         super().__init__()
         self.range = quantizer.code_range
-        self.bits = quantizer.bitwidth
         self.axis, self.group_size = quantizer.axis, quantizer.group_size
         self.dtype = torch.uint8 if self.range[0] >= 0 else torch.int8
         scale, zero_point = quantizer.used_qparams()
@@ -54,6 +55,7 @@ class IntegerWeight(nn.Module):
             shape = (weight.shape[0], -1, *[1] * (weight.ndim - 2))
             scale, zero_point = scale.view(shape), zero_point.view(shape)
         self.only = float(scale.flatten()[0]), int(zero_point.flatten()[0])  # numbers, where there is one of each
+        self.signs = torch.ones(())
         self.register_buffer("codes", codes.to(self.dtype))
         self.register_buffer("scale", scale.clone())
         # PyTorch's operator subtracts in the wider of the two types: bytes would wrap around.
@@ -78,39 +80,64 @@ class IntegerWeight(nn.Module):
         """Nothing more."""
         return x
 
-    def scaled(self, factor: Tensor, axis: int) -> bool:
-        """Multiply by a factor for each index of `axis`, the output channels, without rounding anything again.
+    @property
+    def centred(self) -> Tensor:
+        """Codes less their zero points: int32, of the weight's shape."""
+        return self.codes.int() - self._wide(self.zero_point).int()
+
+    @property
+    def narrow(self) -> bool:
+        """Whether every code fits 4 bits."""
+        low, high = (0, 15) if self.dtype is torch.uint8 else (-8, 7)
+        return low <= self.range[0] and self.range[1] <= high
+
+    def scaled(self, factor: Tensor, axis: int) -> IntegerWeight | None:
+        """This weight times a factor for each index of `axis`, the output channels; nothing is rounded again.
 
         The factor's magnitude goes into the scales and its sign into the integers; zero makes the integers the zero
         point. A negated code that has no room is mirrored within the range, and the zero point with it.
 
         Returns:
-            False, and nothing is changed, where scales run along another dimension.
+            None where scales run along another dimension.
         """
         if self.axis not in (None, axis) or (self.group_size is not None and axis != 0):
-            return False
-        per_channel = [1] * self.codes.ndim
-        per_channel[axis] = -1
-        wide = factor.view(per_channel)
+            return None
+        made = copy.deepcopy(self)
+        wide = factor.view([-1 if d == axis else 1 for d in range(self.codes.ndim)])
         if self.group_size is None:
-            self.scale = self.scale.expand(len(factor)) * torch.where(factor == 0, 1.0, factor.abs())
-            zero_point, self.axis = self.zero_point.expand(len(factor)).int(), axis
-            flat_factor, z = factor, zero_point.view(per_channel)
+            made.axis = axis
+            made.scale, made.zero_point = self.scale.expand(len(factor)), self.zero_point.expand(len(factor))
+            flat = factor
         else:
-            self.scale = self.scale * torch.where(wide == 0, 1.0, wide.abs())
-            zero_point = self.zero_point.int()
-            flat_factor = wide
-            index = torch.arange(self.codes.shape[1]) // self.group_size
-            z = zero_point[:, index]
+            flat = wide
+        made.scale = made.scale * torch.where(flat == 0, 1.0, flat.abs())
         codes, total = self.codes.int(), sum(self.range)
+        z = made._wide(made.zero_point).int()
         negated = 2 * z - codes
         fits = bool(((negated >= self.range[0]) & (negated <= self.range[1]) | (wide >= 0)).all())
         turned = negated if fits else total - codes
         codes = torch.where(wide < 0, turned, torch.where(wide == 0, z.expand_as(codes), codes))
         if not fits:
-            zero_point = torch.where(flat_factor < 0, total - zero_point, zero_point)
-        self.codes, self.zero_point = codes.to(self.dtype), zero_point.long()
-        return True
+            made.zero_point = torch.where(flat < 0, total - made.zero_point, made.zero_point)
+        made.codes, made.signs = codes.to(self.dtype), self.signs * wide.sign()
+        return made
+
+    def silenced(self, channels: Tensor, axis: int) -> IntegerWeight | None:
+        """This weight with zeros in some output channels, and a scale of 1 there; None as in `scaled`."""
+        made = self.scaled(torch.where(channels, 0.0, 1.0), axis)
+        if made is not None and bool(channels.any()):
+            view = channels if made.group_size is None else channels.view(-1, *[1] * (made.scale.ndim - 1))
+            made.scale = torch.where(view, 1.0, made.scale)
+        return made
+
+    def _wide(self, qparam: Tensor) -> Tensor:
+        """A scale or zero point that broadcasts against the codes."""
+        if self.group_size is not None:
+            return qparam[:, torch.arange(self.codes.shape[1]) // self.group_size]
+        shape = [1] * self.codes.ndim
+        if self.axis is not None:
+            shape[self.axis] = -1
+        return qparam.view(shape)
 
 
 class IntegerInput(nn.Module):
@@ -121,15 +148,17 @@ class IntegerInput(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, quantizer: LearnableFakeQuantize) -> None:
+    def __init__(self, quantizer: LearnableFakeQuantize, signed: bool = False) -> None:
         super().__init__()
-        self.range, self.axis = quantizer.code_range, quantizer.axis
-        self.dtype = torch.uint8 if self.range[0] >= 0 else torch.int8
         scale, zero_point = quantizer.used_qparams()
-        self.only = float(scale[0]), int(zero_point[0])  # numbers, where there is one of each
+        shift = 128 if signed and quantizer.code_range[0] >= 0 else 0
+        ends, self.axis = quantizer.code_range, quantizer.axis
+        self.range = ends[0] - shift, ends[1] - shift
+        self.dtype = torch.uint8 if self.range[0] >= 0 else torch.int8
+        self.only = float(scale[0]), int(zero_point[0]) - shift  # numbers, where there is one of each
         self.register_buffer("scale", scale.clone())
-        self.register_buffer("zero_point", zero_point.long())
-        low, high = (scale * (end - zero_point) for end in self.range)
+        self.register_buffer("zero_point", zero_point.long() - shift)
+        low, high = (scale * (end - zero_point) for end in ends)
         self.ends = float(low[0]), float(high[0])
         self.register_buffer("low", low)
         self.register_buffer("high", high)
@@ -156,8 +185,12 @@ class IntegerInput(nn.Module):
         return x
 
 
-def integer_copy(model: nn.Module) -> nn.Module:
+def integer_copy(model: nn.Module, signed: bool = False) -> nn.Module:
     """A copy in eval mode whose quantizers are `IntegerWeight` and `IntegerInput`; the model is not changed.
+
+    Args:
+        model: with quantizers whose qparams are set.
+        signed: store unsigned codes of inputs 128 lower, as int8.
 
     Raises:
         ValueError: if the model cannot be exported, with the names of what stands in the way.
@@ -165,16 +198,44 @@ def integer_copy(model: nn.Module) -> nn.Module:
     check_estimated(model)
     check_exportable(model)
     made = copy.deepcopy(model).eval().requires_grad_(False)
+    weights: dict[int, IntegerWeight] = {}  # layers that share a weight share its integers
     for layer in hosts(made).values():
-        integer_layer(layer)
+        layer.saved = None
+        weight, activation = layer.weight_quantizer, layer.input_quantizer
+        if weight is not None:
+            if id(weight) not in weights:
+                weights[id(weight)] = IntegerWeight(weight, whole_weight(layer))
+            layer._modules[WEIGHT] = weights[id(weight)]
+        if activation is not None:
+            layer._modules[INPUT] = IntegerInput(activation, signed)
     return made
 
 
-def integer_layer(layer: QuantizedLayer) -> None:
-    """Replace a layer's quantizers in place."""
-    layer.saved = None
-    weight, activation = layer.weight_quantizer, layer.input_quantizer
-    if weight is not None:
-        layer._modules[WEIGHT] = IntegerWeight(weight, whole_weight(layer))
-    if activation is not None:
-        layer._modules[INPUT] = IntegerInput(activation)
+class Bias(nn.Module):
+    """A layer's forward hook that adds its bias, as a subtraction.
+
+    ONNX Runtime rounds a bias inside a layer, or in an addition behind it, to multiples of input scale times weight
+    scale. Weights of 4 bits make these coarse: of a 2-bit network, every eighth answer was another.
+    """
+
+    negative: Tensor
+
+    def __init__(self, bias: Tensor, dimensions_after: int) -> None:
+        super().__init__()
+        self.register_buffer("negative", -bias.detach().view(-1, *[1] * dimensions_after))
+
+    def forward(self, module: Any, args: Any, output: Tensor) -> Tensor:
+        """The layer's output with its bias."""
+        return output - self.negative
+
+
+def keep_biases_exact(model: nn.Module) -> None:
+    """Take the biases of layers with narrow weights and quantized inputs out of the layers, in place."""
+    for layer in hosts(model).values():
+        weight, bias = layer._modules[WEIGHT], getattr(layer, "bias", None)
+        plain = float_type(layer) in QUANTIZABLE and isinstance(layer._modules[INPUT], IntegerInput)
+        if plain and isinstance(weight, IntegerWeight) and weight.narrow and isinstance(bias, Tensor):
+            add = Bias(bias, 0 if isinstance(layer, nn.Linear) else weight.codes.ndim - 2)
+            layer.bias = None
+            layer.add_module("exact_bias", add)
+            layer.register_forward_hook(add, prepend=True)

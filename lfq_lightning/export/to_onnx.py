@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.export.fold import fold_batch_norm
-from lfq_lightning.export.integers import IntegerWeight, integer_copy
+from lfq_lightning.export.inputs import arguments, traced
+from lfq_lightning.export.integers import IntegerWeight, integer_copy, keep_biases_exact
 from lfq_lightning.placement import detach
 
 if TYPE_CHECKING:
@@ -29,13 +31,14 @@ _REMEDY = 'install the extra: `pip install "lfq_lightning[export]"`'
 
 def export_onnx(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...],
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
     path: str | Path,
     *,
     dynamic_axes: Mapping[str, Mapping[int, str]] | bool = True,
     opset: int = 21,
     batches: Iterable[Any] = (),
     tolerance: float = 0.01,
+    optimized_tolerance: float = 0.05,
     on_mismatch: Literal["raise", "warn"] = "raise",
 ) -> Parity:
     """Write a quantized model as ONNX, run the file in ONNX Runtime, and compare it with the model.
@@ -46,15 +49,20 @@ def export_onnx(
 
     Args:
         model: a model with quantizers whose qparams are set; it is not changed.
-        example_inputs: one input or a tuple of positional inputs.
+        example_inputs: one input, a tuple of positional inputs, or a mapping of keyword inputs.
         path: the file to write.
         dynamic_axes: by argument name of `forward`, the dimensions that may vary and their names. True: the first
-            dimension of every tensor; False: none.
+            dimension of every tensor in which it is as long as in the first; False: none.
         opset: of ONNX; packed 4 bits and groups need 21.
-        batches: more inputs to compare on, as a DataLoader gives them; of a tuple or list the first entry counts.
+        batches: more inputs to compare on, as a DataLoader gives them: of a tuple or list as many entries count as
+            there are example inputs, of a mapping the keywords that are among them.
         tolerance: the share of a quantizer's integer codes that may differ. Layers sum in float, and ONNX Runtime in
-            another order than torch: a value on the edge between two codes may fall to the other side.
-        on_mismatch: what happens beyond the tolerance, or where the largest output is at another place.
+            another order than torch: a value on the edge between two codes may fall to the other side. It is also the
+            share of inputs whose largest output may be elsewhere, and of the output's power that may differ.
+        optimized_tolerance: the latter two with all optimizations, which compute in integers and round biases. The
+            session option "session.x64quantprecision" is on: without it, processors that lack VNNI instructions
+            saturate sums of two 8-bit products in 16 bits.
+        on_mismatch: what happens beyond a tolerance.
 
     Returns:
         What was compared; prints as a table.
@@ -73,53 +81,84 @@ def export_onnx(
     """
     if on_mismatch not in ("raise", "warn"):
         raise ValueError(f'`on_mismatch` must be "raise" or "warn". Found {on_mismatch!r}.')
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"Export to ONNX needs onnx, onnxscript and onnxruntime ({error}): {_REMEDY}.") from error
-    from lfq_lightning.export.parity import codes_by_quantizer, compare
+    require_onnx()
+    import onnx
 
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    from lfq_lightning.export.comparing import codes_by_quantizer, compare
+
+    args, kwargs = arguments(example_inputs)
     integers = integer_copy(model)
-    folded = fold_batch_norm(integers, inputs)
-    proto = _exported(integers, inputs, dynamic_axes, opset)
-    if opset >= 21:
-        _pack(proto, {name: m for name, m in integers.named_modules() if isinstance(m, IntegerWeight)})
+    _check_opset(integers, opset)
+    folded = fold_batch_norm(integers, args, kwargs)
+    keep_biases_exact(integers)
+    proto = _exported(integers, args, kwargs, dynamic_axes, opset)
+    modules = integers.named_modules(remove_duplicate=False)  # one that is shared may be stored under any of its names
+    weights = {name: module for name, module in modules if isinstance(module, IntegerWeight)}
+    _pack(proto, weights, opset)
     watched = codes_by_quantizer(proto)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(_bare(proto), path)
     plain = copy.deepcopy(model).eval()
     detach(plain)
-    float_bytes = _bare(_exported(plain, inputs, dynamic_axes, opset)).ByteSize()
-    parity = compare(model, path, watched, [inputs, *map(_positional, batches)], float_bytes).with_folded(folded)
-    problems = parity.problems(tolerance)
-    if problems:
-        message = f"{path} does not give the model's answers: {'; '.join(problems)}.\n{parity}"
+    float_bytes = _bare(_exported(plain, args, kwargs, dynamic_axes, opset)).ByteSize()
+    parity = compare(
+        model,
+        path,
+        watched,
+        weights,
+        itertools.chain([(args, kwargs)], (_of_batch(batch, args, kwargs) for batch in batches)),
+        float_bytes,
+        folded=tuple(folded),
+        tolerance=tolerance,
+        optimized_tolerance=optimized_tolerance,
+    )
+    if not parity.agrees:
+        message = f"{path} does not give the model's answers: {'; '.join(parity.problems)}.\n{parity}"
         if on_mismatch == "raise":
             raise ValueError(message)
         warnings.warn(message, stacklevel=2)
     return parity
 
 
-def _positional(batch: Any) -> tuple[Any, ...]:
-    return (batch[0],) if isinstance(batch, (tuple, list)) else (batch,)
+def require_onnx() -> None:
+    """Raise ImportError, with the remedy, unless what export to ONNX needs is installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"Export to ONNX needs onnx, onnxscript and onnxruntime ({error}): {_REMEDY}.") from error
+
+
+def _check_opset(integers: nn.Module, opset: int) -> None:
+    grouped = [n for n, m in integers.named_modules() if isinstance(m, IntegerWeight) and m.group_size is not None]
+    if opset < 21 and grouped:
+        raise ValueError(
+            f"Scales of groups need opset 21 of ONNX. Found opset {opset} and groups in {', '.join(grouped[:5])}: "
+            "leave `opset` out, or use granularity 'per_channel'."
+        )
+
+
+def _of_batch(batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs in a batch, as many as the example has."""
+    if kwargs:
+        if not isinstance(batch, Mapping) or not set(kwargs) <= set(batch):
+            raise ValueError(
+                f"`batches` must hold mappings, as `example_inputs` is one, with {', '.join(kwargs)}. Found "
+                f"{list(batch) if isinstance(batch, Mapping) else type(batch).__name__}."
+            )
+        return (), {name: batch[name] for name in kwargs}
+    return (tuple(batch[: len(args)]) if isinstance(batch, (tuple, list)) else (batch,)), {}
 
 
 def _exported(
-    model: nn.Module, inputs: tuple[Any, ...], dynamic_axes: Mapping[str, Mapping[int, str]] | bool, opset: int
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_axes: Mapping[str, Mapping[int, str]] | bool,
+    opset: int,
 ) -> onnx.ModelProto:
-    dynamic: Any = None
-    if dynamic_axes is True:
-        batch = torch.export.Dim("batch")
-        dynamic = tuple({0: batch} if isinstance(x, Tensor) and x.ndim and x.shape[0] > 1 else None for x in inputs)
-    elif dynamic_axes:
-        dynamic = {
-            name: {index: torch.export.Dim(dimension) for index, dimension in axes.items()}
-            for name, axes in dynamic_axes.items()
-        }
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
@@ -127,7 +166,11 @@ def _exported(
     ):
         warnings.simplefilter("ignore")  # the exporter's own, about itself
         program = torch.onnx.export(
-            model, inputs, dynamo=True, opset_version=opset, dynamic_shapes=dynamic, custom_translation_table=_table()
+            traced(model, args, kwargs, dynamic_axes),
+            kwargs=kwargs,
+            dynamo=True,
+            opset_version=opset,
+            custom_translation_table=_table(),
         )
     assert program is not None
     return program.model_proto
@@ -163,12 +206,16 @@ def _table() -> dict[Any, Any]:
     }
 
 
-def _pack(proto: onnx.ModelProto, weights: dict[str, IntegerWeight]) -> None:
-    """Store the codes of weights of at most 4 bits, and their zero points, two to a byte."""
+def _pack(proto: onnx.ModelProto, weights: dict[str, IntegerWeight], opset: int) -> None:
+    """Store the codes of weights of at most 4 bits two to a byte, each weight with zero points of its own.
+
+    ONNX Runtime's `session.x64quantprecision` fails on zero points that several weights share.
+    """
     import onnx
     from onnx import numpy_helper
 
-    narrow = {f"{name}.codes" for name, weight in weights.items() if weight.bits <= 4}
+    kinds = onnx.TensorProto
+    narrow = {f"{name}.codes": weight.narrow and opset >= 21 for name, weight in weights.items()}
     stored = {initializer.name: initializer for initializer in proto.graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in proto.graph.node:
@@ -177,20 +224,29 @@ def _pack(proto: onnx.ModelProto, weights: dict[str, IntegerWeight]) -> None:
     for node in proto.graph.node:
         if node.op_type != "DequantizeLinear" or node.input[0] not in narrow:
             continue
+        pack = narrow[node.input[0]]
         for position, name in enumerate([node.input[0], *node.input[2:]]):
-            values = numpy_helper.to_array(stored[name])
-            if values.dtype not in (np.int8, np.uint8):
-                continue  # packed before
-            own = name
-            if position and len(readers[name]) > 1:  # a zero point that others share
-                own = f"{node.name}.zero_point"
-                node.input[2] = own
-            kind = onnx.TensorProto.UINT4 if values.dtype == np.uint8 else onnx.TensorProto.INT4
-            packed = onnx.helper.make_tensor(own, kind, values.shape, _nibbles(values), raw=True)
-            if own == name:
-                stored[name].CopyFrom(packed)
+            values, own = numpy_helper.to_array(stored[name]), name
+            if position and len({reader.input[0] for reader in readers[name]}) > 1:
+                own = node.input[2] = f"{node.input[0].removesuffix('.codes')}.zero_point"
+                if own in stored:
+                    continue
+            if pack and values.dtype in (np.int8, np.uint8):
+                kind = kinds.UINT4 if values.dtype == np.uint8 else kinds.INT4
+                kept = onnx.helper.make_tensor(own, kind, values.shape, _nibbles(values), raw=True)
+            elif own != name:
+                kept = numpy_helper.from_array(values, own)
             else:
-                proto.graph.initializer.append(packed)
+                continue
+            if own == name:
+                stored[name].CopyFrom(kept)
+            else:
+                proto.graph.initializer.append(kept)
+                stored[own] = kept
+    used = {name for node in proto.graph.node for name in node.input} | {output.name for output in proto.graph.output}
+    kept_ones = [initializer for initializer in proto.graph.initializer if initializer.name in used]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept_ones)
 
 
 def _nibbles(values: np.ndarray) -> bytes:

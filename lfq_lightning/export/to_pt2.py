@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lfq_lightning.export.fold import fold_batch_norm
+from lfq_lightning.export.inputs import arguments
 from lfq_lightning.export.integers import integer_copy
 
 
 def export_pt2(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...],
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
     path: str | Path | None = None,
     dynamic_shapes: Any = None,
     fold: bool = False,
+    signed: bool = False,
 ) -> ExportedProgram:
     """A quantized model as a program of `torch.ops.quantized_decomposed` and float operations.
 
@@ -27,10 +30,12 @@ def export_pt2(
 
     Args:
         model: a model with quantizers whose qparams are set; it is not changed.
-        example_inputs: one input or a tuple of positional inputs.
+        example_inputs: one input, a tuple of positional inputs, or a mapping of keyword inputs.
         path: where to save the program, by convention `.pt2`; None saves nothing.
         dynamic_shapes: as `torch.export.export` takes them.
         fold: fold BatchNorms into weights; exact in the integers, but no longer equal to eager in the last float bits.
+        signed: store the codes of affine inputs 128 lower, as int8, which stand for the same values: XNNPACK takes no
+            others; torchao's lowering for x86 takes uint8.
 
     Returns:
         The program.
@@ -48,11 +53,11 @@ def export_pt2(
         >>> torch.equal(program.module()(x), model.eval()(x))
         True
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    integers = integer_copy(model)
+    args, kwargs = arguments(example_inputs)
+    integers = integer_copy(model, signed)
     if fold:
-        fold_batch_norm(integers, inputs)
-    program = torch.export.export(integers, inputs, dynamic_shapes=dynamic_shapes)
+        fold_batch_norm(integers, args, kwargs)
+    program = torch.export.export(integers, args, kwargs, dynamic_shapes=dynamic_shapes)
     if path is not None:
         torch.export.save(program, path)
     return program

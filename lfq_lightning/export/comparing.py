@@ -1,0 +1,250 @@
+"""What ONNX Runtime computes from a file against what the model computes."""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from lfq_lightning.export.integers import IntegerWeight
+from lfq_lightning.export.parity import OutputParity, Parity, QuantizerParity
+from lfq_lightning.ops import spread
+from lfq_lightning.placement.host import hosts, plain_name, quantizers, whole_weight
+from lfq_lightning.quantizer import LearnableFakeQuantize
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def compare(
+    model: nn.Module,
+    path: Path,
+    watched: Mapping[str, Sequence[str]],
+    weights: Mapping[str, IntegerWeight],
+    batches: Iterable[Inputs],
+    float_file_bytes: int,
+    **settings: Any,
+) -> Parity:
+    """Run the model in eval mode and the file in ONNX Runtime on the same batches.
+
+    Args:
+        model: what was exported; it is not changed.
+        path: the file.
+        watched: what `codes_by_quantizer` gave.
+        weights: the integer weights by name, which know the signs that BatchNorm gave them.
+        batches: positional and keyword inputs.
+        float_file_bytes: the size to compare the file's with.
+        settings: further fields of the result.
+    """
+    reference = copy.deepcopy(model).eval()
+    for quantizer in (m for m in reference.modules() if isinstance(m, LearnableFakeQuantize)):
+        quantizer.phase = "freeze"
+    called: set[str] = set()
+    for name, layer in hosts(reference).items():
+        layer.register_forward_hook(_Called(called, plain_name(name)))
+    proto = onnx.load(path)
+    outputs = [output.name for output in proto.graph.output]
+    for name in (name for names in watched.values() for name in names):
+        proto.graph.output.append(onnx.ValueInfoProto(name=name))
+    plain = _session(proto, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    fast = _session(onnx.load(path), onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    found, count = dict(watched), 0
+    tally: dict[str, _Codes] = {}
+    unoptimized, optimized = _Outputs(outputs), _Outputs(outputs)
+    for args, kwargs in batches:
+        expected, codes = _run(reference, args, kwargs)
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        feed = {node.name: x.detach().cpu().numpy() for node, x in zip(plain.get_inputs(), tensors, strict=True)}
+        values = dict(zip([o.name for o in plain.get_outputs()], plain.run(None, feed), strict=True))
+        for name, uses in codes.items():
+            if name not in found:
+                found[name] = found.get(_twin(name, codes, watched), ())
+            tally.setdefault(name, _Codes()).take_in(uses, [values[t] for t in found[name]])
+        count += expected[0].argmax(-1).size
+        unoptimized.take_in([values[name] for name in outputs], expected)
+        optimized.take_in(fast.run(outputs, feed), expected)
+    stored = stored_weights(onnx.load(path))
+    for name, layer in hosts(reference).items():
+        key, quantizer = f"{plain_name(name)}.weight_quantizer", layer.weight_quantizer
+        if name in called and quantizer is not None and key in weights:
+            wanted = _centred(quantizer, whole_weight(layer)) * weights[key].signs.int().numpy()
+            alike = [other for other in weights if weights[other] is weights[key] and other in stored]
+            tally.setdefault(key, _Codes()).take_in([wanted], [stored[other] for other in alike[:1]])
+    rows = tuple(tally[name].row(name) for name in quantizers(reference) if name in tally)
+    quantum = _quantum(reference)
+    ends = unoptimized.parity(quantum, count), optimized.parity(quantum, count)
+    return Parity(rows, count, *ends, path.stat().st_size, float_file_bytes, **settings)
+
+
+@dataclass
+class _Codes:
+    """One quantizer's codes, counted over batches."""
+
+    count: int = 0
+    equal: int = 0
+    largest: int = 0
+
+    def take_in(self, expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> None:
+        self.count += sum(codes.size for codes in expected)
+        for mine, theirs in zip(expected, found, strict=False):  # those that the file lacks are not equal
+            apart = np.abs(mine - theirs.astype(np.int32))
+            self.equal += int((apart == 0).sum())
+            self.largest = max(self.largest, int(apart.max(initial=0)))
+
+    def row(self, name: str) -> QuantizerParity:
+        return QuantizerParity(name, self.count, self.equal / max(self.count, 1), self.largest)
+
+
+class _Outputs:
+    """How far one session's outputs are from what the model gives."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.gaps = [_Gap() for _ in names]
+        self.same = 0
+
+    def take_in(self, found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
+        for gap, mine, theirs in zip(self.gaps, expected, found, strict=True):
+            gap.take_in(theirs, mine)
+        self.same += int((found[0].argmax(-1) == expected[0].argmax(-1)).sum())
+
+    def parity(self, quantum: float, count: int) -> OutputParity:
+        largest = max(gap.largest for gap in self.gaps)
+        noise = max(gap.noise for gap in self.gaps)
+        return OutputParity(largest, largest / quantum, noise, self.same / max(count, 1))
+
+
+@dataclass
+class _Gap:
+    """How far one output is from what the model gives."""
+
+    largest: float = 0.0
+    squares: float = 0.0
+    power: float = 0.0
+
+    def take_in(self, found: np.ndarray, expected: np.ndarray) -> None:
+        same = (found == expected) | (np.isnan(found) & np.isnan(expected))  # infinite masks are equal too
+        f, e = (np.where(same, 0.0, x.astype(np.float64)) for x in (found, expected))
+        apart = np.nan_to_num(np.abs(f - e), nan=np.inf)
+        self.largest = max(self.largest, float(apart.max(initial=0)))
+        self.squares += float((apart**2).sum())
+        self.power += float((np.where(np.isfinite(expected), expected, 0).astype(np.float64) ** 2).sum())
+
+    @property
+    def noise(self) -> float:
+        return self.squares / max(self.power, float(np.finfo(np.float32).tiny))
+
+
+def _session(proto: onnx.ModelProto, level: Any, precise: bool = True) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = level
+    options.log_severity_level = 4
+    # Processors without VNNI otherwise saturate sums of two products of 8 bits in 16 bits.
+    options.add_session_config_entry("session.x64quantprecision", str(int(precise)))
+    try:
+        return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except onnxruntime.capi.onnxruntime_pybind11_state.Fail:
+        if not precise:
+            raise
+        # That option fails at a weight that is used twice: optimize no further than sums in float.
+        return _session(proto, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC, precise=False)
+
+
+def codes_by_quantizer(proto: onnx.ModelProto) -> dict[str, list[str]]:
+    """The results of QuantizeLinear nodes by the quantizer that they are of, in order of use, as the exporter notes."""
+    found: dict[str, list[str]] = {}
+    for node in proto.graph.node:
+        if node.op_type == "QuantizeLinear":
+            notes = {note.key: note.value for note in node.metadata_props}
+            scopes = ast.literal_eval(notes["pkg.torch.onnx.name_scopes"])
+            name = next(scope for scope in reversed(scopes) if scope.endswith("input_quantizer"))
+            found.setdefault(name, []).append(node.output[0])
+    return found
+
+
+def stored_weights(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """The integer weights in a file less their zero points, by the quantizer that they are of."""
+    stored = {i.name: i for i in proto.graph.initializer}
+    found = {}
+    for node in proto.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in stored:
+            codes = numpy_helper.to_array(stored[node.input[0]]).astype(np.int32)
+            zero_point = numpy_helper.to_array(stored[node.input[2]]).astype(np.int32)
+            settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            axis, block = settings.get("axis", 1), settings.get("block_size", 0)
+            if block:
+                zero_point = np.repeat(zero_point, block, axis).take(range(codes.shape[axis]), axis)
+            elif zero_point.size > 1:
+                zero_point = zero_point.reshape([-1 if d == axis % codes.ndim else 1 for d in range(codes.ndim)])
+            found[node.input[0].removesuffix(".codes")] = codes - zero_point
+    return found
+
+
+def _run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
+    """The outputs, and by input quantizer the codes of each use."""
+    codes: dict[str, list[np.ndarray]] = {}
+    handles = []
+    for name, layer in hosts(model).items():
+        if layer.input_quantizer is not None:
+            see = _See(codes, f"{plain_name(name)}.input_quantizer")
+            handles.append(layer.input_quantizer.register_forward_hook(see))
+    try:
+        with torch.no_grad():
+            output = model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)], codes
+
+
+class _Called:
+    def __init__(self, into: set[str], name: str) -> None:
+        self.into, self.name = into, name
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.into.add(self.name)
+
+
+class _See:
+    def __init__(self, into: dict[str, list[np.ndarray]], name: str) -> None:
+        self.into, self.name = into, name
+
+    def __call__(self, quantizer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        assert isinstance(quantizer, LearnableFakeQuantize)
+        _, zero_point = quantizer.used_qparams()
+        z = spread(zero_point, output.shape, quantizer.axis, quantizer.group_size)
+        centred = torch.from_numpy(_centred(quantizer, output))
+        self.into.setdefault(self.name, []).append((centred + z).numpy().astype(np.int32))
+
+
+def _centred(quantizer: LearnableFakeQuantize, x: Tensor) -> np.ndarray:
+    """Integer codes less their zero points."""
+    scale = spread(quantizer.used_qparams()[0], x.shape, quantizer.axis, quantizer.group_size)
+    return (quantizer.quantized(x.detach()).detach().float() / scale).round().numpy().astype(np.int32)
+
+
+def _twin(name: str, codes: Mapping[str, Sequence[np.ndarray]], watched: Mapping[str, Sequence[str]]) -> str | None:
+    """Another quantizer that gives the same codes: the exporter makes one node of two that have one input and scale."""
+    for other in watched:
+        mine, theirs = codes[name], codes.get(other, ())
+        if len(mine) == len(theirs) and all(map(np.array_equal, mine, theirs)):
+            return other
+    return None
+
+
+def _quantum(model: nn.Module) -> float:
+    """One step of the last layer's integer accumulator, the largest of its channels."""
+    *_, last = hosts(model).values()
+    parts = [q.used_qparams()[0].max() for q in (last.weight_quantizer, last.input_quantizer) if q is not None]
+    return float(torch.stack(parts).prod())

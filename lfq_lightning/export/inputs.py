@@ -1,0 +1,71 @@
+"""The inputs that a model is traced with, and what to do where it cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs from one input, a tuple, or a mapping, as Lightning's example arrays are."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
+
+
+def traced(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_axes: Mapping[str, Mapping[int, str]] | bool = True,
+) -> ExportedProgram:
+    """What `torch.export` makes of a model.
+
+    Raises:
+        ValueError: if it cannot trace the model, with the reason and what can be done.
+    """
+    dynamic: Any = None
+    if dynamic_axes is True:
+        args, kwargs = _at_least_two((args, kwargs))
+        dynamic = _batch_shapes(args, kwargs)
+    elif dynamic_axes:
+        dynamic = {
+            name: {index: torch.export.Dim(dimension) for index, dimension in axes.items()}
+            for name, axes in dynamic_axes.items()
+        }
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic)
+    except Exception as error:  # of torch's, of many types; and the model's own
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise ValueError(
+            f"A model is exported by `torch.export`, which traces `forward` with the example inputs. "
+            f"{type(model).__name__} cannot be traced: {type(error).__name__}: {reason[:300]} Let no value of a tensor "
+            "decide what is computed, and give inputs as `forward` takes them; where the size of a batch decides, "
+            "`dynamic_axes=False` fixes it."
+        ) from error
+
+
+def _at_least_two(inputs: Any) -> Any:
+    """Twice a batch of one: torch takes a dimension of one for constant."""
+    if _length(inputs) != 1:
+        return inputs
+    return tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim and len(x) == 1 else x, inputs)
+
+
+def _batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first dimension may vary in every tensor in which it is as long as in the first."""
+    length = _length((args, kwargs))
+    batch = torch.export.Dim("batch")
+    return tree_map(
+        lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim and len(x) == length else None, kwargs or args
+    )
+
+
+def _length(inputs: Any) -> int:
+    return next((len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.ndim), 0)

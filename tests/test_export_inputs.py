@@ -1,0 +1,225 @@
+"""Models with several inputs and outputs, shared layers and weights, odd layers and ranges: exported, or named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lfq_lightning as lfq
+from lfq_lightning.export.parity import Parity
+from tests.runs import Net, fit, loader, qat
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporter, about itself
+
+
+class Module(nn.Module):
+    """Layers by name, and what forward does with them."""
+
+    def __init__(self, use: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.use = use
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+
+class Pair(Module):
+    def forward(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Any:
+        return self.use(self, x, y, scale)
+
+
+class One(Module):
+    def forward(self, x: Any) -> Any:
+        return self.use(self, x)
+
+
+def calibrated(model: nn.Module, inputs: Any, weight: Any = 8, activation: Any = 8, **options: Any) -> nn.Module:
+    def run(module: nn.Module, batch: Any) -> Any:
+        return (
+            module(**batch)
+            if isinstance(batch, dict)
+            else module(*batch)
+            if isinstance(batch, tuple)
+            else module(batch)
+        )
+
+    lfq.attach(model, weight, activation, **options)
+    lfq.calibrate(model, [inputs], forward=run)
+    return model.eval()
+
+
+def assert_exact(parity: Parity, model: nn.Module) -> None:
+    """Every quantizer was compared, and every code and output is the same."""
+    assert {row.quantizer for row in parity.quantizers} == set(lfq.quantizers(model))
+    assert all(row.equal == 1 for row in parity.quantizers)
+    assert parity.plain.noise < 1e-9
+    assert parity.agrees
+
+
+def sums(model: Any, x: Tensor, y: Tensor, scale: float) -> Any:
+    z = model.first(x) + model.second(y)
+    return z, {"scaled": z * scale, "mean": z.mean(1)}
+
+
+def pair() -> nn.Module:
+    return Pair(sums, first=nn.Linear(6, 5), second=nn.Linear(4, 5))
+
+
+def test_several_inputs_and_outputs_of_any_batch_size(tmp_path: Path) -> None:
+    model = calibrated(pair(), (torch.randn(8, 6), torch.randn(8, 4)))
+    batch = torch.randn(9, 6), torch.randn(9, 4), torch.zeros(9)  # as a loader gives it, with labels
+    example = torch.randn(1, 6), torch.randn(1, 4)
+    parity = lfq.export_onnx(model, example, tmp_path / "m.onnx", batches=[batch])
+    assert parity.inputs == 10
+    assert_exact(parity, model)
+
+
+def test_inputs_by_name(tmp_path: Path) -> None:
+    example = {"y": torch.randn(8, 4), "x": torch.randn(8, 6)}
+    model = calibrated(pair(), example)
+    batch = {"x": torch.randn(9, 6), "labels": torch.zeros(9), "y": torch.randn(9, 4)}
+    assert_exact(lfq.export_onnx(model, example, tmp_path / "m.onnx", batches=[batch]), model)
+    with pytest.raises(ValueError, match=r"`batches` must hold mappings.* with y, x\. Found \['x'\]"):
+        lfq.export_onnx(model, example, tmp_path / "m.onnx", batches=[{"x": batch["x"]}])
+
+
+def test_a_dictionary_as_one_input(tmp_path: Path) -> None:
+    example = ({"a": torch.randn(4, 6)},)
+    model = calibrated(One(lambda m, x: m.layer(x["a"]), layer=nn.Linear(6, 3)), example)
+    assert_exact(lfq.export_onnx(model, example, tmp_path / "m.onnx"), model)
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    made = One(lambda m, x: m.head(m.tokens(x)), tokens=nn.Embedding(500, 16), head=nn.Linear(16, 500, bias=False))
+    made.head.weight = made.tokens.weight
+    x = torch.randint(500, (4, 5))
+    model = calibrated(made, x)
+    parity = lfq.export_onnx(model, x, tmp_path / "m.onnx")
+    assert_exact(parity, model)
+    assert 8000 < parity.file_bytes < 16000
+
+
+def test_a_layer_that_is_used_twice_is_compared_at_both_uses(tmp_path: Path) -> None:
+    x = torch.randn(8, 6)
+    model = calibrated(One(lambda m, x: m.layer(torch.relu(m.layer(x))), layer=nn.Linear(6, 6)), x)
+    parity = lfq.export_onnx(model, x, tmp_path / "m.onnx")
+    assert_exact(parity, model)
+    assert {row.quantizer: row.codes for row in parity.quantizers}["layer.input_quantizer"] == 2 * 8 * 6
+
+
+def test_a_subclass_that_a_rule_asks_for(tmp_path: Path) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2 + self.weight.sum()
+
+    x = torch.randn(8, 6)
+    model = calibrated(nn.Sequential(Doubled(6, 6), nn.Linear(6, 2)), x, rules=[lfq.Rule(Doubled, weight=8)])
+    assert_exact(lfq.export_onnx(model, x, tmp_path / "m.onnx"), model)
+
+
+def per_channel(**options: Any) -> lfq.QuantSpec:
+    return lfq.QuantSpec(granularity="per_channel", **options)
+
+
+LAYERS: dict[str, Any] = {
+    "dilated, reflecting": (lambda: nn.Conv1d(3, 4, 3, padding=2, dilation=2, padding_mode="reflect"), (3, 16), 8, 8),
+    "circular, in groups": (lambda: nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular", groups=2), (4, 6, 6), 4, 4),
+    "volume": (lambda: nn.Conv3d(2, 3, 2), (2, 4, 4, 4), 8, 8),
+    "transposed, in groups": (lambda: nn.ConvTranspose2d(4, 4, 3, 2, groups=2, output_padding=1), (4, 6, 6), 4, 8),
+    "input per channel": (lambda: nn.Conv2d(4, 8, 3), (4, 6, 6), 4, per_channel(bits=4)),
+    "input per last channel": (lambda: nn.Linear(4, 8), (5, 4), 8, per_channel(bits=8, axis=-1)),
+    "groups of a convolution": (
+        lambda: nn.Conv2d(6, 8, 3),
+        (6, 6, 6),
+        lfq.QuantSpec(bits=4, granularity="per_group", group_size=4),
+        None,
+    ),
+    "16 codes that 4 bits do not hold": (
+        lambda: nn.Linear(8, 6),
+        (8,),
+        per_channel(bits=4, quant_min=3, quant_max=18),
+        lfq.QuantSpec(quant_min=3, quant_max=10),
+    ),
+    "negative codes": (
+        lambda: nn.Linear(8, 6),
+        (8,),
+        per_channel(bits=4, quant_min=-12, quant_max=3),
+        lfq.QuantSpec(quant_min=-100, quant_max=-3),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_odd_layers_and_ranges_are_exact(tmp_path: Path, case: str) -> None:
+    make, shape, weight, activation = LAYERS[case]
+    x = torch.randn(8, *shape)
+    model = calibrated(nn.Sequential(make()), x, weight, activation)
+    parity = lfq.export_onnx(model, x, tmp_path / "m.onnx", batches=[torch.randn(5, *shape)])
+    assert_exact(parity, model)
+
+
+def test_groups_need_an_opset_that_has_them() -> None:
+    x = torch.randn(4, 8)
+    groups = lfq.QuantSpec(bits=4, granularity="per_group", group_size=4)
+    model = calibrated(nn.Sequential(nn.Linear(8, 4)), x, groups, None)
+    with pytest.raises(ValueError, match=r"need opset 21 of ONNX\. Found opset 18 and groups in 0\.weight_quantizer"):
+        lfq.export_onnx(model, x, "unused.onnx", opset=18)
+
+
+def test_a_model_that_cannot_be_traced_is_named() -> None:
+    x = torch.randn(4, 6)
+    model = calibrated(One(lambda m, x: m.layer(x) if x.sum() > 0 else m.layer(-x), layer=nn.Linear(6, 6)), x)
+    with pytest.raises(ValueError, match=r"One cannot be traced: .*[dD]ata-dependent"):
+        lfq.export_onnx(model, x, "unused.onnx")
+
+
+class Branching(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.mean() > 0 else super().forward(-x)
+
+
+class Headless(Net):
+    forward = L.LightningModule.forward
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(Net.forward(self, batch[0]), batch[1])
+
+
+class Keyed(Net):
+    """A batch is a mapping, whose entries are the keywords of forward."""
+
+    def forward(self, image: Tensor, weight: Tensor) -> Tensor:
+        return super().forward(image) * weight[:, None]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self(**batch).square().mean()
+
+
+def test_a_module_without_forward_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`export` writes what `forward` computes\. Headless has none"):
+        fit(tmp_path, Headless(), callback=qat(export="m.onnx"))
+
+
+def test_a_module_that_cannot_be_traced_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    model = Branching()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with pytest.raises(ValueError, match="Branching cannot be traced"):
+        fit(tmp_path, model, callback=qat(export="m.onnx"), num_sanity_val_steps=0)
+    assert all(torch.equal(value, dict(model.named_parameters())[name]) for name, value in before.items())
+
+
+def test_a_fit_on_mappings_is_exported_by_keyword(tmp_path: Path) -> None:
+    batches = DataLoader([{"image": x, "weight": torch.rand(len(x))} for x, _ in loader()], batch_size=None)
+    callback = qat(export="m.onnx")
+    fit(tmp_path, Keyed(), callback=callback, data=batches, limit_val_batches=0)
+    assert callback.parity is not None
+    assert callback.parity.agrees
+    [path] = tmp_path.rglob("m.onnx")
+    assert [given.name for given in onnx.load(path).graph.input] == ["image", "weight"]

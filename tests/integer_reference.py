@@ -83,6 +83,8 @@ def run_in_integers(path: Path, x: np.ndarray) -> tuple[dict[str, np.ndarray], n
             result = Codes(*given)
         elif node.op_type in ("Conv", "Gemm"):
             result = _layer(node.op_type, settings, *given)
+        elif node.op_type == "Sub":  # a bias of its own
+            result = replace(first, bias=first.bias - given[1])
         elif node.op_type == "Relu":
             result = replace(first, low=max(first.low, 0.0))
         elif node.op_type == "Clip" and isinstance(first, Sums):
@@ -103,7 +105,7 @@ def run_in_integers(path: Path, x: np.ndarray) -> tuple[dict[str, np.ndarray], n
     return codes, values[graph.output[0].name].values
 
 
-def _layer(kind: str, settings: dict[str, Any], x: Codes, weight: Codes, bias: np.ndarray) -> Sums:
+def _layer(kind: str, settings: dict[str, Any], x: Codes, weight: Codes, bias: np.ndarray | None = None) -> Sums:
     channels = (-1, *[1] * (weight.q.ndim - 1))
     w = weight.q.astype(np.int32) - weight.zero_point.astype(np.int32).reshape(channels)
     if kind == "Gemm":
@@ -113,7 +115,8 @@ def _layer(kind: str, settings: dict[str, Any], x: Codes, weight: Codes, bias: n
         total = _convolved(x.centred, w, settings)
     outer = (1, -1, *[1] * (total.ndim - 2))
     scale = np.broadcast_to((x.scale * weight.scale).reshape(outer), total.shape)
-    return Sums(total, scale, np.broadcast_to(bias.reshape(outer), total.shape))
+    bias = np.zeros(1, np.float32) if bias is None else bias.reshape(outer)
+    return Sums(total, scale, np.broadcast_to(bias, total.shape))
 
 
 def _convolved(x: np.ndarray, w: np.ndarray, settings: dict[str, Any]) -> np.ndarray:

@@ -31,7 +31,7 @@ def test_the_main_job_trains_to_four_bits_and_writes_what_it_says(tmp_path: Path
     accuracy = {stage: next(v for k, v in m.items() if "accuracy" in k) for stage, m in metrics.items()}
     assert accuracy["quantized"] >= 0.97
     assert accuracy["quantized"] >= accuracy["float"] - 0.01
-    assert metrics["quantized"]["weight_bytes"] < 0.16 * metrics["float"]["weight_bytes"]
+    assert metrics["quantized"]["parameter_bytes"] < 0.16 * metrics["float"]["parameter_bytes"]
     rows = read_trajectory(tmp_path / "quantized/trajectory.csv")
     assert [p for p in dict.fromkeys(r.phase for r in rows)] == ["observe", "estimate", "learn"]
     assert (tmp_path / "trajectories.png").stat().st_size > 10_000

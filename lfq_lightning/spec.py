@@ -15,6 +15,7 @@ from lfq_lightning.ops import Saturation, check_range
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "lsq", "lsq+"]
+ScaleDomain = Literal["linear", "log", "power_of_two"]
 
 
 @final  # jsonargparse then takes the fields alone, without a class path
@@ -39,6 +40,9 @@ class QuantSpec:
         grad_factor: multiplies the qparams' gradients. "lsq": 1 / sqrt(N * max(|quant_min|, |quant_max|)), with N the
             elements that share one scale, the batch not counted (Esser et al. 2020, section 2.2).
         saturation: which elements count as saturated in the gradients; see `lfq_lightning.fake_quantize`.
+        scale_domain: how the callback's optimizer steps a scale s. "linear": s itself (LSQ); "log": log2 s (TQT, Jain
+            et al. 2020); "power_of_two": log2 s, and the scale used is 2^round(log2 s), for hardware that shifts.
+        learn_zero_point: whether an affine quantizer's zero point learns (LSQ+), or stays as it was estimated.
 
     Raises:
         TypeError: if a value has the wrong type.
@@ -61,6 +65,8 @@ class QuantSpec:
     observer: ObserverName = "mse"
     grad_factor: float | Literal["lsq"] = "lsq"
     saturation: Saturation = "lsq"
+    scale_domain: ScaleDomain = "linear"
+    learn_zero_point: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int):
@@ -68,7 +74,7 @@ class QuantSpec:
         if not 2 <= self.bits <= 16:
             remedy = "use 2 for ternary-like weights" if self.bits < 2 else "leave the module in float with None"
             raise ValueError(f"`bits` must be between 2 and 16. Found {self.bits}: {remedy}.")
-        for name in ("symmetric", "signed"):
+        for name in ("symmetric", "signed", "learn_zero_point"):
             if not isinstance(getattr(self, name), bool) and not (name == "signed" and self.signed is None):
                 raise TypeError(f"`{name}` must be true or false. Found {getattr(self, name)!r}.")
         for name, choices in _CHOICES.items():
@@ -143,6 +149,7 @@ _CHOICES = {
     "granularity": get_args(Granularity),
     "observer": get_args(ObserverName),
     "saturation": get_args(Saturation),
+    "scale_domain": get_args(ScaleDomain),
 }
 
 SpecLike = int | QuantSpec | Mapping[str, Any] | None

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lfq_lightning"
 FLOORS = [
     ["schedule", "records.trajectory", "training.wrapping", "ops.layout"],
     ["records.plot", "records.comparison", "ops.reference", "ops.native", "ops.triton_kernels"],
-    ["records.plot_comparison", "ops.triton"],
+    ["records.plot_comparison", "ops.triton", "ops.power_of_two"],
     ["ops.backends"],
     ["ops.function"],
     ["ops"],
@@ -39,7 +39,8 @@ FLOORS = [
     ["export.comparing", "export.fold"],
     ["export.to_onnx", "export.to_pt2"],
     ["export"],
-    ["training.optimizer", "training.sentinel", "training.sharding"],
+    ["training.slots", "training.sentinel", "training.sharding"],
+    ["training.optimizer"],
     ["training.neighbours", "training.recorder", "training.resuming", "training.run_length"],
     ["training.user_optimizer"],
     ["checkpoint", "training.run_phases"],

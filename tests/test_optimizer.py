@@ -18,9 +18,9 @@ from tests.runs import Net, fit, images, qat
 X = images().tensors[0]
 
 
-def learned(model: nn.Module, x: Tensor = X, observer: str = "mse") -> nn.Module:
-    weight = lfq.QuantSpec(bits=4, granularity="per_channel", observer=observer)
-    lfq.attach(model, weight, lfq.QuantSpec(bits=4, symmetric=False, observer=observer))
+def learned(model: nn.Module, x: Tensor = X, observer: str = "mse", domain: str = "linear") -> nn.Module:
+    weight = lfq.QuantSpec(bits=4, granularity="per_channel", observer=observer, scale_domain=domain)
+    lfq.attach(model, weight, lfq.QuantSpec(bits=4, symmetric=False, observer=observer, scale_domain=domain))
     lfq.calibrate(model, [x])
     lfq.set_phase(model, "learn")
     return model
@@ -65,9 +65,18 @@ def test_hidden_qparams_come_back_as_they_were() -> None:
     assert all(a[0] == b[0] and a[1] is b[1] for a, b in zip(before, model.named_parameters(), strict=True))
 
 
-# The bins of the default observer are the same after a power of two alone.
-@pytest.mark.parametrize(("observer", "factor"), [("minmax", 1000.0), ("lsq", 1000.0), ("mse", 1024.0)])
-def test_learning_is_invariant_to_the_units_of_an_activation(observer: str, factor: float) -> None:
+# The bins of the default observer are the same after a power of two alone, and so are powers of two.
+@pytest.mark.parametrize(
+    ("observer", "factor", "domain"),
+    [
+        ("minmax", 1000.0, "linear"),
+        ("lsq", 1000.0, "linear"),
+        ("mse", 1024.0, "linear"),
+        ("minmax", 1000.0, "log"),
+        ("mse", 1024.0, "power_of_two"),
+    ],
+)
+def test_learning_is_invariant_to_the_units_of_an_activation(observer: str, factor: float, domain: str) -> None:
     torch.manual_seed(0)
     target, moved = torch.randn(64, 3), []
     for unit in (1.0, factor):
@@ -76,7 +85,7 @@ def test_learning_is_invariant_to_the_units_of_an_activation(observer: str, fact
         with torch.no_grad():
             model[0].weight.div_(unit)
         x = torch.randn(64, 5, generator=torch.Generator().manual_seed(2)) * unit
-        learned(model, x, observer)
+        learned(model, x, observer, domain)
         optimizer = weights_optimizer(model)
         QParamOptimizer(model, [optimizer])
         before = scales(model)

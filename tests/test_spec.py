@@ -39,6 +39,8 @@ def specs(draw: st.DrawFn) -> QuantSpec:
         observer=draw(st.sampled_from(["minmax", "moving_average", "percentile", "mse", "lsq", "lsq+"])),
         grad_factor=draw(st.just("lsq") | st.floats(1e-6, 1e3)),
         saturation=draw(st.sampled_from(["lsq", "exclusive", "inclusive"])),
+        scale_domain=draw(st.sampled_from(["linear", "log", "power_of_two"])),
+        learn_zero_point=draw(st.booleans()),
     )
 
 

@@ -47,6 +47,7 @@ class IntegerWeight(nn.Module):
         super().__init__()
         self.range = quantizer.code_range
         self.axis, self.group_size = quantizer.axis, quantizer.group_size
+        self.fixed_scale = quantizer.scale_domain == "power_of_two"
         self.dtype = torch.uint8 if self.range[0] >= 0 else torch.int8
         scale, zero_point = quantizer.used_qparams()
         s, z = (spread(p, weight.shape, self.axis, self.group_size) for p in (scale, zero_point))
@@ -98,8 +99,10 @@ class IntegerWeight(nn.Module):
         point. A negated code that has no room is mirrored within the range, and the zero point with it.
 
         Returns:
-            None where scales run along another dimension.
+            None where scales run along another dimension or must stay powers of two.
         """
+        if self.fixed_scale:
+            return None
         if self.axis not in (None, axis) or (self.group_size is not None and axis != 0):
             return None
         made = copy.deepcopy(self)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.ops import check_range
+from lfq_lightning.ops import check_range, nearest_power_of_two, power_of_two_above
 
 _EPS = torch.finfo(torch.float32).eps
 
@@ -40,6 +40,7 @@ class Observer(nn.Module):
         group_size: for weights (O, I, ...), neighbouring inputs that share one range, or None.
         channels: how many ranges; 1 per tensor.
         whole: each tensor observed is all that there is, as a weight is, so that no histogram need be kept.
+        power_of_two: scales are powers of two.
 
     Attributes:
         minimum, maximum: float32 buffers of shape (channels,), infinite where nothing was seen yet.
@@ -60,12 +61,13 @@ class Observer(nn.Module):
         channels: int = 1,
         device: Any = None,
         whole: bool = False,
+        power_of_two: bool = False,
     ) -> None:
         super().__init__()
         check_range(quant_min, quant_max)
         self.quant_min, self.quant_max = quant_min, quant_max
         self.symmetric, self.axis, self.group_size = symmetric, axis, group_size
-        self.whole = whole
+        self.whole, self.power_of_two = whole, power_of_two
         self.sums = 0  # columns of `Statistics.sums`
         infinite = torch.full((channels,), torch.inf, dtype=torch.float32, device=device)
         self.register_buffer("minimum", infinite)
@@ -141,6 +143,7 @@ class Observer(nn.Module):
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point, each float32 of shape (channels,); 1 and 0 where nothing was seen."""
         scale, zero_point = self._qparams(*self._range())
+        scale = nearest_power_of_two(scale) if self.power_of_two else scale
         seen = self.maximum.isfinite()
         return torch.where(seen, scale.clamp(min=_EPS), 1.0), torch.where(seen, zero_point, 0.0)
 
@@ -163,11 +166,14 @@ class Observer(nn.Module):
             scale = high / max(self.quant_max, 1)
             if self.quant_min < 0:
                 scale = torch.maximum(scale, low / self.quant_min)
-            return scale, torch.zeros_like(scale)
+            return self._allowed(scale), torch.zeros_like(scale)
         levels = self.quant_max - self.quant_min
-        scale = high / levels - low / levels  # the difference itself may overflow
+        scale = self._allowed(high / levels - low / levels)  # the difference itself may overflow
         zero_point = self.quant_min - low / scale.clamp(min=_EPS)
         return scale, zero_point.clamp(self.quant_min, self.quant_max).round()
+
+    def _allowed(self, scale: Tensor) -> Tensor:
+        return power_of_two_above(scale) if self.power_of_two else scale
 
     def extra_repr(self) -> str:
         return f"quant_min={self.quant_min}, quant_max={self.quant_max}, channels={self.channels}"

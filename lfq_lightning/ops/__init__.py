@@ -2,6 +2,7 @@
 
 from lfq_lightning.ops.backends import backends
 from lfq_lightning.ops.function import FakeQuantize, Saturation, Unchanged, check_range, fake_quantize
+from lfq_lightning.ops.power_of_two import nearest_power_of_two, power_of_two_above
 from lfq_lightning.ops.reference import effective, saturation, spread
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "check_range",
     "effective",
     "fake_quantize",
+    "nearest_power_of_two",
+    "power_of_two_above",
     "saturation",
     "spread",
 ]

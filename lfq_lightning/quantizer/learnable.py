@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.observers import OBSERVERS, Observer, check_observer
-from lfq_lightning.ops import FakeQuantize, Unchanged, check_range, effective, saturation
+from lfq_lightning.ops import FakeQuantize, Unchanged, check_range, effective, nearest_power_of_two, saturation
 from lfq_lightning.quantizer.observing import Observing
 from lfq_lightning.quantizer.switches import Switches
 from lfq_lightning.spec import QuantSpec
@@ -32,10 +32,11 @@ class LearnableFakeQuantize(Switches, Observing):
         zero_point: first value of every zero point.
         channel_len: number of channels with a scale each, or -1 for one scale.
         grad_factor: multiplies the gradients of scale and zero point; "lsq" for LSQ's.
+        learn_zero_point: False keeps an affine zero point as it was estimated.
 
     Attributes:
         scale: float32 parameter of shape (channels,), in units of x per integer step.
-        zero_point: the same shape, in integer steps; a constant buffer where the quantizer is symmetric.
+        zero_point: the same shape, in integer steps; a constant buffer where it does not learn.
         scale_reference: the scale on entering `learn`, in whose units it learns.
 
     Raises:
@@ -62,6 +63,7 @@ class LearnableFakeQuantize(Switches, Observing):
         zero_point: float = 0.0,
         channel_len: int = -1,
         grad_factor: float | str = 1.0,
+        learn_zero_point: bool = True,
     ) -> None:
         super().__init__()
         check_range(quant_min, quant_max)
@@ -82,12 +84,13 @@ class LearnableFakeQuantize(Switches, Observing):
         self.quant_min, self.quant_max = quant_min, quant_max
         self.grad_factor = grad_factor
         self.saturation_rule: str = "lsq"
+        self.scale_domain: str = "linear"
         self.is_weight = False
         self.spec: QuantSpec | None = None
 
         start = torch.ones(max(channel_len, 1), dtype=torch.float32, device=_device_of(observer))
         self.scale = nn.Parameter(start * scale)
-        if self.symmetric:
+        if self.symmetric or not learn_zero_point:
             self.register_buffer("zero_point", start * zero_point)
         else:
             self.zero_point = nn.Parameter(start * zero_point)
@@ -124,17 +127,18 @@ class LearnableFakeQuantize(Switches, Observing):
             axis = spec.axis if spec.axis is not None else axis if axis is not None else int(not weight)
         else:
             axis = None
-        observer = OBSERVERS[spec.observer](
-            quant_min, quant_max, spec.symmetric, axis, spec.group_size, channels or 1, device, whole=weight
-        )
+        ranges = (quant_min, quant_max, spec.symmetric, axis, spec.group_size, channels or 1, device)
+        observer = OBSERVERS[spec.observer](*ranges, whole=weight, power_of_two=spec.scale_domain == "power_of_two")
         made = cls(
             observer,
             quant_min,
             quant_max,
             channel_len=-1 if channels is None else channels,
             grad_factor=spec.grad_factor,
+            learn_zero_point=spec.learn_zero_point,
         )
-        made.spec, made.is_weight, made.saturation_rule = spec, weight, spec.saturation
+        made.spec, made.is_weight = spec, weight
+        made.saturation_rule, made.scale_domain = spec.saturation, spec.scale_domain
         return made
 
     # ---- qparams --------------------------------------------------------------------------------------------------
@@ -154,10 +158,15 @@ class LearnableFakeQuantize(Switches, Observing):
         print(f"LearnableFakeQuantize scale: {self.scale.detach()}")
         print(f"LearnableFakeQuantize zero_point: {self.zero_point.detach()}")
 
+    @property
+    def used_scale(self) -> Tensor:
+        """The scale that forward computes with: the learned one, or the power of two nearest to it."""
+        return nearest_power_of_two(self.scale) if self.scale_domain == "power_of_two" else self.scale
+
     @torch.no_grad()
     def used_qparams(self) -> tuple[Tensor, Tensor]:
         """The scale and the integer zero point that forward computes with, each of shape (channels,)."""
-        s, z = effective(self.scale, self.zero_point, self.quant_min, self.quant_max)
+        s, z = effective(self.used_scale, self.zero_point, self.quant_min, self.quant_max)
         return s, z
 
     def begin_learning(self) -> None:
@@ -177,7 +186,7 @@ class LearnableFakeQuantize(Switches, Observing):
     def saturation(self, x: Tensor) -> Tensor:
         """The share of x that is clamped to the range of codes, and 1 if any of it is not finite; shape (2,)."""
         arguments = (self.quant_min, self.quant_max, self.axis, self.group_size)
-        return saturation(x.detach(), self.scale, self.zero_point, *arguments)
+        return saturation(x.detach(), self.used_scale, self.zero_point, *arguments)
 
     # ---- forward --------------------------------------------------------------------------------------------------
 
@@ -208,7 +217,7 @@ class LearnableFakeQuantize(Switches, Observing):
     def quantized(self, x: Tensor, grad_factor: float = 0.0) -> Tensor:
         """X on the integer grid and back, whatever the phase; with a factor of 0 the qparams get no gradient."""
         settings = (self.quant_min, self.quant_max, self.axis, self.group_size, grad_factor, self.saturation_rule)
-        return FakeQuantize.apply(x, self.scale, self.zero_point, settings)
+        return FakeQuantize.apply(x, self.used_scale, self.zero_point, settings)
 
     def _gradient_factor(self, x: Tensor) -> float:
         if self.grad_factor != "lsq":

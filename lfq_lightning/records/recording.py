@@ -79,7 +79,7 @@ def record(
 
 
 def _columns(quantizer: LearnableFakeQuantize, measured: Tensor | None) -> Tensor:
-    scale, zero_point = quantizer.scale.detach(), quantizer.zero_point.detach()
+    scale, zero_point = quantizer.used_scale.detach(), quantizer.zero_point.detach()
     unknown = scale.new_full((1,), torch.nan)
     gradient = quantizer.scale.grad
     share, flag = (unknown[0], unknown[0]) if measured is None else measured.to(scale.device)

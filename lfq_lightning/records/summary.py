@@ -123,7 +123,7 @@ def summarize(model: nn.Module, batch: Any = None) -> Summary:
             name,
             q.bitwidth,
             q.kind,
-            float(q.scale.detach().mean()),
+            float(q.used_scale.detach().mean()),
             float(q.zero_point.detach().mean()),
             captures[name].saturation,
             captures[name].sqnr,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lfq_lightning.ops import effective, spread
+from lfq_lightning.ops import spread
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 
@@ -29,7 +29,7 @@ def integer_weights(weight: Tensor, quantizer: LearnableFakeQuantize) -> Tensor:
 
 def element_scales(weight: Tensor, quantizer: LearnableFakeQuantize) -> Tensor:
     """The scale of each weight, as a view that broadcasts against it."""
-    scale, _ = effective(quantizer.scale.detach(), quantizer.zero_point.detach(), *quantizer.code_range)
+    scale, _ = quantizer.used_qparams()
     return spread(scale, weight.shape, quantizer.axis, quantizer.group_size)
 
 
@@ -48,7 +48,7 @@ def dampening_gradient(weight: Tensor, quantizer: LearnableFakeQuantize, strengt
         A tensor of the weight's shape and dtype.
     """
     value = weight.detach()
-    scale, zero_point = effective(quantizer.scale.detach(), quantizer.zero_point.detach(), *quantizer.code_range)
+    scale, zero_point = quantizer.used_qparams()
     scale, zero_point = (spread(p, weight.shape, quantizer.axis, quantizer.group_size) for p in (scale, zero_point))
     steps = value.float() / scale
     inside = (steps > quantizer.quant_min - zero_point) & (steps < quantizer.quant_max - zero_point)

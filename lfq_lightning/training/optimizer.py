@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +14,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lfq_lightning.placement.host import QuantizedLayer, hosts, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.training.slots import Slot
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
-
-_EPS = torch.finfo(torch.float32).eps
 
 
 def default_optimizer(parameters: Iterable[Tensor]) -> Optimizer:
@@ -45,55 +43,6 @@ def hidden_qparams(model: nn.Module) -> Iterator[None]:
             quantizer._parameters.update(own)
 
 
-@dataclass
-class _Slot:
-    """One qparam, and the dimensionless value that stands for it in the optimizer."""
-
-    quantizer: LearnableFakeQuantize
-    name: str
-    host: QuantizedLayer | None  # None where the user has placed the quantizer
-    proxy: nn.Parameter
-
-    @property
-    def value(self) -> Tensor:
-        value: Tensor = getattr(self.quantizer, self.name)
-        return value
-
-    def unit(self) -> Tensor | float:
-        """What the qparam is measured in: the scale it began to learn with, or the range of codes."""
-        if self.name == "scale":
-            return self.quantizer.scale_reference
-        return float(self.quantizer.quant_max - self.quantizer.quant_min)
-
-    def take_gradient(self, loss_scale: Tensor | None) -> bool:
-        """Hand value and gradient to the proxy; False where there is nothing to learn from."""
-        gradient = self.value.grad
-        if (
-            gradient is None
-            or not self.quantizer.learning_enabled
-            or not (self.host is None or self.host.weight.requires_grad)
-        ):
-            self.proxy.grad = None
-            return False
-        unit = self.unit()
-        self.proxy.data.copy_(self.value / unit)
-        self.proxy.grad = gradient.nan_to_num(0.0, 0.0, 0.0) * unit
-        if loss_scale is not None:
-            self.proxy.grad /= loss_scale
-        return True
-
-    def write_back(self, before: Tensor) -> None:
-        """Add the step to the qparam: a value that did not move keeps every bit."""
-        moved = self.value + (self.proxy.data - before) * self.unit()
-        if self.name == "scale":
-            moved = torch.minimum(torch.maximum(moved, self.value / 2), self.value * 2).clamp(min=_EPS)
-        else:
-            moved = moved.clamp(self.quantizer.quant_min, self.quantizer.quant_max)
-        assert self.value.grad is not None
-        sound = self.value.grad.isfinite() & moved.isfinite()
-        self.value.data.copy_(torch.where(sound, moved, self.value))
-
-
 class _Pace:
     """An optimizer's learning rate in proportion to another's: 1 where that stands at the peak of its schedule."""
 
@@ -114,10 +63,10 @@ class _Pace:
 class QParamOptimizer:
     """Steps the qparams of each layer after the optimizer that holds the layer's weight, and clears them with it.
 
-    A scale learns relative to its value on entering `learn`, a zero point relative to the range of codes: multiplying
-    an activation by 1000 gives the same relative steps. One step changes a scale by at most a factor of two, and zero
-    points stay within the range. Gradients that are None are skipped, and a qparam whose gradient is not finite keeps
-    still.
+    A scale learns relative to its value on entering `learn`, or as the logarithm of that ratio (TQT, Jain et al. 2020),
+    as its `scale_domain` says; a zero point relative to the range of codes. Multiplying an activation by 1000 gives the
+    same relative steps. One step changes a scale by at most a factor of two, and zero points stay within the range.
+    Gradients that are None are skipped, and a qparam whose gradient is not finite keeps still.
 
     Args:
         model: a model with quantizers.
@@ -141,7 +90,7 @@ class QParamOptimizer:
         over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._scaler, self._over_ranks = scaler, over_ranks
-        self._slots: list[list[_Slot]] = []
+        self._slots: list[list[Slot]] = []
         self.optimizers: list[Optimizer] = []
         self._pace: list[_Pace] = []
         self._handles: list[RemovableHandle] = []
@@ -190,7 +139,7 @@ class QParamOptimizer:
         if self._schedules:
             self._schedules[position].step()
 
-    def _average(self, slots: Sequence[_Slot]) -> None:
+    def _average(self, slots: Sequence[Slot]) -> None:
         """Give every rank the mean gradient; one that was not used on a rank counts as zero there.
 
         Whether there is anything to average is known without asking the other ranks, and so without waiting for the
@@ -257,7 +206,7 @@ class _Step:
 class _ZeroGrad:
     """A user optimizer's `zero_grad` that also clears the qparams that follow it."""
 
-    def __init__(self, face: Any, slots: list[_Slot]) -> None:
+    def __init__(self, face: Any, slots: list[Slot]) -> None:
         self.face, self.slots = face, slots
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
@@ -266,10 +215,10 @@ class _ZeroGrad:
             slot.value.grad = None
 
 
-def _assign(model: nn.Module, followed: Sequence[Optimizer]) -> dict[int, list[_Slot]]:
+def _assign(model: nn.Module, followed: Sequence[Optimizer]) -> dict[int, list[Slot]]:
     """For each of the user's optimizers the qparams that follow it: of a layer that none holds, the first."""
     holder = {id(p): i for i, o in reversed(list(enumerate(followed))) for g in o.param_groups for p in g["params"]}
-    assigned: dict[int, list[_Slot]] = {}
+    assigned: dict[int, list[Slot]] = {}
     known: set[LearnableFakeQuantize] = set()
     for layer in hosts(model).values() if followed else ():
         index = next((holder[id(p)] for p in layer.parameters(recurse=False) if id(p) in holder), 0)
@@ -283,9 +232,9 @@ def _assign(model: nn.Module, followed: Sequence[Optimizer]) -> dict[int, list[_
     return assigned
 
 
-def _slots_of(quantizer: LearnableFakeQuantize, host: QuantizedLayer | None) -> list[_Slot]:
+def _slots_of(quantizer: LearnableFakeQuantize, host: QuantizedLayer | None) -> list[Slot]:
     return [
-        _Slot(quantizer, name, host, nn.Parameter(torch.zeros_like(parameter)))
+        Slot(quantizer, name, host, nn.Parameter(torch.zeros_like(parameter)))
         for name, parameter in quantizer._parameters.items()
         if parameter is not None
     ]

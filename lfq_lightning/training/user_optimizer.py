@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lfq_lightning.placement.host import QuantizedLayer, hosts
+from lfq_lightning.placement.host import QuantizedLayer, hosts, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.training.optimizer import (
     OptimizerFactory,
@@ -86,11 +86,13 @@ class UserOptimizers:
         scheduled: whether learning-rate schedulers were made of them already.
 
     Raises:
-        ValueError: if there are qparams that no optimizer took, and schedulers keep them from joining one now.
+        ValueError: if there are qparams that no optimizer took, and schedulers keep them from joining one now, or
+            scales that learn in the log domain.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], scheduled: bool) -> None:
         self._placed = _placed(model)
+        _check_linear(model)
         qparams = {id(p): p for _, quantizer in self._placed for p in quantizer.parameters(recurse=False)}
         held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
         missing = [p for key, p in qparams.items() if key not in held]
@@ -154,6 +156,15 @@ class UserOptimizers:
             raise ValueError(
                 'The checkpoint\'s qparams have an optimizer of their own. Found `optimizer="user"` here: resume with '
                 "the `optimizer` that the run began with."
+            )
+
+
+def _check_linear(model: nn.Module) -> None:
+    for name, quantizer in quantizers(model).items():
+        if quantizer.scale_domain != "linear":
+            raise ValueError(
+                'With `optimizer="user"` scales learn in the linear domain. Found scale_domain='
+                f"{quantizer.scale_domain!r} for {name}: leave `optimizer` out for an optimizer of their own."
             )
 
 

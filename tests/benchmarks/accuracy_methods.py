@@ -32,19 +32,19 @@ class Cell:
 CELLS = {cell.name: cell for cell in (Cell(8, 8), Cell(4, 4), Cell(3, 3), Cell(2, 2), Cell(4, 0, 32))}
 
 # Makes the callbacks that quantize a network in this cell; None where the method has nothing for it.
-Method = Callable[[Cell, nn.Module, int], list[L.Callback] | None]
+Method = Callable[[Cell, nn.Module, lfq.PhaseSchedule], list[L.Callback] | None]
 
 
 def ours(
     cell: Cell,
     network: nn.Module,
-    steps: int,
+    derived: lfq.PhaseSchedule,
     weight: dict[str, Any] | None = None,
     activation: dict[str, Any] | None = None,
     narrow: bool = False,
     **options: Any,
 ) -> list[L.Callback]:
-    """The defaults, but for the fields given."""
+    """The defaults, but for the fields given; the schedule is the one that the run derives."""
     specs: dict[str, Any] = {"weight": cell.weight, "activation": cell.activation or None}
     if cell.group_size:
         specs["weight"] = lfq.QuantSpec(bits=cell.weight, granularity="per_group", group_size=cell.group_size)
@@ -61,38 +61,34 @@ def ours(
 
 
 class Peer(L.Callback):
-    """Another library's quantizers, in its phases, on the epochs on which ours change theirs."""
+    """Another library's quantizers, in its phases, at the steps at which ours change theirs."""
 
-    def __init__(self, phase: Callable[[nn.Module, str], None] | None = None) -> None:
-        self.phase = phase
-        self.learn = 2
+    def __init__(self, phase: Callable[[nn.Module, str], None], schedule: lfq.PhaseSchedule) -> None:
+        self.phase, self.schedule, self.now = phase, schedule, ""
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.phase is not None:
-            epochs = trainer.max_epochs or 0
-            learn = 2 if epochs >= 10 else 1
-            phase = (
-                "observe" if trainer.current_epoch == 0 else "estimate" if trainer.current_epoch < learn else "learn"
-            )
-            self.phase(pl_module, phase)
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, index: int) -> None:
+        due = self.schedule.phase(trainer.current_epoch, trainer.global_step)
+        if due != self.now:
+            self.phase(pl_module, due)
+        self.now = due
 
 
-def torch_ao(cell: Cell, network: nn.Module, steps: int) -> list[L.Callback] | None:
+def torch_ao(cell: Cell, network: nn.Module, schedule: lfq.PhaseSchedule) -> list[L.Callback] | None:
     if cell.group_size:
         return None  # it has scales per tensor and per channel
     peers.quantized_by(network, peers.torch_ao_weight, peers.torch_ao_activation, cell.weight, cell.activation)
-    return [Peer(peers.torch_ao_phase)]
+    return [Peer(peers.torch_ao_phase, schedule)]
 
 
-def brevitas(cell: Cell, network: nn.Module, steps: int) -> list[L.Callback] | None:
+def brevitas(cell: Cell, network: nn.Module, schedule: lfq.PhaseSchedule) -> list[L.Callback] | None:
     if cell.group_size:
         return None  # groups of Linear alone, and not below a quantized convolution
-    activation = peers.brevitas_activation(2 * steps)
+    activation = peers.brevitas_activation(schedule.learn)
     peers.quantized_by(network, peers.BrevitasWeight, activation, cell.weight, cell.activation)
-    return [Peer()]
+    return []
 
 
-def torchao(cell: Cell, network: nn.Module, steps: int) -> list[L.Callback] | None:
+def torchao(cell: Cell, network: nn.Module, schedule: lfq.PhaseSchedule) -> list[L.Callback] | None:
     kernels = any(isinstance(m, nn.Conv2d) for m in network.modules())
     if kernels:
         return None  # it quantizes matrices
@@ -102,7 +98,7 @@ def torchao(cell: Cell, network: nn.Module, steps: int) -> list[L.Callback] | No
         for module in network.modules():
             if isinstance(module, peers.TorchaoWeight):
                 module(next(m for m in network.modules() if getattr(m, "weight_quantizer", None) is module).weight)
-    return [Peer()]
+    return []
 
 
 def _torchao_weight(bits: int, layer: nn.Module, group_size: int | None) -> nn.Module:
@@ -120,8 +116,27 @@ def adam(lr: float) -> Callable[..., torch.optim.Optimizer]:
 
 EXCLUSIVE = {"saturation": "exclusive"}
 
+
+def scales_in(domain: str) -> dict[str, dict[str, str]]:
+    """The specifications of a learning rule of scales."""
+    return {"weight": {"scale_domain": domain}, "activation": {"scale_domain": domain}}
+
+
+def ours_with(technique: Callable[[], L.Callback]) -> Method:
+    """The defaults, and a technique that is a callback of its own."""
+    return lambda cell, network, schedule: [*ours(cell, network, schedule), technique()]
+
+
+EPOCHS = {"schedule": lfq.PhaseSchedule(observe=0, estimate=1, learn=2)}
+
 # What the defaults were chosen from: each differs from them in what its name says.
 VARIANTS: dict[str, Method] = {
+    "ours, log domain": partial(ours, **scales_in("log")),
+    "ours, powers of two": partial(ours, **scales_in("power_of_two")),
+    "ours, BatchNorm re-estimated": ours_with(partial(lfq.BatchNormStatistics, reestimate="end")),
+    "ours, distilled": ours_with(partial(lfq.Distillation, weight=0.5)),
+    "ours, zero points fixed": partial(ours, activation={"learn_zero_point": False}),
+    "ours, an epoch to observe and one to estimate": partial(ours, **EPOCHS),
     "ours, Adam 3e-3": partial(ours, optimizer=adam(3e-3)),
     "ours, Adam 3e-4": partial(ours, optimizer=adam(3e-4)),
     "ours, weights lsq": partial(ours, weight={"observer": "lsq"}),

@@ -114,9 +114,12 @@ class Training(L.LightningModule):
         super().__init__()
         self.network, self.learning_rate = network, learning_rate
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, labels = batch
-        return nn.functional.cross_entropy(self.network(x).flatten(0, -2), labels.flatten())
+        return nn.functional.cross_entropy(self(x).flatten(0, -2), labels.flatten())
 
     def configure_optimizers(self) -> dict[str, object]:
         named = list(self.named_parameters())

@@ -63,30 +63,42 @@ def test_percentiles_lie_within_a_bin_of_those_of_the_data(seed: int, shift: flo
     assert scale.item() * 255 == pytest.approx(max(high, 0) - min(low, 0), rel=0.08)
 
 
+SEEDS = st.integers(0, 10_000)
+SHIFTS = st.sampled_from([0.0, 0.5, -3.0])
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_lsq_starts_from_the_mean_magnitude(symmetric: bool) -> None:
-    x = sample(0, (4, 50), 0.5)
+@given(seed=SEEDS, shift=SHIFTS)
+@settings(max_examples=15)
+def test_lsq_starts_from_the_mean_magnitude(symmetric: bool, seed: int, shift: float) -> None:
+    x = sample(seed, (4, 50), shift)
     observer = LSQObserver(-8, 7, symmetric, axis=0, channels=4)
-    observer(x)
-    expected = 2 * x.abs().mean(1) / math.sqrt(7 if symmetric else 15)
-    torch.testing.assert_close(observer.calculate_qparams()[0], expected)
+    for batch in x.split(20, dim=1):
+        observer(batch)
+    expected = 2 * x.double().abs().mean(1) / math.sqrt(7 if symmetric else 15)
+    torch.testing.assert_close(observer.calculate_qparams()[0].double(), expected, rtol=1e-5, atol=0)
 
 
-def test_lsq_plus_starts_weights_three_sigma_wide() -> None:
-    x = sample(1, (4, 50), 0.5)
+@given(seed=SEEDS, shift=SHIFTS)
+@settings(max_examples=15)
+def test_lsq_plus_starts_weights_three_sigma_wide(seed: int, shift: float) -> None:
+    x = sample(seed, (4, 50), shift)
     observer = OBSERVERS["lsq+"](-8, 7, symmetric=True, axis=0, channels=4)
     assert isinstance(observer, ThreeSigmaObserver)
-    observer(x)
-    mean, sigma = x.mean(1), x.std(1, correction=0)
+    for batch in x.split(20, dim=1):
+        observer(batch)
+    mean, sigma = x.double().mean(1), x.double().std(1, correction=0)
     expected = torch.maximum((mean - 3 * sigma).abs(), (mean + 3 * sigma).abs()) / 8
-    torch.testing.assert_close(observer.calculate_qparams()[0], expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(observer.calculate_qparams()[0].double(), expected, rtol=1e-4, atol=0)
     assert isinstance(OBSERVERS["lsq+"](0, 15), MSEObserver)
 
 
 @pytest.mark.parametrize("layout", ["tensor", "channel", "group"])
 @pytest.mark.parametrize("name", FITTING)
-def test_parts_merged_equal_the_whole(name: str, layout: str) -> None:
-    x = sample(2, (6, 10), 0.3)
+@given(seed=SEEDS, shift=SHIFTS)
+@settings(max_examples=5)
+def test_parts_merged_equal_the_whole(name: str, layout: str, seed: int, shift: float) -> None:
+    x = sample(seed, (6, 10), shift)
     x[0, 3], x[5, 9] = torch.nan, torch.inf
     # A group's remainder is part of every batch.
     settings = {"tensor": {}, "channel": {"axis": 1, "channels": 10}, "group": {"group_size": 4, "channels": 9}}[layout]

@@ -120,6 +120,28 @@ def test_a_loader_that_estimating_would_disturb_is_refused(tmp_path: Path) -> No
         fit(tmp_path, callbacks=[lfq.BatchNormStatistics(reestimate=1)], data=StatefulLoader())
 
 
+def test_a_module_without_forward_is_refused_before_it_trains_unless_told_how_to_run_it(tmp_path: Path) -> None:
+    class Inner(Net):
+        forward = L.LightningModule.forward
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(Net.forward(self, batch[0]), batch[1])
+
+        validation_step = L.LightningModule.validation_step
+
+    def run(**options: Any) -> Any:
+        made = trainer(tmp_path, [lfq.BatchNormStatistics(reestimate="end", **options)], max_epochs=1)
+        made.fit(model, loader())
+        return made
+
+    model = Inner()
+    before = model.first.weight.detach().clone()
+    with pytest.raises(ValueError, match="Found no `forward` in Inner"):
+        run()
+    assert torch.equal(model.first.weight, before)
+    assert run(forward=lambda module, batch: Net.forward(module, batch[0])).global_step > 0
+
+
 @pytest.mark.parametrize("options", [{}, {"freeze": "end"}, {"reestimate": "later"}, {"freeze": 1, "batches": 0}])
 def test_wrong_arguments_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"Found|phase"):

@@ -105,9 +105,10 @@ class BatchNormStatistics(L.Callback):
     """Freezes BatchNorm's running statistics from a point of the run on, or estimates them anew there.
 
     Frozen statistics are those that BatchNorm then normalizes by, as in eval mode; its affine parameters go on
-    learning. Estimating runs the model in eval mode, BatchNorm apart, over batches of the training data (or `loader`);
-    the random numbers of the run are not touched, and all ranks end with the same statistics. A phase counts for
-    estimating from the first epoch that starts in it, and estimating comes before freezing.
+    learning. Estimating runs the module's `forward`, or the one given, in eval mode, BatchNorm apart, over batches of
+    the training data (or `loader`); the random numbers of the run are not touched, and all ranks end with the same
+    statistics. A phase counts for estimating from the first epoch that starts in it, and estimating comes before
+    freezing.
 
     Args:
         freeze: the epoch, or the phase, from which statistics are frozen; None for never.
@@ -120,8 +121,8 @@ class BatchNormStatistics(L.Callback):
         forward: how to run the model on a batch, as in `calibrate`.
 
     Raises:
-        ValueError: if an argument is wrong, here; if the order of callbacks is wrong or the training loader cannot be
-            used beside training, when a fit begins.
+        ValueError: if an argument is wrong, here; if the order of callbacks is wrong, the training loader cannot be
+            used beside training, or the module has no `forward` to estimate with, when a fit begins.
 
     Example:
         >>> import lfq_lightning as lfq
@@ -157,9 +158,16 @@ class BatchNormStatistics(L.Callback):
         check_order(trainer, self)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that the training loader can be used beside training, before anything is trained."""
+        """See that the module can be run, and the training loader used beside training, before anything is trained."""
         loader = trainer.train_dataloader
-        if self.reestimate is None or self.loader is not None:
+        if self.reestimate is None:
+            return
+        if self.forward is None and type(pl_module).forward is L.LightningModule.forward:
+            raise ValueError(
+                f"Estimating BatchNorm runs the module on batches. Found no `forward` in {type(pl_module).__name__}: "
+                "define it, or pass `forward=lambda module, batch: module.network(batch[0])`."
+            )
+        if self.loader is not None:
             return
         if getattr(loader, "persistent_workers", False) or hasattr(loader, "state_dict"):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 python -m tests.benchmarks.accuracy --seeds 10            # minutes to hours; goes on where it was stopped
 python -m tests.benchmarks.accuracy --tasks residual --cells W2A2 --methods ours torch.ao --seeds 3
+python -m tests.benchmarks.accuracy --report --folder tests/benchmarks/results    # what was measured for the README
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,18 +34,27 @@ Key = tuple[str, str, str, int]  # task, cell, method, seed
 
 
 class Results:
-    """Scores in a file of JSON lines, one a run."""
+    """Scores in a file of JSON lines: one a run, and before those of a machine what it is."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.machines: list[dict[str, str]] = []
         self.scores: dict[Key, float] = {}
         for line in path.read_text().splitlines() if path.exists() else ():
             row = json.loads(line)
-            self.scores[(row["task"], row["cell"], row["method"], row["seed"])] = row["score"]
+            if "processor" in row:
+                self.machines.append(row)
+            else:
+                self.scores[(row["task"], row["cell"], row["method"], row["seed"])] = row["score"]
 
     def add(self, key: Key, value: float) -> None:
+        if machine() not in self.machines:
+            self.machines.append(machine())
+            self._write(self.machines[-1])
         self.scores[key] = value
-        row = dict(zip(("task", "cell", "method", "seed"), key, strict=True)) | {"score": value}
+        self._write(dict(zip(("task", "cell", "method", "seed"), key, strict=True)) | {"score": value})
+
+    def _write(self, row: dict[str, Any]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -116,6 +127,30 @@ def tables(results: Results) -> Iterator[Table]:
         yield table
 
 
+def overview(results: Results) -> str:
+    """Every method beside float as a Markdown table: mean, standard deviation, mean difference by seed, seeds."""
+    by_seed: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
+    for (task, cell, method, seed), value in results.scores.items():
+        by_seed[task, cell, method][seed] = value
+    rows = [["network and bits", FLOAT, *METHODS]]
+    rows.append(["---"] * len(rows[0]))
+    for task in TASKS:
+        base = by_seed[task, "", FLOAT]
+        for cell in CELLS:
+            found = [by_seed[task, cell, method] for method in METHODS]
+            if any(found):
+                rows.append([f"{task} {cell}", _shown(base, {}), *(_shown(scores, base) for scores in found)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _shown(scores: dict[int, float], base: dict[int, float]) -> str:
+    if not scores:
+        return ""
+    deviation = f" ± {stdev(scores.values()):.2f}" if len(scores) > 1 else ""
+    difference = f" ({_paired(scores, base):+.2f})" if base else ""
+    return f"{mean(scores.values()):.2f}{deviation}{difference}, {len(scores)}"
+
+
 def _paired(a: dict[int, float], b: dict[int, float]) -> float | None:
     both = a.keys() & b.keys()
     return mean(a[seed] - b[seed] for seed in both) if both else None
@@ -143,9 +178,11 @@ def main() -> None:
             if found is not None:
                 results.add(key, found)
                 print(*key, f"{found:.4f}", flush=True)
-    print("  ".join(f"{name} {value}" for name, value in machine().items()))
+    for facts in results.machines:
+        print("  ".join(f"{name} {value}" for name, value in facts.items()))
     for table in tables(results):
         print(f"\n{table}")
+    print(f"\nmean ± standard deviation (mean difference from float by seed), seeds\n\n{overview(results)}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ class QuantSpec:
             elements that share one scale, the batch not counted (Esser et al. 2020, section 2.2).
         saturation: which elements count as saturated in the gradients; see `lfq_lightning.fake_quantize`.
         scale_domain: how the callback's optimizer steps a scale s. "linear": s itself (LSQ); "log": log2 s (TQT, Jain
-            et al. 2020); "power_of_two": log2 s, and the scale used is 2^round(log2 s), for hardware that shifts.
+            et al. 2020); "power_of_two": log2 s, and the scale used is 2^round(log2 s), for hardware that shifts. An
+            optimizer of your own, without the callback, steps s itself in each.
         learn_zero_point: whether an affine quantizer's zero point learns (LSQ+), or stays as it was estimated.
 
     Raises:

@@ -89,8 +89,9 @@ class PhaseSchedule:
         """The default schedule of a run of this length; either may be infinite where it is not known.
 
         A fiftieth of the run each to observe and to estimate, at most an epoch, and in short runs five steps or a tenth
-        of the run. What is not spent on them is left for learning: on 280 steps of digits in 2 bits, 11 steps instead
-        of 28 were worth 0.9 points.
+        of the run. What is not spent on them is left for learning. On 280 steps of digits, 11 steps instead of 28 made
+        no difference beyond noise: +0.5 points (standard error 0.4, 10 seeds) with the separable network in 2 bits, and
+        within 0.1 elsewhere.
         """
         if math.isinf(steps):
             return cls() if epochs > 2 else cls(estimate=50, learn=100, unit="step")

@@ -37,7 +37,8 @@ class QuantizationAwareTraining(L.Callback):
     Quantizers are attached before the optimizers are made. They observe, then estimate, then learn their scale and
     zero point by backpropagation (Esser et al. 2020, LSQ; Bhalgat et al. 2020, LSQ+), as the schedule says. Their
     parameters have an optimizer of their own. Scales, zero points and saturation go to `trajectory.csv` in the run's
-    directory and to every logger, and `lfq/...` summaries through `self.log`.
+    directory and to every logger, those of every channel at each epoch to `qparams.npz`, and `lfq/...` summaries
+    through `self.log`.
 
     Args:
         weight: bits, a QuantSpec, or None (float) for weights. An int means symmetric per channel.
@@ -217,6 +218,10 @@ class QuantizationAwareTraining(L.Callback):
         for name, value in summary_of(rows).items():
             log(pl_module, name, value, on_step=True, on_epoch=False)
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the scales and zero points of every channel."""
+        self._recorder.after_epoch(trainer, pl_module)
+
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Let no user's optimizer move qparams outside `learn`."""
         if isinstance(self.qparam_optimizer, UserOptimizers):
@@ -250,7 +255,8 @@ class QuantizationAwareTraining(L.Callback):
             rank_zero_warn(f"The run ended in phase {phase!r}: scales and zero points were not learned.")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export, on rank zero."""
+        """Show what was recorded, and export, on rank zero."""
+        self._recorder.after_fit(trainer)
         if self.export is not None and trainer.is_global_zero and not is_dev_run(trainer):
             self.parity = export_fit(trainer, pl_module, self.export, self._last_batch)
 

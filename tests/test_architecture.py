@@ -15,7 +15,7 @@ PACKAGE = ROOT / "lfq_lightning"
 # A file imports only from rows above its own.
 FLOORS = [
     ["schedule", "records.trajectory", "training.wrapping", "ops.layout"],
-    ["records.plot", "records.comparison", "ops.reference", "ops.native", "ops.triton_kernels"],
+    ["records.plot", "records.comparison", "records.history", "ops.reference", "ops.native", "ops.triton_kernels"],
     ["records.plot_comparison", "ops.triton", "ops.power_of_two"],
     ["ops.backends"],
     ["ops.function"],
@@ -39,7 +39,7 @@ FLOORS = [
     ["export.comparing", "export.fold"],
     ["export.to_onnx", "export.to_pt2"],
     ["export"],
-    ["training.slots", "training.sentinel", "training.sharding"],
+    ["training.loggers", "training.slots", "training.sentinel", "training.sharding"],
     ["training.optimizer"],
     ["training.neighbours", "training.recorder", "training.resuming", "training.run_length"],
     ["training.user_optimizer"],

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from lfq_lightning.placement.host import WEIGHT, hosts, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.trajectory import TrajectoryRow
+
+Array = npt.NDArray[np.float32]
 
 
 class _Probe:
@@ -56,39 +63,69 @@ def measure_weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """Every quantizer's state at one moment, on the host; arrays hold one entry a quantizer, in order of `names`.
+
+    Args:
+        names: dotted names of the quantizers.
+        scales: of each quantizer its scales, float32 of shape (channels,).
+        zero_points: the same of its zero points.
+        gradient_norms: the Euclidean norm of the scale's gradient; NaN without one.
+        saturation: the share of clamped elements; NaN where it was not measured.
+        not_finite: positive where values were met that are not finite.
+    """
+
+    names: tuple[str, ...]
+    scales: tuple[Array, ...]
+    zero_points: tuple[Array, ...]
+    gradient_norms: tuple[float, ...]
+    saturation: tuple[float, ...]
+    not_finite: tuple[float, ...]
+
+    def vectors(self) -> dict[str, Array]:
+        """Scales and zero points under their keys in a state dict."""
+        of_each = zip(self.names, self.scales, self.zero_points, strict=True)
+        return {f"{name}.{key}": v for name, s, z in of_each for key, v in (("scale", s), ("zero_point", z))}
+
+    def rows(self, step: int, epoch: int, phase: str) -> list[TrajectoryRow]:
+        """One row for each quantizer."""
+        columns = (self.scales, self.zero_points, self.saturation, self.gradient_norms)
+        return [
+            TrajectoryRow(step, epoch, phase, name, *_over_channels(scale), *_over_channels(zero_point), share, norm)
+            for name, scale, zero_point, share, norm in zip(self.names, *columns, strict=True)
+        ]
+
+
+def _over_channels(values: Array) -> tuple[float, float, float]:
+    return float(values.mean(dtype=np.float64)), float(values.min()), float(values.max())
+
+
 @torch.no_grad()
-def record(
-    model: nn.Module, step: int, epoch: int, phase: str, measured: dict[str, Tensor]
-) -> tuple[list[TrajectoryRow], list[str]]:
-    """One row for each quantizer, and the names of those that were given values that are not finite.
+def snapshot(model: nn.Module, measured: Mapping[str, Tensor]) -> Snapshot:
+    """Copy the state of every quantizer to the host, all in one copy.
 
     Args:
         model: a model with quantizers.
-        step: optimizer steps taken.
-        epoch: epochs completed.
-        phase: the phase in force.
-        measured: by quantizer, saturation and non-finite flag; NaN is recorded where there is none.
+        measured: by quantizer, saturation and non-finite flag as `probed` and `measure_weights` give them.
     """
     found = quantizers(model)
     if not found:
-        return [], []
-    columns = [_columns(quantizer, measured.get(name)) for name, quantizer in found.items()]
-    table = torch.stack(columns).tolist()
-    rows = [TrajectoryRow(step, epoch, phase, name, *values[:8]) for name, values in zip(found, table, strict=True)]
-    return rows, [name for name, values in zip(found, table, strict=True) if values[8] > 0]
-
-
-def _columns(quantizer: LearnableFakeQuantize, measured: Tensor | None) -> Tensor:
-    scale, zero_point = quantizer.used_scale.detach(), quantizer.zero_point.detach()
-    unknown = scale.new_full((1,), torch.nan)
-    gradient = quantizer.scale.grad
-    share, flag = (unknown[0], unknown[0]) if measured is None else measured.to(scale.device)
-    return torch.stack(
-        (
-            *(scale.mean(), scale.amin(), scale.amax()),
-            *(zero_point.mean(), zero_point.amin(), zero_point.amax()),
-            share,
-            unknown[0] if gradient is None else gradient.norm(),
-            flag,
-        )
+        return Snapshot((), (), (), (), (), ())
+    scales = [quantizer.used_scale.detach() for quantizer in found.values()]
+    zero_points = [quantizer.zero_point.detach() for quantizer in found.values()]
+    gradients = [
+        scale[:0] if q.scale.grad is None else q.scale.grad for q, scale in zip(found.values(), scales, strict=True)
+    ]
+    unknown = scales[0].new_full((2,), torch.nan)
+    shares = [measured.get(name, unknown).to(unknown.device) for name in found]
+    parts = [*scales, *zero_points, *gradients, *shares]
+    flat: Array = torch.cat(parts).cpu().numpy()
+    split = iter(np.split(flat, np.cumsum([part.numel() for part in parts])[:-1]))
+    take = [tuple(itertools.islice(split, len(found))) for _ in range(4)]
+    return Snapshot(
+        tuple(found),
+        *take[:2],
+        tuple(float(np.linalg.norm(g)) if g.size else math.nan for g in take[2]),
+        *(tuple(float(share[i]) for share in take[3]) for i in (0, 1)),
     )

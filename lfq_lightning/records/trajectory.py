@@ -57,6 +57,18 @@ class TrajectoryRow:
 COLUMNS = [field.name for field in fields(TrajectoryRow)]
 
 
+def keep_aside(path: Path) -> Path | None:
+    """Rename a file of another run to ``<name>.bak`` (``.bak1``, ...); the new name, or None without such a file."""
+    if not path.is_file():
+        return None
+    aside, number = path.with_name(path.name + ".bak"), 0
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.bak{number}")
+    os.replace(path, aside)
+    return aside
+
+
 class Trajectory:
     """Appends rows to ``<directory>/trajectory.csv``, and never stops a training because it cannot.
 
@@ -86,7 +98,7 @@ class Trajectory:
         self.recording = True
         try:
             if continue_from is None:
-                self._keep_aside()
+                keep_aside(self.path)
             else:
                 self._carry_over(Path(continue_from).absolute(), step)
         except OSError as error:
@@ -115,7 +127,7 @@ class Trajectory:
         try:
             text = _rows_up_to(source, step)
         except (OSError, ValueError) as error:
-            aside = self._keep_aside()
+            aside = keep_aside(self.path)
             kept = f", and the file that was there is kept as `{aside}`" if aside else ""
             warnings.warn(
                 f"The trajectory of the resumed run cannot be continued from `{source}` ({error}). "
@@ -128,21 +140,11 @@ class Trajectory:
         try:
             temporary.write_bytes(text.encode())
             if source.resolve() != self.path.resolve():
-                self._keep_aside()
+                keep_aside(self.path)
             os.replace(temporary, self.path)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-
-    def _keep_aside(self) -> Path | None:
-        if not self.path.is_file():
-            return None
-        aside, number = self.path.with_name(FILE_NAME + ".bak"), 0
-        while aside.exists():
-            number += 1
-            aside = self.path.with_name(f"{FILE_NAME}.bak{number}")
-        os.replace(self.path, aside)
-        return aside
 
     def _stop(self, error: OSError) -> None:
         self.recording = False

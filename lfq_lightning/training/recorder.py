@@ -1,4 +1,4 @@
-"""Records quantizers during a run: to trajectory.csv, to every logger, and as a summary to log."""
+"""Records quantizers during a run: to trajectory.csv and qparams.npz, to every logger, and as a summary to log."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from torch import Tensor
 
 from lfq_lightning.phases import model_phase
 from lfq_lightning.placement.host import quantizers
-from lfq_lightning.records.recording import measure_weights, probed, record
+from lfq_lightning.records.history import FILE_NAME as HISTORY
+from lfq_lightning.records.history import History
+from lfq_lightning.records.recording import measure_weights, probed, snapshot
 from lfq_lightning.records.trajectory import Trajectory, TrajectoryRow
+from lfq_lightning.training.loggers import log_histograms, log_picture
 
 
 class Recorder:
-    """Measures one batch in `every`, counted in optimizer steps.
+    """Measures one batch in `every`, counted in optimizer steps, and keeps whole scales and zero points at each epoch.
 
     Args:
         every: optimizer steps between two records; None is settled when the run begins.
@@ -33,6 +36,7 @@ class Recorder:
         self.every = every
         self.interval = every or 1
         self._trajectory: Trajectory | None = None
+        self._history: History | None = None
         self._probes = ExitStack()
         self._measured: dict[str, Tensor] = {}
         self._step_before = 0
@@ -54,7 +58,10 @@ class Recorder:
         self.interval = self.every or restored.get("every") or int(max(1, min(usual, steps // 50)))
         directory = trainer.log_dir or trainer.default_root_dir  # every rank takes part in the first
         if trainer.is_global_zero:
-            self._trajectory = Trajectory(directory, restored.get("path"), trainer.global_step)
+            before = restored.get("path")
+            self._trajectory = Trajectory(directory, before, trainer.global_step)
+            vectors = None if before is None else Path(before).with_name(HISTORY)
+            self._history = History(directory, vectors, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         """The interval, and where the rows are on the rank that writes them."""
@@ -72,15 +79,29 @@ class Recorder:
         measured, self._measured = self._measured, {}
         if not self._is_due(trainer.global_step):
             return []
-        measured |= measure_weights(model)
-        rows, not_finite = record(model, trainer.global_step, trainer.current_epoch, model_phase(model), measured)
-        for name in not_finite:
-            quantizers(model)[name].warn_non_finite(torch.ones(1), name)
+        state = snapshot(model, measured | measure_weights(model))
+        rows = state.rows(trainer.global_step, trainer.current_epoch, model_phase(model))
+        for name, flag in zip(state.names, state.not_finite, strict=True):
+            if flag > 0:
+                quantizers(model)[name].warn_non_finite(torch.ones(1), name)
         if self._trajectory is not None:
             self._trajectory.append(rows)
         for logger in trainer.loggers:
             logger.log_metrics(_per_quantizer(rows), step=trainer.global_step)
         return rows
+
+    def after_epoch(self, trainer: L.Trainer, model: L.LightningModule) -> None:
+        """Keep every scale and zero point, and give their distributions to the loggers that draw them."""
+        if self._trajectory is None or self._history is None or not self._trajectory.recording:
+            return  # where one file cannot be written, the other is not tried: one warning is enough
+        vectors = snapshot(model, {}).vectors()
+        self._history.append(trainer.global_step, trainer.current_epoch, model_phase(model), vectors)
+        log_histograms(trainer.loggers, vectors, trainer.global_step)
+
+    def after_fit(self, trainer: L.Trainer) -> None:
+        """Give the picture of the trajectories to the loggers that take pictures."""
+        if self.path is not None:
+            log_picture(trainer.loggers, self.path, trainer.global_step)
 
     def close(self) -> None:
         """Stop measuring."""

@@ -15,7 +15,6 @@ import torch
 import lfq_lightning as lfq
 from lfq_lightning.records import history
 from lfq_lightning.records.history import History, read_qparams
-from lfq_lightning.records.recording import measure_weights, snapshot
 from tests.runs import BATCHES, Net, every_epoch, fit, loader, qat, trainer
 
 KEY = "fc.weight_quantizer.scale"
@@ -160,24 +159,3 @@ def test_a_resumed_fit_keeps_the_same_epochs_as_an_uninterrupted_one(tmp_path: P
     assert list(found) == list(expected)
     for key, values in expected.items():
         assert np.array_equal(found[key], values), key
-
-
-def test_one_copy_to_the_host_makes_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Net()
-    lfq.attach(model)
-    lfq.calibrate(model, [torch.randn(4, 1, 8, 8)])
-    measured = measure_weights(model)
-    copies = []
-    whole = torch.Tensor.cpu
-    for name in ("item", "tolist", "__float__", "__bool__", "numpy"):
-        original = getattr(torch.Tensor, name)
-
-        def counted(tensor: torch.Tensor, *args: Any, name: str = name, original: Any = original) -> Any:
-            copies.append(name)
-            return original(tensor, *args)
-
-        monkeypatch.setattr(torch.Tensor, name, counted)
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: (copies.append("cpu"), whole(tensor))[1])
-    state = snapshot(model, measured)
-    assert copies == ["cpu", "numpy"]  # the latter on the host
-    assert len(state.rows(1, 0, "estimate")) == len(lfq.quantizers(model))

@@ -3,7 +3,7 @@
 from lfq_lightning.ops.backends import backends
 from lfq_lightning.ops.function import FakeQuantize, Saturation, Unchanged, check_range, fake_quantize
 from lfq_lightning.ops.power_of_two import nearest_power_of_two, power_of_two_above
-from lfq_lightning.ops.reference import effective, saturation, spread
+from lfq_lightning.ops.reference import effective, not_finite, saturation, spread
 
 __all__ = [
     "FakeQuantize",
@@ -14,6 +14,7 @@ __all__ = [
     "effective",
     "fake_quantize",
     "nearest_power_of_two",
+    "not_finite",
     "power_of_two_above",
     "saturation",
     "spread",

@@ -128,6 +128,14 @@ def saturation(
 ) -> Tensor:
     """The share of the elements that are clamped to the range of codes, and 1 if any is not finite; shape (2,)."""
     s, z = (spread(p, x.shape, axis, group_size) for p in effective(scale, zero_point, quant_min, quant_max))
-    r = (x.float() / s).round()
-    clamped = (r < quant_min - z) | (r > quant_max - z)
-    return torch.stack((clamped.float().mean(), (~x.isfinite()).any().float()))
+    if not x.numel():
+        return torch.stack((s.new_full((), torch.nan), s.new_zeros(())))
+    r = (x.float() / s).round_()
+    clamped = torch.count_nonzero((r < quant_min - z) | (r > quant_max - z))
+    return torch.stack((clamped / x.numel(), not_finite(x)))
+
+
+def not_finite(x: Tensor) -> Tensor:
+    """1 if any element is not finite, else 0, in one pass and without waiting for the device; x is not empty."""
+    low, high = x.aminmax()  # a NaN anywhere makes both NaN
+    return 1 - (low.isfinite() & high.isfinite()).float()

@@ -15,11 +15,26 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from lfq_lightning.ops import not_finite
 from lfq_lightning.placement.host import WEIGHT, hosts, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.trajectory import TrajectoryRow
 
 Array = npt.NDArray[np.float32]
+
+
+# An input's share of clamped elements is that of an even choice of at least this many.
+_ENOUGH = 2**18
+
+
+def _evenly(x: Tensor, axis: int | None) -> Tensor:
+    """Every k-th entry of the first dimension that has several and is not the channels', usually the batch."""
+    every = x.numel() // _ENOUGH
+    channels = None if axis is None else axis % x.ndim
+    dimension = next((d for d, size in enumerate(x.shape) if size > 1 and d != channels), None)
+    if every < 2 or dimension is None:
+        return x
+    return x[(slice(None),) * dimension + (slice(None, None, min(every, x.shape[dimension])),)]
 
 
 class _Probe:
@@ -30,7 +45,11 @@ class _Probe:
 
     def __call__(self, quantizer: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(quantizer, LearnableFakeQuantize)
-        measured, before = quantizer.saturation(args[0]), self.into.get(self.name)
+        x, before = args[0].detach(), self.into.get(self.name)
+        chosen = _evenly(x, quantizer.axis)
+        measured = quantizer.saturation(chosen)
+        if chosen is not x:
+            measured[1] = not_finite(x)
         if before is not None:
             measured[1] = torch.maximum(measured[1], before[1])
         self.into[self.name] = measured
@@ -38,10 +57,12 @@ class _Probe:
 
 @contextmanager
 def probed(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within it, forward passes measure saturation: by quantizer, the last use's share and a flag for non-finite."""
+    """Within it, forward passes measure inputs: by quantizer, the last use's saturation and a flag for non-finite."""
     measured: dict[str, Tensor] = {}
     handles = [
-        quantizer.register_forward_pre_hook(_Probe(name, measured)) for name, quantizer in quantizers(model).items()
+        quantizer.register_forward_pre_hook(_Probe(name, measured))
+        for name, quantizer in quantizers(model).items()
+        if not quantizer.is_weight
     ]
     # Compiled code does not look at hooks that came later, so a measured batch runs eagerly.
     stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -87,7 +87,7 @@ class Recorder:
         if self._trajectory is not None:
             self._trajectory.append(rows)
         for logger in trainer.loggers:
-            logger.log_metrics(_per_quantizer(rows), step=trainer.global_step)
+            logger.log_metrics(metrics_of(rows), step=trainer.global_step)
         return rows
 
     def after_epoch(self, trainer: L.Trainer, model: L.LightningModule) -> None:
@@ -124,7 +124,7 @@ def summary_of(rows: Iterable[TrajectoryRow]) -> dict[str, float]:
     return summary
 
 
-def _per_quantizer(rows: Iterable[TrajectoryRow]) -> dict[str, float]:
+def metrics_of(rows: Iterable[TrajectoryRow]) -> dict[str, float]:
     """The rows as logger metrics; what was not measured is left out."""
     metrics: dict[str, float] = {}
     for row in rows:

@@ -53,27 +53,27 @@ def test_no_step_of_any_phase_waits_for_the_device(tmp_path: Path, precision: An
 
 
 def test_a_record_waits_for_the_device_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lfq_lightning.records.recording import measure_weights, record
+    from lfq_lightning.records.recording import measure_weights, snapshot
 
     model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(6)]).cuda()
     lfq.attach(model, weight=4, activation=4)
     lfq.calibrate(model, [torch.randn(8, 32, device="cuda")])
     copies = 0
-    to_list = Tensor.tolist
+    to_host = Tensor.cpu
 
-    def counted(tensor: Tensor) -> Any:
+    def counted(tensor: Tensor) -> Tensor:
         nonlocal copies
         copies += 1
         torch.cuda.set_sync_debug_mode("default")
         try:
-            return to_list(tensor)
+            return to_host(tensor)
         finally:
             torch.cuda.set_sync_debug_mode("error")
 
-    monkeypatch.setattr(Tensor, "tolist", counted)
+    monkeypatch.setattr(Tensor, "cpu", counted)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        record(model, 1, 0, "estimate", measure_weights(model))
+        snapshot(model, measure_weights(model)).rows(1, 0, "estimate")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert copies == 1

@@ -72,7 +72,8 @@ def report(model: Any, data: Any, checkpoint: Path, results: dict[str, dict[str,
         images, _ = next(iter(data.test_dataloader()))
         written["trajectory"] = log_directory / "trajectory.csv"
         written["picture"] = lfq.plot_trajectories(log_directory, directory / "trajectories.png")
-        print(f"\n{lfq.summarize(model, images)}")
+        print()
+        lfq.summarize(model, images)
         if onnx:
             written["ONNX"] = directory / "quantized.onnx"
             print(f"\n{lfq.export_onnx(model, images, written['ONNX'], batches=data.test_dataloader())}")

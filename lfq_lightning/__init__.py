@@ -1,5 +1,7 @@
 """Quantization-aware training with learned scales and zero points, as a Lightning callback."""
 
+from lfq_lightning.analysis.bits import load_rules, propose_bits, save_rules
+from lfq_lightning.analysis.sensitivity import Sensitivity, sensitivity
 from lfq_lightning.callback import QuantizationAwareTraining
 from lfq_lightning.checkpoint import load_from_checkpoint, load_state_dict
 from lfq_lightning.export import export_onnx, export_pt2, freeze
@@ -29,6 +31,7 @@ __all__ = [
     "QuantSpec",
     "QuantizationAwareTraining",
     "Rule",
+    "Sensitivity",
     "Summary",
     "attach",
     "backends",
@@ -39,10 +42,14 @@ __all__ = [
     "fake_quantize",
     "freeze",
     "load_from_checkpoint",
+    "load_rules",
     "load_state_dict",
     "plot_trajectories",
     "project_",
+    "propose_bits",
     "quantizers",
+    "save_rules",
+    "sensitivity",
     "set_phase",
     "summarize",
     "while_learning",

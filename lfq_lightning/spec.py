@@ -239,6 +239,19 @@ class Rule:
             return fnmatchcase(name, self.match)
         return module_type is self.match
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, as `Rule(**values)` takes them; what is left at its default is left out."""
+        if not isinstance(self.match, str):
+            raise ValueError(f"A rule in plain values goes by a name. Found {self!r}: match a glob of names instead.")
+        values: dict[str, Any] = {"match": self.match}
+        for role in ("weight", "activation"):
+            value = getattr(self, role)
+            if isinstance(value, QuantSpec):
+                value = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+            if not isinstance(value, str):
+                values[role] = value
+        return values
+
     def __repr__(self) -> str:
         match = repr(self.match) if isinstance(self.match, str) else self.match.__qualname__
         given = ((k, getattr(self, k)) for k in ("weight", "activation"))

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lfq_lightning"
 
 # A file imports only from rows above its own.
 FLOORS = [
-    ["schedule", "records.trajectory", "training.wrapping", "ops.layout"],
+    ["schedule", "records.trajectory", "records.tables", "training.wrapping", "ops.layout"],
     ["records.plot", "records.comparison", "records.history", "ops.reference", "ops.native", "ops.triton_kernels"],
     ["records.plot_comparison", "ops.triton", "ops.power_of_two"],
     ["ops.backends"],
@@ -34,6 +34,10 @@ FLOORS = [
     ["placement"],
     ["phases", "records.recording", "records.summary"],
     ["records"],
+    ["analysis.evaluating"],
+    ["analysis.sensitivity"],
+    ["analysis.bits"],
+    ["analysis"],
     ["export.exportable", "export.inputs", "export.parity"],
     ["export.freeze", "export.integers"],
     ["export.comparing", "export.fold"],

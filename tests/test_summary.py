@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 
 import pytest
 import torch
@@ -68,12 +70,30 @@ def test_nothing_of_the_model_changes(model: Net) -> None:
     assert not any(q._forward_hooks for q in lfq.quantizers(model).values())
 
 
-def test_it_prints_as_an_aligned_table(model: Net) -> None:
-    lines = str(lfq.summarize(model, X)).splitlines()
+def test_it_prints_an_aligned_table_and_returns_plain_values(model: Net, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = lfq.summarize(model, X)
+    printed = capsys.readouterr().out
+    assert printed == f"{summary}\n"
+    assert json.loads(json.dumps(summary.to_dicts()))[0]["quantizer"] == "first.weight_quantizer"
+    assert repr(summary).startswith("<Summary of 6 quantizers")  # a notebook does not show the table twice
+    lines = printed.splitlines()
     assert lines[0].split() == ["quantizer", "bits", "kind", "scale", "zero", "point", "saturation", "SQNR", "dB"]
     assert set(lines[1]) == {"-"}
     assert len(lines) == 3 + len(lfq.quantizers(model))
     assert lines[-1].startswith("weights of quantized layers: ")
+
+
+def test_in_a_terminal_rich_draws_the_table(
+    model: Net, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    lfq.summarize(model, X)
+    printed = capsys.readouterr().out
+    assert "─" in printed
+    assert all(name in printed for name in lfq.quantizers(model))
+    assert "symmetric per_channel(0)" in printed  # not taken for markup
 
 
 def test_a_model_without_quantizers_is_refused() -> None:

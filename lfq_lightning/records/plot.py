@@ -138,17 +138,21 @@ def _draw(rows: list[TrajectoryRow], panels: dict[tuple[str, str], dict[str, Cur
     figure = Figure(figsize=(4.4 * len(kinds) + 1.6, 1.8 * len(quantities) + 1), layout="constrained")
     grid = figure.subplots(len(quantities), len(kinds), squeeze=False, sharex=True)
     colours = _colours(list(dict.fromkeys(_split(row.quantizer)[0] for row in rows)))
+    names = _shortened(list(colours))
     phases = _phases(rows)
     for line, quantity in zip(grid, quantities, strict=True):
         for axes, kind in zip(line, kinds, strict=True):
-            _draw_curves(axes, quantity, panels.get((quantity, kind), {}), colours)
+            curves = panels.get((quantity, kind), {})
+            _draw_curves(axes, quantity, curves, colours)
             _shade_phases(axes, phases)
+            if len(colours) > len(PALETTE):  # too many colours to tell apart: the outermost lines are named
+                _name_outermost(axes, quantity, curves, colours, names)
     for axes, kind in zip(grid[0], kinds, strict=True):
         axes.set_title(kind, fontsize=11, loc="left", pad=_name_phases(axes, phases), fontweight="bold")
     for axes in grid[-1]:
         axes.set_xlabel("step", fontsize=9)
     figure.align_ylabels()
-    _explain_colours(figure, colours)
+    _explain_colours(figure, colours, list(names.values()))
     return figure
 
 
@@ -161,6 +165,29 @@ def _colours(layers: list[str]) -> dict[str, Any]:
     return {layer: colormaps["viridis"](0.9 * i / (len(layers) - 1)) for i, layer in enumerate(layers)}
 
 
+def _shortened(layers: list[str]) -> dict[str, str]:
+    """Names without the parts that all begin with, and with their end alone where they are long."""
+    parts = [layer.split(".") for layer in layers]
+    shared = next((i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), 0)
+    short = [".".join(part[shared:]) for part in parts]
+    # A dollar sign would start a formula.
+    return {n: (s if len(s) <= 32 else "…" + s[-31:]).replace("$", r"\$") for n, s in zip(layers, short, strict=True)}
+
+
+def _name_outermost(
+    axes: Axes, quantity: str, curves: dict[str, Curve], colours: dict[str, Any], names: dict[str, str]
+) -> None:
+    by_last_value = sorted(curves, key=lambda name: curves[name][-1][1])
+    named = [(name, "bottom") for name in by_last_value[-1:]]
+    if quantity in ("scale", "movement"):  # of shares and zero points the lowest are all near 0
+        named += [(name, "top") for name in by_last_value[:-1][:1]]
+    for name, side in named:
+        layer, value = _split(name)[0], curves[name][-1][1]
+        offset = (-2, -2 if side == "top" else 2)
+        place: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": "right", "va": side}
+        axes.annotate(names[layer], (curves[name][-1][0], value), color=colours[layer], fontsize=7, **place)
+
+
 def _draw_curves(axes: Axes, quantity: str, curves: dict[str, Curve], colours: dict[str, Any]) -> None:
     axes.set_ylabel(QUANTITIES[quantity], fontsize=9)
     axes.tick_params(labelsize=8)
@@ -170,6 +197,7 @@ def _draw_curves(axes: Axes, quantity: str, curves: dict[str, Curve], colours: d
         axes.annotate(note, (0.5, 0.5), xycoords="axes fraction", ha="center", fontsize=9, color="#666666")
         axes.set_yticks([])
         return
+    axes.margins(y=0.12)
     axes.grid(axis="y", color="#000000", alpha=0.08, linewidth=0.6)
     for name, curve in curves.items():
         colour = colours[_split(name)[0]]
@@ -180,9 +208,16 @@ def _draw_curves(axes: Axes, quantity: str, curves: dict[str, Curve], colours: d
             middle = _trailing_mean(middle)
         # A line through one point would be invisible.
         marker = "." if len(steps) == 1 else ""
-        axes.plot(steps, middle, color=colour, linewidth=1.2, marker=marker, gid=f"{name}.{quantity}")
+        axes.plot(
+            steps,
+            middle,
+            color=colour,
+            linewidth=1.2 if len(curves) <= 20 else 0.9,
+            marker=marker,
+            gid=f"{name}.{quantity}",
+        )
         if low != high:
-            axes.fill_between(steps, low, high, color=colour, alpha=min(0.18, 1 / len(curves)), linewidth=0)
+            axes.fill_between(steps, low, high, color=colour, alpha=min(0.18, 2.5 / len(curves)), linewidth=0)
     _scale_axis(axes, quantity, [value for curve in curves.values() for _, value, _, _ in curve])
 
 
@@ -232,11 +267,9 @@ def _name_phases(axes: Axes, phases: list[tuple[str, int, int]]) -> float:
     return 28 if narrow else 16
 
 
-def _explain_colours(figure: Figure, colours: dict[str, Any]) -> None:
+def _explain_colours(figure: Figure, colours: dict[str, Any], layers: list[str]) -> None:
     from matplotlib import cm, colors, lines
 
-    # The end of a long name tells more than its beginning, and a dollar sign would start a formula.
-    layers = [(name if len(name) <= 32 else "…" + name[-31:]).replace("$", r"\$") for name in colours]
     if len(layers) <= len(PALETTE):
         handles = [lines.Line2D([], [], color=colour) for colour in colours.values()]
         figure.legend(handles, layers, loc="outside right upper", fontsize=8, frameon=False, title="layer")

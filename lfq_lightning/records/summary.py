@@ -13,6 +13,7 @@ from torchmetrics.functional.audio import signal_noise_ratio
 
 from lfq_lightning.placement.host import hosts, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.records.tables import aligned, show
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class SummaryRow:
     sqnr: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary:
     """Every quantizer of a model, and the bytes of the quantized layers' weights; prints as a table.
 
@@ -44,22 +45,37 @@ class Summary:
         """The rows as plain dictionaries."""
         return [asdict(row) for row in self.rows]
 
-    def __str__(self) -> str:
-        table = [("quantizer", "bits", "kind", "scale", "zero point", "saturation", "SQNR dB")]
+    def _cells(self) -> list[tuple[str, ...]]:
+        cells = []
         for r in self.rows:
             share = "" if math.isnan(r.saturation) else f"{r.saturation:.2%}"
             sqnr = "" if math.isnan(r.sqnr) else f"{r.sqnr:.1f}"
-            table.append((r.quantizer, str(r.bits), r.kind, f"{r.scale:.4g}", f"{r.zero_point:.1f}", share, sqnr))
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        numeric = (False, True, False, True, True, True, True)
-        lines = [
-            "  ".join(
-                cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True)
-            ).rstrip()
-            for row in table
-        ]
-        size = f"weights of quantized layers: {self.float_weight_bytes:,} -> {self.weight_bytes:,} bytes"
-        return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:], size])
+            cells.append((r.quantizer, str(r.bits), r.kind, f"{r.scale:.4g}", f"{r.zero_point:.1f}", share, sqnr))
+        return cells
+
+    @property
+    def _size(self) -> str:
+        return f"weights of quantized layers: {self.float_weight_bytes:,} -> {self.weight_bytes:,} bytes"
+
+    def __str__(self) -> str:
+        return f"{aligned(_HEADER, self._cells(), _TO_THE_RIGHT)}\n{self._size}"
+
+    def __repr__(self) -> str:  # a notebook shows what a call returns, and the table stands above it already
+        return f"<Summary of {len(self.rows)} quantizers, {self._size}>"
+
+    def show(self) -> None:
+        """Print the table, in colour where rich is installed and the output is a terminal."""
+        show(_HEADER, self._cells(), _TO_THE_RIGHT, self._size)
+
+
+_HEADER = ("quantizer", "bits", "kind", "scale", "zero point", "saturation", "SQNR dB")
+_TO_THE_RIGHT = (False, True, False, True, True, True, True)
+
+
+def packed_bytes(weight: Tensor, quantizer: LearnableFakeQuantize) -> int:
+    """Bytes of a weight's packed integer codes with a float32 scale, and one byte of zero point where it is affine."""
+    qparams = quantizer.scale.numel() * (4 if quantizer.symmetric else 5)
+    return math.ceil(weight.numel() * quantizer.bitwidth / 8) + qparams
 
 
 class _Capture:
@@ -80,7 +96,7 @@ class _Capture:
 
 
 def summarize(model: nn.Module, batch: Any = None) -> Summary:
-    """Describe every quantizer of a model.
+    """Print a table of every quantizer of a model, and return what it says.
 
     Args:
         model: a model that `attach` was called on; it is run in eval mode on `batch`, and its modes are restored.
@@ -88,7 +104,7 @@ def summarize(model: nn.Module, batch: Any = None) -> Summary:
             without one, nothing is measured about the layers' inputs.
 
     Returns:
-        A table; `print` shows it.
+        The rows as plain values; `to_dicts()` gives dictionaries.
 
     Raises:
         ValueError: if the model has no quantizers.
@@ -97,10 +113,21 @@ def summarize(model: nn.Module, batch: Any = None) -> Summary:
         >>> import torch, lfq_lightning as lfq
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
         >>> _ = lfq.attach(model)
-        >>> lfq.calibrate(model, [torch.randn(8, 4)])
-        >>> [row.quantizer for row in lfq.summarize(model).rows]
-        ['0.weight_quantizer', '0.input_quantizer']
+        >>> lfq.calibrate(model, [torch.linspace(0, 1, 8).view(2, 4)])
+        >>> summary = lfq.summarize(model)  # doctest: +SKIP
+        quantizer           bits  kind                      scale  zero point  saturation  SQNR dB
+        ------------------------------------------------------------------------------------------
+        0.weight_quantizer     8  symmetric per_channel(0)  0.004         0.0       0.00%     50.0
+        0.input_quantizer      8  affine per_tensor         0.004         0.0
+        weights of quantized layers: 32 -> 16 bytes
     """
+    summary = describe(model, batch)
+    summary.show()
+    return summary
+
+
+def describe(model: nn.Module, batch: Any = None) -> Summary:
+    """What `summarize` prints."""
     found = quantizers(model)
     if not found:
         raise ValueError("The model has no quantizers to describe: call `lfq_lightning.attach` first.")
@@ -115,8 +142,7 @@ def summarize(model: nn.Module, batch: Any = None) -> Summary:
             known.add(quantizer)
             name = next(n for n, q in found.items() if q is quantizer)
             captures[name].measure(quantizer, weight)
-            qparams = quantizer.scale.numel() * (4 if quantizer.symmetric else 5)
-            packed += math.ceil(weight.numel() * quantizer.bitwidth / 8) + qparams
+            packed += packed_bytes(weight, quantizer)
             full += weight.numel() * 4
     rows = tuple(
         SummaryRow(

@@ -1,0 +1,1 @@
+"""Which layers quantization hurts, and the bits that follow from it."""

@@ -1,0 +1,222 @@
+"""How much a metric loses when one layer alone is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from lfq_lightning.analysis.evaluating import Forward, MetricLike, evaluation, is_higher_better
+from lfq_lightning.placement import attach, detach
+from lfq_lightning.placement.host import WEIGHT, QuantizedLayer, hosts, quantizers, whole_weight
+from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.records.summary import packed_bytes
+from lfq_lightning.records.tables import aligned
+from lfq_lightning.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class SensitivityRow:
+    """One layer, or several that share a weight, quantized alone.
+
+    Args:
+        layers: dotted names.
+        bits: of the weight; None where only inputs are quantized.
+        weight_bytes: of the weight, packed, with its scales.
+        metric: of the model with this layer quantized and all else in float.
+        drop: what the metric lost against float, whichever direction is better; negative if it gained.
+        spec: of the weight, as plain values.
+    """
+
+    layers: tuple[str, ...]
+    bits: int | None
+    weight_bytes: int
+    metric: float
+    drop: float
+    spec: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Every layer's drop, and the metric with all of them in float; prints as a table."""
+
+    float_metric: float
+    higher_is_better: bool
+    rows: tuple[SensitivityRow, ...]
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The rows as plain dictionaries."""
+        return [asdict(row) for row in self.rows]
+
+    def __str__(self) -> str:
+        header = ("layer", "bits", "bytes", "metric", "drop")
+        cells = [
+            (", ".join(r.layers), str(r.bits or ""), f"{r.weight_bytes:,}", f"{r.metric:.6g}", f"{r.drop:.3g}")
+            for r in self.rows
+        ]
+        return f"{aligned(header, cells, (False, True, True, True, True))}\nin float: {self.float_metric:.6g}"
+
+
+def sensitivity(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    metric: MetricLike,
+    bits: Sequence[int] | None = None,
+    *,
+    higher_is_better: bool | None = None,
+    forward: Forward | None = None,
+) -> Sensitivity:
+    """Measure what each layer loses alone: that layer quantized, every other one in float.
+
+    The model is run over all batches once in float and once for each layer (and width), in eval mode and with the same
+    random numbers each time. Afterwards it is as it was, also if an error ends the measurement.
+
+    Args:
+        model: without `bits`, a model whose quantizers know their ranges (calibrated, trained or loaded): each layer's
+            weight and inputs are quantized as they are. With `bits`, any model, quantized or not.
+        dataloader: held-out batches, read once for each measurement: a DataLoader or a list of batches.
+        metric: a torchmetrics.Metric; a function of outputs and targets, averaged over samples; or the name of what a
+            LightningModule logs in `validation_step`. A loss tells more than an accuracy, which moves in steps.
+        bits: widths to try for each layer's weight, for `propose_bits`; ranges are estimated from the weight, and
+            inputs stay in float.
+        higher_is_better: where the metric does not say it itself.
+        forward: from model and batch to outputs and targets; by default a batch is a pair of inputs and targets.
+
+    Returns:
+        A row for each layer, and for each width where `bits` are given.
+
+    Raises:
+        TypeError, ValueError: if an argument is wrong, nothing can be quantized, or a range is not known.
+
+    Example:
+        >>> import torch, lfq_lightning as lfq
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> batches = [(torch.randn(8, 4), torch.randn(8, 2))]
+        >>> loss = torch.nn.functional.mse_loss
+        >>> found = lfq.sensitivity(model, batches, loss, bits=(2, 8), higher_is_better=False)
+        >>> [(row.layers, row.bits) for row in found.rows]
+        [(('0',), 8), (('0',), 2), (('2',), 8), (('2',), 2)]
+    """
+    better = is_higher_better(metric, higher_is_better)
+    widths = None if bits is None else sorted({QuantSpec(bits=width).bits for width in bits}, reverse=True)
+    if widths == []:
+        raise ValueError("`bits` must name at least one width. Found none: use (2, 3, 4, 8), or leave it out.")
+    evaluate = evaluation(model, dataloader, metric, forward)
+    with _attached(model, needed=widths is not None), _restored(model):
+        _check_ranges(model, widths)
+        for quantizer in quantizers(model).values():
+            quantizer.phase = "off"
+        in_float = evaluate()
+        rows = []
+        for names, layers in _groups(model):
+            for spec, width in _choices(names, layers[0], widths):
+                with _quantized(layers, spec):
+                    value = evaluate()
+                    size = _bytes(layers[0])
+                drop = in_float - value if better else value - in_float
+                rows.append(SensitivityRow(names, width, size, value, drop, spec and spec.to_dict()))
+    return Sensitivity(in_float, better, tuple(rows))
+
+
+def _groups(model: nn.Module) -> list[tuple[tuple[str, ...], list[QuantizedLayer]]]:
+    """Layers by the weight that they hold: tied ones have one quantizer and change together."""
+    found: dict[int, dict[str, QuantizedLayer]] = {}
+    for name, layer in hosts(model).items():
+        found.setdefault(id(layer.weight), {})[name] = layer
+    return [(tuple(group), list(group.values())) for group in found.values()]
+
+
+def _choices(
+    names: tuple[str, ...], layer: QuantizedLayer, widths: Sequence[int] | None
+) -> list[tuple[QuantSpec | None, int | None]]:
+    """The specifications to try for a layer's weight, None for its own."""
+    quantizer = layer.weight_quantizer
+    if widths is None:
+        return [(None, None if quantizer is None else quantizer.bitwidth)]
+    return [] if quantizer is None else [(_with_bits(names, quantizer, width), width) for width in widths]
+
+
+def _with_bits(names: tuple[str, ...], quantizer: LearnableFakeQuantize, bits: int) -> QuantSpec:
+    spec = quantizer.spec
+    assert spec is not None
+    if spec.quant_min is None:
+        return replace(spec, bits=bits)
+    if (spec.quant_min, spec.quant_max) == (1 - 2 ** (spec.bits - 1), 2 ** (spec.bits - 1) - 1):  # the narrow range
+        return replace(spec, bits=bits, quant_min=1 - 2 ** (bits - 1), quant_max=2 ** (bits - 1) - 1)
+    raise ValueError(
+        f"Other bits need a range that follows from them. Found quant_min={spec.quant_min} and quant_max="
+        f"{spec.quant_max} for {', '.join(names)}: leave them out of the specification."
+    )
+
+
+@contextmanager
+def _quantized(layers: Sequence[QuantizedLayer], spec: QuantSpec | None) -> Iterator[None]:
+    """Within it these layers are quantized: by their own quantizers, or the weight alone by a specification."""
+    if spec is None:
+        own = [q for layer in layers for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None]
+        for quantizer in own:
+            quantizer.phase = "freeze"
+        yield
+        for quantizer in own:
+            quantizer.phase = "off"
+        return
+    weight, before = whole_weight(layers[0]), layers[0].weight_quantizer
+    assert before is not None
+    channels = None if spec.granularity == "per_tensor" else before.scale.numel()
+    made = LearnableFakeQuantize.from_spec(spec, channels, weight=True, axis=before.axis, device=weight.device)
+    made.estimate_from(weight)
+    made.phase = "freeze"
+    for layer in layers:
+        layer._modules[WEIGHT] = made
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._modules[WEIGHT] = before
+
+
+def _bytes(layer: QuantizedLayer) -> int:
+    quantizer = layer.weight_quantizer
+    return 4 * layer.weight.numel() if quantizer is None else packed_bytes(layer.weight, quantizer)
+
+
+@contextmanager
+def _attached(model: nn.Module, needed: bool) -> Iterator[None]:
+    """Within it a float model has quantizers on its weights, if they are needed."""
+    ours = needed and not quantizers(model)
+    if ours:
+        attach(model, weight=8, activation=None)
+    try:
+        yield
+    finally:
+        if ours:
+            detach(model)
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Afterwards every quantizer's switches are as before."""
+    before = {quantizer: quantizer.switches for quantizer in quantizers(model).values()}
+    try:
+        yield
+    finally:
+        for quantizer, switches in before.items():
+            quantizer.fake_quant_enabled, quantizer.static_enabled, quantizer.learning_enabled = switches
+
+
+def _check_ranges(model: nn.Module, widths: Sequence[int] | None) -> None:
+    found = quantizers(model)
+    if not found:
+        raise ValueError(
+            "The model must have quantizers, or layers to try `bits` on. Found none: call `lfq_lightning.attach` first."
+        )
+    unknown = [n for n, q in found.items() if not (q.estimated or q.learned)]
+    if widths is None and unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise ValueError(
+            f"Quantizers must know their ranges. Found none for {', '.join(unknown[:5])}{more}: train, load a trained "
+            "model, or call `lfq_lightning.calibrate`; or give `bits` to try widths on the weights alone."
+        )

@@ -12,6 +12,7 @@ from lfq_lightning.placement.host import quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.plot import plot_trajectories
 from lfq_lightning.records.summary import Summary, summarize
+from lfq_lightning.report import write_report
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.spec import QuantSpec, Rule
 from lfq_lightning.techniques.batch_norm import BatchNormStatistics
@@ -53,4 +54,5 @@ __all__ = [
     "set_phase",
     "summarize",
     "while_learning",
+    "write_report",
 ]

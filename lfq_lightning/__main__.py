@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lfq_lightning.commands import compare, plot
+from lfq_lightning.commands import compare, plot, report
 
-COMMANDS = (plot, compare)
+COMMANDS = (plot, report, compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

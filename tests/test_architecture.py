@@ -15,6 +15,7 @@ PACKAGE = ROOT / "lfq_lightning"
 # A file imports only from rows above its own.
 FLOORS = [
     ["schedule", "records.trajectory", "records.tables", "training.wrapping", "ops.layout"],
+    ["records.curves"],
     ["records.plot", "records.comparison", "records.history", "ops.reference", "ops.native", "ops.triton_kernels"],
     ["records.plot_comparison", "ops.triton", "ops.power_of_two"],
     ["ops.backends"],
@@ -54,7 +55,10 @@ FLOORS = [
     ["techniques.order", "techniques.oscillation"],
     ["techniques.batch_norm", "techniques.bit_annealing", "techniques.distillation", "techniques.oscillation_control"],
     ["techniques"],
-    ["commands.compare", "commands.plot"],
+    ["report.stored", "report.findings", "report.sources", "report.figures", "report.page"],
+    ["report.writing"],
+    ["report"],
+    ["commands.compare", "commands.plot", "commands.report"],
     ["commands"],
     ["__init__"],
     ["__main__"],

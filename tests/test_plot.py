@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lfq_lightning.records.plot import _panels, _phases, plot_trajectories
+from lfq_lightning.records.curves import panels_of, phases_of
+from lfq_lightning.records.plot import plot_trajectories
 from lfq_lightning.records.trajectory import Trajectory, TrajectoryRow
 
 pytest.importorskip("matplotlib")
@@ -97,7 +98,7 @@ def test_what_all_names_begin_with_is_left_out(tmp_path: Path) -> None:
 
 def test_the_phases_of_the_run_and_no_others_are_named_above_each_column(tmp_path: Path) -> None:
     rows = run(names(2), phases=["observe", "observe", "estimate", "learn", "learn"])
-    assert _phases(rows) == [("observe", 1, 3), ("estimate", 3, 4), ("learn", 4, 5)]
+    assert phases_of(rows) == [("observe", 1, 3), ("estimate", 3, 4), ("learn", 4, 5)]
     words = drawn_words(write(tmp_path, rows))
     assert [words.count(phase) for phase in ("observe", "estimate", "learn", "freeze")] == [2, 2, 2, 0]
 
@@ -112,16 +113,16 @@ def test_a_scale_that_is_not_in_use_does_not_change_the_picture(tmp_path: Path) 
 def test_movement_is_one_on_every_entry_into_learning_and_is_blind_to_units() -> None:
     phases = ["estimate", "learn", "learn", "freeze", "observe", "estimate", "learn", "learn"]
     rows = run(["fc.weight_quantizer"], phases)
-    movement = _panels(rows)["movement", "weights"]["fc.weight_quantizer"]
+    movement = panels_of(rows)["movement", "weights"]["fc.weight_quantizer"]
     growth = 2 ** (1 / len(phases))
     assert [step for step, *_ in movement] == [2, 3, 4, 7, 8]
     assert [ratio for _, ratio, *_ in movement] == pytest.approx([1, growth, growth**2, 1, growth])
     larger = [replace(r, scale_mean=1024 * r.scale_mean) for r in rows]
-    assert _panels(larger)["movement", "weights"]["fc.weight_quantizer"] == movement
+    assert panels_of(larger)["movement", "weights"]["fc.weight_quantizer"] == movement
 
 
 def test_saturation_is_drawn_through_the_steps_at_which_it_was_measured() -> None:
-    curve = _panels(run(names(2), ["learn"] * 5))["saturation", "activations"]["block0.input_quantizer"]
+    curve = panels_of(run(names(2), ["learn"] * 5))["saturation", "activations"]["block0.input_quantizer"]
     assert [(step, share) for step, share, _, _ in curve] == [(1, 0.01), (3, 0.01), (5, 0.01)]
 
 

@@ -238,6 +238,7 @@ class LearnableFakeQuantize(Switches, Observing):
             "learned": self.learned,
             "quant_min": self.quant_min,
             "quant_max": self.quant_max,
+            "axis": self.axis,
             "spec": None if self.spec is None else self.spec.to_dict(),
         }
 

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lfq_lightning.records.curves import (
+    KINDS,
+    PALETTE,
+    PHASE_COLOURS,
+    QUANTITIES,
+    Curve,
+    layer_and_kind,
+    panels_of,
+    phases_of,
+    shortened,
+    trailing_mean,
+)
 from lfq_lightning.records.trajectory import FILE_NAME, TrajectoryRow, read_trajectory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Of each step that is drawn: the step, the line, and both ends of the band around it.
-Curve = list[tuple[int, float, float, float]]
-
-KINDS = {"weight_quantizer": "weights", "input_quantizer": "activations"}
-QUANTITIES = {
-    "scale": "scale",
-    "movement": "scale / scale on\nentering learn",
-    "saturation": "saturated share",
-    "zero_point": "zero point",
-}
-PHASE_COLOURS = {"observe": "#dce6f2", "estimate": "#fbe9cc", "freeze": "#e6e6e6"}
-# Told apart by colour-blind readers (after Paul Tol's "muted"), and none of them pale.
-PALETTE = ["#332288", "#cc6677", "#117733", "#ddaa33", "#66bbdd", "#882255"]
-PALETTE += ["#44aa99", "#999933", "#aa4499", "#777777", "#bb5500", "#1155cc"]
 
 
 def plot_trajectories(run_directory: Path | str, path: Path | str | None = None) -> Path:
@@ -59,7 +54,7 @@ def plot_trajectories(run_directory: Path | str, path: Path | str | None = None)
     source = source if source.suffix == ".csv" else source / FILE_NAME
     target = source.with_name("trajectories.png") if path is None else Path(path)
     rows = read_trajectory(source)
-    panels = _panels(rows)
+    panels = panels_of(rows)
     if not panels:
         raise ValueError(
             f"A picture needs a quantizer in phase estimate, learn or freeze. Found {len(rows)} rows without "
@@ -69,59 +64,6 @@ def plot_trajectories(run_directory: Path | str, path: Path | str | None = None)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=160, format=target.suffix[1:] or "png")
     return target
-
-
-def _panels(rows: list[TrajectoryRow]) -> dict[tuple[str, str], dict[str, Curve]]:
-    """Return the curves of each panel that has any, by quantity and kind, then by quantizer."""
-    quantizers: dict[str, list[TrajectoryRow]] = {}
-    for row in rows:
-        quantizers.setdefault(row.quantizer, []).append(row)
-    panels: dict[tuple[str, str], dict[str, Curve]] = {}
-    for name, found in quantizers.items():
-        used = [r for r in found if r.phase not in ("off", "observe")]
-        curves: dict[str, Curve] = {
-            "scale": [(r.step, r.scale_mean, r.scale_min, r.scale_max) for r in used],
-            "movement": _movement(found),
-            "saturation": [(r.step, r.saturation, r.saturation, r.saturation) for r in used],
-            "zero_point": [(r.step, r.zero_point_mean, r.zero_point_min, r.zero_point_max) for r in used],
-        }
-        if not any(r.zero_point_min or r.zero_point_max for r in used):
-            del curves["zero_point"]
-        for quantity, curve in curves.items():
-            # What was not measured is bridged: saturation may be recorded less often than the scale.
-            drawn = [point for point in curve if math.isfinite(point[1])]
-            if drawn:
-                panels.setdefault((quantity, _split(name)[1]), {})[name] = drawn
-    return panels
-
-
-def _movement(rows: list[TrajectoryRow]) -> Curve:
-    curve: Curve = []
-    before, start = "off", math.nan
-    for row in rows:
-        if row.phase == "learn" and before not in ("learn", "freeze"):
-            start = row.scale_mean
-        if row.phase in ("learn", "freeze") and start > 0:
-            ratio = row.scale_mean / start
-            curve.append((row.step, ratio, ratio, ratio))
-        before = row.phase
-    return curve
-
-
-def _phases(rows: list[TrajectoryRow]) -> list[tuple[str, int, int]]:
-    """Return the name, first and last step of each phase, in order."""
-    starts: list[tuple[str, int]] = []
-    for step, phase in {row.step: row.phase for row in rows}.items():
-        if not starts or phase != starts[-1][0]:
-            starts.append((phase, step))
-    ends = [step for _, step in starts[1:]] + [max(rows[-1].step, rows[0].step + 1)]
-    return [(phase, start, end) for (phase, start), end in zip(starts, ends, strict=True)]
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Return the layer that a quantizer belongs to, and the kind of tensor that it quantizes."""
-    layer, _, leaf = name.rpartition(".")
-    return (layer or "(model)", KINDS[leaf]) if leaf in KINDS else (name, "others")
 
 
 def _draw(rows: list[TrajectoryRow], panels: dict[tuple[str, str], dict[str, Curve]]) -> Figure:
@@ -137,9 +79,10 @@ def _draw(rows: list[TrajectoryRow], panels: dict[tuple[str, str], dict[str, Cur
     quantities = [quantity for quantity in QUANTITIES if any(quantity == q for q, _ in panels)]
     figure = Figure(figsize=(4.4 * len(kinds) + 1.6, 1.8 * len(quantities) + 1), layout="constrained")
     grid = figure.subplots(len(quantities), len(kinds), squeeze=False, sharex=True)
-    colours = _colours(list(dict.fromkeys(_split(row.quantizer)[0] for row in rows)))
-    names = _shortened(list(colours))
-    phases = _phases(rows)
+    colours = _colours(list(dict.fromkeys(layer_and_kind(row.quantizer)[0] for row in rows)))
+    # A dollar sign would start a formula.
+    names = {layer: name.replace("$", r"\$") for layer, name in shortened(list(colours)).items()}
+    phases = phases_of(rows)
     for line, quantity in zip(grid, quantities, strict=True):
         for axes, kind in zip(line, kinds, strict=True):
             curves = panels.get((quantity, kind), {})
@@ -165,15 +108,6 @@ def _colours(layers: list[str]) -> dict[str, Any]:
     return {layer: colormaps["viridis"](0.9 * i / (len(layers) - 1)) for i, layer in enumerate(layers)}
 
 
-def _shortened(layers: list[str]) -> dict[str, str]:
-    """Names without the parts that all begin with, and with their end alone where they are long."""
-    parts = [layer.split(".") for layer in layers]
-    shared = next((i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), 0)
-    short = [".".join(part[shared:]) for part in parts]
-    # A dollar sign would start a formula.
-    return {n: (s if len(s) <= 32 else "…" + s[-31:]).replace("$", r"\$") for n, s in zip(layers, short, strict=True)}
-
-
 def _name_outermost(
     axes: Axes, quantity: str, curves: dict[str, Curve], colours: dict[str, Any], names: dict[str, str]
 ) -> None:
@@ -182,7 +116,7 @@ def _name_outermost(
     if quantity in ("scale", "movement"):  # of shares and zero points the lowest are all near 0
         named += [(name, "top") for name in by_last_value[:-1][:1]]
     for name, side in named:
-        layer, value = _split(name)[0], curves[name][-1][1]
+        layer, value = layer_and_kind(name)[0], curves[name][-1][1]
         offset = (-2, -2 if side == "top" else 2)
         place: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": "right", "va": side}
         axes.annotate(names[layer], (curves[name][-1][0], value), color=colours[layer], fontsize=7, **place)
@@ -200,12 +134,12 @@ def _draw_curves(axes: Axes, quantity: str, curves: dict[str, Curve], colours: d
     axes.margins(y=0.12)
     axes.grid(axis="y", color="#000000", alpha=0.08, linewidth=0.6)
     for name, curve in curves.items():
-        colour = colours[_split(name)[0]]
+        colour = colours[layer_and_kind(name)[0]]
         steps, middle, low, high = zip(*curve, strict=True)
         if quantity == "saturation":
             # One batch says little about the share: the eye needs its mean, and the noise only faintly.
             axes.plot(steps, middle, color=colour, linewidth=0.6, alpha=min(0.25, 1 / len(curves)))
-            middle = _trailing_mean(middle)
+            middle = trailing_mean(middle)
         # A line through one point would be invisible.
         marker = "." if len(steps) == 1 else ""
         axes.plot(
@@ -219,13 +153,6 @@ def _draw_curves(axes: Axes, quantity: str, curves: dict[str, Curve], colours: d
         if low != high:
             axes.fill_between(steps, low, high, color=colour, alpha=min(0.18, 2.5 / len(curves)), linewidth=0)
     _scale_axis(axes, quantity, [value for curve in curves.values() for _, value, _, _ in curve])
-
-
-def _trailing_mean(values: tuple[float, ...]) -> tuple[float, ...]:
-    # Trailing, so that nothing rises before the phase that raises it.
-    sums, length = [0.0, *accumulate(values)], 1 + len(values) // 30
-    lengths = (min(i, length) for i in range(1, len(sums)))
-    return tuple((sums[i] - sums[i - n]) / n for i, n in enumerate(lengths, start=1))
 
 
 def _scale_axis(axes: Axes, quantity: str, values: list[float]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,27 +45,28 @@ class Summary:
         """The rows as plain dictionaries."""
         return [asdict(row) for row in self.rows]
 
-    def _cells(self) -> list[tuple[str, ...]]:
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]], tuple[bool, ...]]:
+        """Header, cells, and which columns are aligned to the right."""
         cells = []
         for r in self.rows:
             share = "" if math.isnan(r.saturation) else f"{r.saturation:.2%}"
             sqnr = "" if math.isnan(r.sqnr) else f"{r.sqnr:.1f}"
             cells.append((r.quantizer, str(r.bits), r.kind, f"{r.scale:.4g}", f"{r.zero_point:.1f}", share, sqnr))
-        return cells
+        return _HEADER, cells, _TO_THE_RIGHT
 
     @property
     def _size(self) -> str:
         return f"weights of quantized layers: {self.float_weight_bytes:,} -> {self.weight_bytes:,} bytes"
 
     def __str__(self) -> str:
-        return f"{aligned(_HEADER, self._cells(), _TO_THE_RIGHT)}\n{self._size}"
+        return f"{aligned(*self.table())}\n{self._size}"
 
     def __repr__(self) -> str:  # a notebook shows what a call returns, and the table stands above it already
         return f"<Summary of {len(self.rows)} quantizers, {self._size}>"
 
     def show(self) -> None:
         """Print the table, in colour where rich is installed and the output is a terminal."""
-        show(_HEADER, self._cells(), _TO_THE_RIGHT, self._size)
+        show(*self.table(), self._size)
 
 
 _HEADER = ("quantizer", "bits", "kind", "scale", "zero point", "saturation", "SQNR dB")
@@ -126,14 +127,14 @@ def summarize(model: nn.Module, batch: Any = None) -> Summary:
     return summary
 
 
-def describe(model: nn.Module, batch: Any = None) -> Summary:
-    """What `summarize` prints."""
+def describe(model: nn.Module, batch: Any = None, forward: Callable[[nn.Module, Any], Any] | None = None) -> Summary:
+    """What `summarize` prints; `forward` runs the model on the batch where that is not obvious."""
     found = quantizers(model)
     if not found:
         raise ValueError("The model has no quantizers to describe: call `lfq_lightning.attach` first.")
     captures = {name: _Capture() for name in found}
     if batch is not None:
-        _run(model, batch, {found[name]: capture for name, capture in captures.items()})
+        _run(model, batch, forward or _forward, {found[name]: capture for name, capture in captures.items()})
     packed = full = 0
     known: set[LearnableFakeQuantize] = set()
     for layer in hosts(model).values():
@@ -159,18 +160,21 @@ def describe(model: nn.Module, batch: Any = None) -> Summary:
     return Summary(rows, packed, full)
 
 
-def _run(model: nn.Module, batch: Any, captures: dict[LearnableFakeQuantize, _Capture]) -> None:
+def _run(model: nn.Module, batch: Any, forward: Any, captures: dict[LearnableFakeQuantize, _Capture]) -> None:
     handles = [quantizer.register_forward_hook(capture) for quantizer, capture in captures.items()]
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-            if isinstance(batch, Mapping):
-                model(**batch)
-            else:
-                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)

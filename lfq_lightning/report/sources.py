@@ -1,0 +1,66 @@
+"""Where a report finds its checkpoint and its trajectory: a file of one run, or the run's directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lfq_lightning.records.trajectory import FILE_NAME
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of one run; None where there is none."""
+
+    directory: Path
+    checkpoint: Path | None
+    trajectory: Path | None
+
+
+def find_run(source: Path | str) -> Run:
+    """The run that a checkpoint belongs to, or that a directory holds.
+
+    Args:
+        source: a checkpoint, a `trajectory.csv`, or a directory with either in it or below.
+
+    Raises:
+        FileNotFoundError: if there is nothing there.
+        ValueError: if there are several runs in the directory.
+    """
+    source = Path(source)
+    if source.is_file():
+        if source.name == FILE_NAME:
+            return Run(source.parent, _newest_checkpoint(source.parent), source)
+        # A checkpoint stands beside the trajectory, or in `checkpoints` below it.
+        beside = (directory / FILE_NAME for directory in (source.absolute().parent, source.absolute().parent.parent))
+        return Run(source.absolute().parent, source, next((path for path in beside if path.is_file()), None))
+    if not source.is_dir():
+        raise FileNotFoundError(
+            f"A report is about a checkpoint or a run's directory. Found nothing at `{source}`: check the path."
+        )
+    found = sorted(source.rglob(FILE_NAME))
+    if (source / FILE_NAME) in found:
+        found = [source / FILE_NAME]
+    if len(found) > 1:
+        shown = ", ".join(f"`{path.parent}`" for path in found[:5])
+        raise ValueError(f"A report is about one run. Found {len(found)} in `{source}`: choose one of {shown}.")
+    directory = found[0].parent if found else source
+    checkpoint = _newest_checkpoint(directory)
+    if checkpoint is None and not found:
+        raise FileNotFoundError(f"A run has a checkpoint or a `{FILE_NAME}`. Found neither in `{source}`.")
+    return Run(directory, checkpoint, found[0] if found else None)
+
+
+def _newest_checkpoint(directory: Path) -> Path | None:
+    return max(directory.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def recorded_path(checkpoint: Mapping[str, Any]) -> Path | None:
+    """The trajectory that a checkpoint of a running fit speaks of, if it is still there."""
+    for state in checkpoint.get("callbacks", {}).values():
+        recorder = state.get("recorder") if isinstance(state, Mapping) else None
+        if isinstance(recorder, Mapping) and recorder.get("path") and Path(recorder["path"]).is_file():
+            return Path(recorder["path"])
+    return None

@@ -117,7 +117,7 @@ def sensitivity(
                     value = evaluate()
                     size = _bytes(layers[0])
                 drop = in_float - value if better else value - in_float
-                rows.append(SensitivityRow(names, width, size, value, drop, spec and spec.to_dict()))
+                rows.append(SensitivityRow(names, width, size, value, drop, None if spec is None else spec.to_dict()))
     return Sensitivity(in_float, better, tuple(rows))
 
 

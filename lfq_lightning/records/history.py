@@ -73,7 +73,8 @@ class History:
         """
         if not self._keeping or not vectors:
             return
-        added = {"step": np.int64(step), "epoch": np.int64(epoch), "phase": np.str_(phase), **vectors}
+        moment = {"step": np.asarray(step, np.int64), "epoch": np.asarray(epoch, np.int64), "phase": np.asarray(phase)}
+        added: dict[str, Array] = {**moment, **vectors}
         try:
             if self._epochs and _shapes(self._epochs[-1]) != _shapes(added):
                 self._start_afresh("it describes other quantizers")
@@ -93,7 +94,8 @@ class History:
         temporary = self.path.with_name(FILE_NAME + ".tmp")
         try:
             with open(temporary, "wb") as file:  # given a name, NumPy would add a suffix to it
-                np.savez(file, **{key: np.stack([epoch[key] for epoch in self._epochs]) for key in self._epochs[0]})
+                arrays = {key: np.stack([epoch[key] for epoch in self._epochs]) for key in self._epochs[0]}
+                np.savez(file, allow_pickle=False, **arrays)
             os.replace(temporary, self.path)
         except OSError:
             temporary.unlink(missing_ok=True)

@@ -143,10 +143,14 @@ def snapshot(model: nn.Module, measured: Mapping[str, Tensor]) -> Snapshot:
     parts = [*scales, *zero_points, *gradients, *shares]
     flat: Array = torch.cat(parts).cpu().numpy()
     split = iter(np.split(flat, np.cumsum([part.numel() for part in parts])[:-1]))
-    take = [tuple(itertools.islice(split, len(found))) for _ in range(4)]
+    each_scale, each_zero_point, each_gradient, each_share = (
+        tuple(itertools.islice(split, len(found))) for _ in range(4)
+    )
     return Snapshot(
         tuple(found),
-        *take[:2],
-        tuple(float(np.linalg.norm(g)) if g.size else math.nan for g in take[2]),
-        *(tuple(float(share[i]) for share in take[3]) for i in (0, 1)),
+        each_scale,
+        each_zero_point,
+        tuple(float(np.linalg.norm(gradient)) if gradient.size else math.nan for gradient in each_gradient),
+        tuple(float(share[0]) for share in each_share),
+        tuple(float(share[1]) for share in each_share),
     )

@@ -47,7 +47,7 @@ class Summary:
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]], tuple[bool, ...]]:
         """Header, cells, and which columns are aligned to the right."""
-        cells = []
+        cells: list[tuple[str, ...]] = []
         for r in self.rows:
             share = "" if math.isnan(r.saturation) else f"{r.saturation:.2%}"
             sqnr = "" if math.isnan(r.sqnr) else f"{r.sqnr:.1f}"

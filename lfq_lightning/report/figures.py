@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -64,6 +65,11 @@ def trajectories(rows: list[TrajectoryRow]) -> go.Figure | None:
                 **place,
             )
             explained.add(layer)
+    for quantity, kind in itertools.product(quantities, kinds):
+        if (quantity, kind) not in panels and quantity == "zero_point":
+            place = {"row": quantities.index(quantity) + 1, "col": kinds.index(kind) + 1}
+            zero = {"line": {"color": _GREY, "dash": "dot"}, "hovertemplate": "all zero points are 0<extra></extra>"}
+            figure.add_trace(go.Scatter(x=[rows[0].step, rows[-1].step], y=[0, 0], showlegend=False, **zero), **place)
     for start, end, phase in ((start, end, phase) for phase, start, end in phases_of(rows)):
         if phase in PHASE_COLOURS:
             figure.add_vrect(start, end, fillcolor=PHASE_COLOURS[phase], opacity=1, layer="below", line_width=0)
@@ -189,15 +195,7 @@ def histograms(weights: Sequence[WeightFindings]) -> go.Figure:
         }
         for i, (name, found) in enumerate(zip(names, weights, strict=True))
     ]
-    menu = {
-        "buttons": buttons,
-        "x": 0,
-        "xanchor": "left",
-        "y": 1.28,
-        "yanchor": "top",
-        "showactive": True,
-        "active": first,
-    }
+    menu = {"buttons": buttons, "active": first, "x": 0, "xanchor": "left", "y": 1.28, "yanchor": "top"}
     figure.update_layout(updatemenus=[menu], bargap=0.1, barmode="overlay")
     figure.update_xaxes(title_text="weight", col=1)
     figure.update_xaxes(title_text="code", col=2)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -92,7 +93,7 @@ def _describe(name: str, layer: QuantizedLayer) -> WeightFindings:
     )
 
 
-def _counts(values: Tensor, edges: np.ndarray) -> list[int]:  # type: ignore[type-arg]
+def _counts(values: Tensor, edges: npt.NDArray[np.float64]) -> list[int]:
     flat = values.flatten().cpu().numpy()
     counts: list[int] = np.histogram(flat[np.isfinite(flat)], edges)[0].tolist()
     return counts

@@ -56,6 +56,8 @@ def render(title: str, source: str, facts: Sequence[tuple[str, str]], sections: 
 
 
 def _as_html(figure: go.Figure, name: str) -> str:
-    config = {"displaylogo": False, "responsive": True}
+    # One of plotly's buttons would send the figure's data to its maker's server.
+    buttons = ["sendChartToCloud", "select2d", "lasso2d"]
+    config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": buttons, "plotlyServerURL": ""}
     html: str = figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"{name}-figure", config=config)
     return html

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -93,7 +94,7 @@ def _describe(name: str, layer: QuantizedLayer) -> WeightFindings:
     )
 
 
-def _counts(values: Tensor, edges: npt.NDArray[np.float64]) -> list[int]:
+def _counts(values: Tensor, edges: npt.NDArray[np.floating[Any]]) -> list[int]:
     flat = values.flatten().cpu().numpy()
     counts: list[int] = np.histogram(flat[np.isfinite(flat)], edges)[0].tolist()
     return counts

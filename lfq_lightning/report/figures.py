@@ -68,7 +68,11 @@ def trajectories(rows: list[TrajectoryRow]) -> go.Figure | None:
     for quantity, kind in itertools.product(quantities, kinds):
         if (quantity, kind) not in panels and quantity == "zero_point":
             place = {"row": quantities.index(quantity) + 1, "col": kinds.index(kind) + 1}
-            zero = {"line": {"color": _GREY, "dash": "dot"}, "hovertemplate": "all zero points are 0<extra></extra>"}
+            zero = {
+                "mode": "lines",
+                "line": {"color": _GREY, "dash": "dot"},
+                "hovertemplate": "all zero points are 0<extra></extra>",
+            }
             figure.add_trace(go.Scatter(x=[rows[0].step, rows[-1].step], y=[0, 0], showlegend=False, **zero), **place)
     for start, end, phase in ((start, end, phase) for phase, start, end in phases_of(rows)):
         if phase in PHASE_COLOURS:

@@ -41,7 +41,8 @@ def main(cfg: DictConfig) -> None:
     if cfg.quant.weight is not None or cfg.quant.activation is not None:
         model = type(model).load_from_checkpoint(checkpoint, **cfg.quantized.model)
         trainer, checkpoint, metrics = fit_and_test(cfg, "quantized", model, data, callbacks)
-        summary = lfq.summarize(model)
+        images, _ = next(iter(data.test_dataloader()))
+        summary = lfq.summarize(model, images)  # prints its table
         size += summary.weight_bytes - summary.float_weight_bytes
         results["quantized"] = {**metrics, "parameter_bytes": size}
     if trainer.is_global_zero:
@@ -64,7 +65,7 @@ def fit_and_test(cfg: DictConfig, stage: str, model: Any, data: Any, callbacks: 
 
 
 def report(model: Any, data: Any, checkpoint: Path, results: dict[str, dict[str, float]], onnx: bool) -> None:
-    """Print fits, quantizers and parity; write metrics.json, trajectories.png and quantized.onnx."""
+    """Print fits and parity; write metrics.json, trajectories.png and quantized.onnx."""
     directory, log_directory = checkpoint.parent.parent, checkpoint.parent
     written = {"checkpoint": checkpoint, "metrics": directory / "metrics.json"}
     written["metrics"].write_text(json.dumps(results, indent=2) + "\n")
@@ -72,8 +73,6 @@ def report(model: Any, data: Any, checkpoint: Path, results: dict[str, dict[str,
         images, _ = next(iter(data.test_dataloader()))
         written["trajectory"] = log_directory / "trajectory.csv"
         written["picture"] = lfq.plot_trajectories(log_directory, directory / "trajectories.png")
-        print()
-        lfq.summarize(model, images)
         if onnx:
             written["ONNX"] = directory / "quantized.onnx"
             print(f"\n{lfq.export_onnx(model, images, written['ONNX'], batches=data.test_dataloader())}")

@@ -247,7 +247,8 @@ class Rule:
         for role in ("weight", "activation"):
             value = getattr(self, role)
             if isinstance(value, QuantSpec):
-                value = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+                known = inspect.signature(QuantSpec).parameters.values()
+                value = {p.name: getattr(value, p.name) for p in known if getattr(value, p.name) != p.default}
             if not isinstance(value, str):
                 values[role] = value
         return values

@@ -70,7 +70,15 @@ def test_the_recipes_of_lsq_differ_as_the_paper_says(
     assert config.quantized.trainer.max_epochs == epochs
 
 
-BITS = {"w8a8": (8, 8), "w4a4": (4, 4), "w3a3": (3, 3), "w2a2": (2, 2), "w4_group": (4, None), "float": (None, None)}
+BITS = {
+    "w8a8": (8, 8),
+    "w4a4": (4, 4),
+    "w3a3": (3, 3),
+    "w2a2": (2, 2),
+    "w4_group": (4, None),
+    "w4_pot": (4, 8),
+    "float": (None, None),
+}
 
 
 def bits(spec: Any) -> int | None:

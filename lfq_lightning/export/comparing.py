@@ -67,16 +67,17 @@ def compare(
         values = dict(zip([o.name for o in plain.get_outputs()], plain.run(None, feed), strict=True))
         for name, uses in codes.items():
             if name not in found:
-                found[name] = found.get(_twin(name, codes, watched), ())
+                twin = _twin(name, codes, watched)
+                found[name] = () if twin is None else found.get(twin, ())
             tally.setdefault(name, _Codes()).take_in(uses, [values[t] for t in found[name]])
         count += expected[0].argmax(-1).size
         unoptimized.take_in([values[name] for name in outputs], expected)
         optimized.take_in(fast.run(outputs, feed), expected)
     stored = stored_weights(onnx.load(path))
     for name, layer in hosts(reference).items():
-        key, quantizer = f"{plain_name(name)}.weight_quantizer", layer.weight_quantizer
-        if name in called and quantizer is not None and key in weights:
-            wanted = _centred(quantizer, whole_weight(layer)) * weights[key].signs.int().numpy()
+        key, own = f"{plain_name(name)}.weight_quantizer", layer.weight_quantizer
+        if name in called and own is not None and key in weights:
+            wanted = _centred(own, whole_weight(layer)) * weights[key].signs.int().numpy()
             alike = [other for other in weights if weights[other] is weights[key] and other in stored]
             tally.setdefault(key, _Codes()).take_in([wanted], [stored[other] for other in alike[:1]])
     rows = tuple(tally[name].row(name) for name in quantizers(reference) if name in tally)

@@ -239,6 +239,6 @@ def keep_biases_exact(model: nn.Module) -> None:
         plain = float_type(layer) in QUANTIZABLE and isinstance(layer._modules[INPUT], IntegerInput)
         if plain and isinstance(weight, IntegerWeight) and weight.narrow and isinstance(bias, Tensor):
             add = Bias(bias, 0 if isinstance(layer, nn.Linear) else weight.codes.ndim - 2)
-            layer.bias = None
+            layer.register_parameter("bias", None)
             layer.add_module("exact_bias", add)
             layer.register_forward_hook(add, prepend=True)

@@ -134,6 +134,10 @@ class QuantSpec:
         """Plain Python values, as `QuantSpec(**values)` takes them."""
         return {name: getattr(self, name) for name in inspect.signature(QuantSpec).parameters}
 
+    def replace(self, **changes: Any) -> QuantSpec:
+        """These settings with some of them changed, as `dataclasses.replace` would give them."""
+        return QuantSpec(**{**self.to_dict(), **changes})
+
     @property
     def label(self) -> str:
         """A few words: `4 bit symmetric per_channel`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -143,9 +143,9 @@ def _with_bits(names: tuple[str, ...], quantizer: LearnableFakeQuantize, bits: i
     spec = quantizer.spec
     assert spec is not None
     if spec.quant_min is None:
-        return replace(spec, bits=bits)
+        return spec.replace(bits=bits)
     if (spec.quant_min, spec.quant_max) == (1 - 2 ** (spec.bits - 1), 2 ** (spec.bits - 1) - 1):  # the narrow range
-        return replace(spec, bits=bits, quant_min=1 - 2 ** (bits - 1), quant_max=2 ** (bits - 1) - 1)
+        return spec.replace(bits=bits, quant_min=1 - 2 ** (bits - 1), quant_max=2 ** (bits - 1) - 1)
     raise ValueError(
         f"Other bits need a range that follows from them. Found quant_min={spec.quant_min} and quant_max="
         f"{spec.quant_max} for {', '.join(names)}: leave them out of the specification."

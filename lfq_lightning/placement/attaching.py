@@ -147,7 +147,7 @@ def plan(
 def _at_least_8_bits(spec: QuantSpec | None) -> QuantSpec | None:
     if spec is None or spec.bits >= 8 or spec.quant_min is not None:
         return spec
-    return QuantSpec(**{**spec.to_dict(), "bits": 8})
+    return spec.replace(bits=8)
 
 
 def _check_rules(rules: tuple[Rule, ...], model: nn.Module, found: dict[str, nn.Module]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -53,10 +53,10 @@ def ours(
         weight = {"quant_min": -largest, "quant_max": largest}
     if weight:
         base = specs["weight"] if cell.group_size else lfq.QuantSpec(bits=cell.weight, granularity="per_channel")
-        specs["weight"] = replace(base, **weight)
+        specs["weight"] = base.replace(**weight)
     if activation and cell.activation:
         base = lfq.QuantSpec(bits=cell.activation, symmetric=False)
-        specs["activation"] = replace(base, **activation)
+        specs["activation"] = base.replace(**activation)
     return [lfq.QuantizationAwareTraining(**specs, record_every_n_steps=10**9, **options)]
 
 

@@ -197,6 +197,11 @@ def load_from_checkpoint(
         >>> model = lfq.load_from_checkpoint(MyModule, "best.ckpt")  # doctest: +SKIP
     """
     checkpoint = read_checkpoint(path, map_location)
+    if "pytorch-lightning_version" not in checkpoint:
+        raise ValueError(
+            f"{path} must be saved by a Lightning Trainer. Found the keys {', '.join(map(str, checkpoint))}: build the "
+            "model, and use `load_state_dict`."
+        )
     saved = checkpoint["state_dict"]
     as_float = io.BytesIO()
     torch.save({**checkpoint, "state_dict": without_quantizers(saved)}, as_float)
@@ -210,11 +215,11 @@ def load_from_checkpoint(
 
 
 def read_checkpoint(path: str | Path | IO[bytes], map_location: Any = None) -> dict[str, Any]:
-    """A Lightning checkpoint's contents.
+    """The contents of a checkpoint with a `state_dict`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read, or is no Lightning checkpoint.
+        ValueError: if it cannot be read, or has none.
     """
     try:
         checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
@@ -229,9 +234,4 @@ def read_checkpoint(path: str | Path | IO[bytes], map_location: Any = None) -> d
     state_dict = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
         raise ValueError(f"{path} must be a Lightning checkpoint. Found no `state_dict` in it: use `load_state_dict`.")
-    if "pytorch-lightning_version" not in checkpoint:
-        raise ValueError(
-            f"{path} must be saved by a Lightning Trainer. Found the keys {', '.join(map(str, checkpoint))}: build the "
-            "model, and use `load_state_dict`."
-        )
     return checkpoint

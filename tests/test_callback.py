@@ -293,7 +293,7 @@ def test_disk_trouble_stops_recording_and_not_training(tmp_path: Path) -> None:
         ({"activation": 4.5}, TypeError, "must be a number of bits"),
         ({"schedule": "learn"}, TypeError, "must be a PhaseSchedule"),
         ({"record_every_n_steps": 0}, ValueError, "must be at least 1"),
-        ({"rules": [{"match": "head", "wait": 8}]}, TypeError, "wait"),
+        ({"rules": [{"match": "head", "wait": 8}]}, ValueError, "wait"),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(settings: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -44,7 +44,9 @@ def test_onnx_runtime_gives_the_answers_of_a_trained_network(tmp_path: Path, net
     assert parity.inputs == 1004
     assert len(parity.quantizers) == len(lfq.quantizers(model))
     assert parity.plain.top1 == 1
-    assert all(row.equal > 0.999 and row.largest <= 2 for row in parity.quantizers)
+    # How far a code is off says nothing: one that falls to the other side of a tie changes all that follows from it.
+    # Whether a quantizer itself is exact, the last line asks.
+    assert all(row.equal > 0.999 for row in parity.quantizers)
     assert all(row.equal == 1 for row in parity.quantizers if row.quantizer.endswith("weight_quantizer"))
     assert len(parity.folded) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     assert parity.optimized.top1 >= 0.99

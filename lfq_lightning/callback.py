@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,24 +11,23 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from lfq_lightning.checkpoint import check_loadable, fit_to
 from lfq_lightning.export.parity import Parity
 from lfq_lightning.phases import model_phase, set_gathering
 from lfq_lightning.placement import Placement, apply, plan
 from lfq_lightning.placement.host import quantizers, set_compressed
-from lfq_lightning.records.trajectory import TrajectoryRow
 from lfq_lightning.schedule import OBSERVING, PHASES, Phase, PhaseSchedule
 from lfq_lightning.spec import QuantSpec, Rule, SpecLike, activation_spec, as_rules, made, weight_spec
 from lfq_lightning.training.exporting import check_batch, check_fit, export_fit
+from lfq_lightning.training.module_hooks import meet_quantizers
 from lfq_lightning.training.neighbours import arrange, check_neighbours, require_gradients
-from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, ScheduleFactory, hidden_qparams
+from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, ScheduleFactory
 from lfq_lightning.training.recorder import Recorder, log, summary_of
 from lfq_lightning.training.resuming import open_epoch
 from lfq_lightning.training.run_length import check_configured_length, is_dev_run, settle_schedule
-from lfq_lightning.training.run_phases import enter_phase, take_in_batch
+from lfq_lightning.training.run_phases import enter_phase, show_phase, take_in_batch
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.sharding import check_strategy
-from lfq_lightning.training.user_optimizer import UserOptimizers, arranged_qparams, make_optimizer
+from lfq_lightning.training.user_optimizer import UserOptimizers, arranged_qparams, check_choice, make_optimizer
 from lfq_lightning.training.wrapping import Wrappers
 
 
@@ -91,13 +91,7 @@ class QuantizationAwareTraining(L.Callback):
         self.schedule = made("schedule", PhaseSchedule, schedule) if isinstance(schedule, Mapping) else schedule
         if self.schedule is not None and not isinstance(self.schedule, PhaseSchedule):
             raise TypeError(f"`schedule` must be a PhaseSchedule or None. Found {schedule!r}.")
-        for name, value in (("optimizer", optimizer), ("lr_schedule", lr_schedule)):
-            if value is not None and not callable(value) and (name, value) != ("optimizer", "user"):
-                raise TypeError(f"`{name}` must be a callable that makes one, or None. Found {value!r}.")
-        if optimizer == "user" and lr_schedule is not None:
-            raise ValueError(
-                'With `optimizer="user"` the user\'s schedulers apply. Found `lr_schedule` too: leave it out.'
-            )
+        check_choice(optimizer, lr_schedule)
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.reobserve = reobserve
         self.compress_saved = compress_saved
@@ -112,6 +106,7 @@ class QuantizationAwareTraining(L.Callback):
         self.qparam_optimizer: QParamOptimizer | UserOptimizers | None = None
         self._schedule_in_force: PhaseSchedule | None = self.schedule
         self._restored: dict[str, Any] = {}
+        self._logged_epoch: int | None = None
         self._wrappers = Wrappers()  # until training starts
         self._arranged = Wrappers()  # until the run ends
 
@@ -124,26 +119,8 @@ class QuantizationAwareTraining(L.Callback):
         if stage == "fit":
             check_configured_length(trainer, self.schedule)
         self._attach(pl_module, final=False)
-
-        def configure_model(original: Any) -> None:
-            with hidden_qparams(pl_module):  # `fully_shard` leaves them whole
-                original()
-            self._attach(pl_module, final=True)
-
-        def configure_optimizers(original: Any) -> Any:
-            with arranged_qparams(pl_module, self.optimizer):
-                return original()
-
-        def on_load_checkpoint(original: Any, checkpoint: dict[str, Any]) -> None:
-            original(checkpoint)
-            for key in ("state_dict", "current_model_state"):
-                if key in checkpoint:
-                    checkpoint[key] = fit_to(pl_module, checkpoint[key])
-            check_loadable(pl_module, checkpoint)
-
-        self._wrappers.around(pl_module, "configure_model", configure_model)
-        self._wrappers.around(pl_module, "configure_optimizers", configure_optimizers)
-        self._wrappers.around(pl_module, "on_load_checkpoint", on_load_checkpoint)
+        attach = partial(self._attach, pl_module, final=True)
+        meet_quantizers(self._wrappers, pl_module, attach, partial(arranged_qparams, pl_module, self.optimizer))
         arrange(self._arranged, trainer, pl_module)
 
     def _attach(self, pl_module: L.LightningModule, final: bool) -> None:
@@ -171,9 +148,10 @@ class QuantizationAwareTraining(L.Callback):
         restored = PhaseSchedule(**restored) if restored else None
         self._schedule_in_force, steps = settle_schedule(trainer, self.schedule, restored)
         self._recorder.open(trainer, steps, self._restored.get("recorder", {}))
-        self._show_phase(trainer, pl_module)
+        show_phase(self._arranged, trainer, pl_module)
         enter_phase(trainer, pl_module, self._phase(trainer))
         self._restored = {}
+        self._logged_epoch = None
 
     def _take_up(self) -> bool:
         state = self._restored.pop("qparam_optimizer", None)
@@ -186,11 +164,17 @@ class QuantizationAwareTraining(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Enter the epoch's phase."""
         enter_phase(trainer, pl_module, self._phase(trainer))
-        phase = PHASES.index(model_phase(pl_module))
-        log(pl_module, "lfq/phase", phase, on_step=False, on_epoch=True, sync_dist=True)
+
+    def _log_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log once an epoch, in its first batch: a run that is resumed has no epoch's start."""
+        if self._logged_epoch == trainer.current_epoch:
+            return
+        self._logged_epoch = trainer.current_epoch
+        values: dict[str, float] = {"lfq/phase": PHASES.index(model_phase(pl_module))}
         if self.qparam_optimizer is not None and self.qparam_optimizer.optimizers:
-            rate = self.qparam_optimizer.learning_rates[0]
-            log(pl_module, "lfq/lr", rate, on_step=False, on_epoch=True, sync_dist=True)
+            values["lfq/lr"] = self.qparam_optimizer.learning_rates[0]
+        for name, value in values.items():
+            log(pl_module, name, value, on_step=False, on_epoch=True, sync_dist=True)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -198,6 +182,7 @@ class QuantizationAwareTraining(L.Callback):
         """Gather statistics from this batch's forward passes, and measure them where a record is due."""
         open_epoch(trainer)
         enter_phase(trainer, pl_module, self._phase(trainer))
+        self._log_epoch(trainer, pl_module)
         if self.export is not None:
             if self._last_batch is None:
                 check_batch(pl_module, batch)
@@ -214,7 +199,9 @@ class QuantizationAwareTraining(L.Callback):
             set_gathering(pl_module, False)
             take_in_batch(trainer, pl_module)
         rows = self._recorder.after_batch(trainer, pl_module)
-        self._watch(trainer, pl_module, rows)
+        for quantizer in self._sentinel.watch(trainer, pl_module, rows):
+            if self.qparam_optimizer is not None:
+                self.qparam_optimizer.forget(quantizer)
         for name, value in summary_of(rows).items():
             log(pl_module, name, value, on_step=True, on_epoch=False)
 
@@ -227,24 +214,9 @@ class QuantizationAwareTraining(L.Callback):
         if isinstance(self.qparam_optimizer, UserOptimizers):
             self.qparam_optimizer.keep_still()
 
-    def _watch(self, trainer: L.Trainer, pl_module: L.LightningModule, rows: list[TrajectoryRow]) -> None:
-        collapsed = self._sentinel.collapsed(pl_module, rows)
-        if rows and trainer.world_size > 1 and self._sentinel.reaction == "reinit":
-            collapsed = trainer.strategy.broadcast(collapsed)  # saturation is each rank's own
-        for quantizer in self._sentinel.react(pl_module, collapsed):
-            if self.qparam_optimizer is not None:
-                self.qparam_optimizer.forget(quantizer)
-
     def _phase(self, trainer: L.Trainer) -> Phase:
         assert self._schedule_in_force is not None
         return self._schedule_in_force.phase(trainer.current_epoch, trainer.global_step)
-
-    def _show_phase(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        def get_metrics(original: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            return {**original(*args, **kwargs), "phase": model_phase(pl_module)}
-
-        if trainer.progress_bar_callback is not None:
-            self._arranged.around(trainer.progress_bar_callback, "get_metrics", get_metrics)
 
     # ---- after the run --------------------------------------------------------------------------------------------
 

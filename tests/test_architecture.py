@@ -49,7 +49,7 @@ FLOORS = [
     ["training.neighbours", "training.recorder", "training.resuming", "training.run_length"],
     ["training.user_optimizer"],
     ["checkpoint", "training.run_phases"],
-    ["training.exporting"],
+    ["training.exporting", "training.module_hooks"],
     ["training"],
     ["callback"],
     ["techniques.order", "techniques.oscillation"],

@@ -166,7 +166,7 @@ def test_summaries_can_be_monitored_and_every_logger_gets_the_trajectories(tmp_p
     loggers = [CSVLogger(tmp_path, name="a"), CSVLogger(tmp_path, name="b")]
     _, made, _ = fit(tmp_path, logger=loggers, log_every_n_steps=1)
     assert made.callback_metrics["lfq/phase"] == 3
-    assert made.callback_metrics["lfq/lr"] == pytest.approx(1e-3)
+    assert made.callback_metrics["lfq/lr"] == pytest.approx(1e-3 * (1 + math.cos(math.pi * 2 / 10)) / 2)
     for key in ("lfq/weight_scale", "lfq/input_scale", "lfq/weight_saturation", "lfq/input_saturation"):
         assert made.callback_metrics[key] >= 0
     for logger in loggers:

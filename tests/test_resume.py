@@ -64,6 +64,18 @@ def test_a_run_resumed_between_two_epochs_can_be_resumed_again_within_the_next(t
     assert_same_run(run(tmp_path / "twice", ckpt_path=tmp_path / f"once/step={BATCHES + 5}.ckpt"), whole)
 
 
+@pytest.mark.parametrize("step", [2 * BATCHES, 2 * BATCHES + 3])
+def test_an_epoch_that_a_run_resumes_with_logs_its_phase_and_learning_rate(tmp_path: Path, step: int) -> None:
+    def run(directory: Path, **more: Any) -> dict[str, Tensor]:
+        every_step = ModelCheckpoint(directory, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        return fit(directory, callbacks=[every_step], data=StatefulLoader(), **more)[1].callback_metrics
+
+    whole = run(tmp_path)
+    last_epoch = run(tmp_path / "again", ckpt_path=tmp_path / f"step={step}.ckpt")
+    for name in ("lfq/phase", "lfq/lr"):
+        assert last_epoch[name] == whole[name]
+
+
 def test_a_derived_schedule_is_kept_by_the_run_that_resumes(tmp_path: Path) -> None:
     options = {"callbacks": [every_epoch(tmp_path)], "callback": qat(schedule=None), "max_epochs": 4}
     whole = fit(tmp_path, **options)

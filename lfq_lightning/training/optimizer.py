@@ -48,16 +48,20 @@ class _Pace:
 
     def __init__(self, own: Optimizer, followed: Optimizer) -> None:
         self.own, self.followed = own, followed
-        self.rates = [group["lr"] for group in own.param_groups]
-        self.usual = followed.param_groups[0]["lr"]
+        self._peaks = [group["lr"] for group in own.param_groups]
+        self._usual = followed.param_groups[0]["lr"]
 
-    def keep(self) -> None:
-        """Set the learning rate for the coming step."""
+    def rates(self) -> list[float]:
+        """The learning rate of each group in the coming step."""
         lead = self.followed.param_groups[0]
         # Schedulers leave these names in the group that they drive.
-        peak = lead.get("max_lr") or lead.get("initial_lr") or self.usual
-        for group, rate in zip(self.own.param_groups, self.rates, strict=True):
-            group["lr"] = rate * (lead["lr"] / peak if peak else 1.0)
+        peak = lead.get("max_lr") or lead.get("initial_lr") or self._usual
+        return [rate * (lead["lr"] / peak if peak else 1.0) for rate in self._peaks]
+
+    def keep(self) -> None:
+        """Set them."""
+        for group, rate in zip(self.own.param_groups, self.rates(), strict=True):
+            group["lr"] = rate
 
 
 class QParamOptimizer:
@@ -114,8 +118,10 @@ class QParamOptimizer:
 
     @property
     def learning_rates(self) -> list[float]:
-        """The present learning rate of each optimizer."""
-        return [own.param_groups[0]["lr"] for own in self.optimizers]
+        """The learning rate of each optimizer in its coming step."""
+        if self._schedules:
+            return [own.param_groups[0]["lr"] for own in self.optimizers]
+        return [pace.rates()[0] for pace in self._pace]
 
     @torch.no_grad()
     def step(self, position: int) -> None:

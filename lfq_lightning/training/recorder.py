@@ -139,4 +139,4 @@ def log(
     """`model.log`, for which a float would be copied to a GPU and waited for; filling a tensor there is not."""
     if not isinstance(value, Tensor):
         value = torch.full((), value, dtype=torch.float32, device=model.device)
-    model.log(name, value, on_step=on_step, on_epoch=on_epoch, sync_dist=sync_dist)
+    model.log(name, value, on_step=on_step, on_epoch=on_epoch, sync_dist=sync_dist, batch_size=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -10,6 +12,7 @@ from lfq_lightning.placement.host import first_quantizer, quantizers
 from lfq_lightning.schedule import Phase
 from lfq_lightning.training.neighbours import share_with_averages
 from lfq_lightning.training.run_length import is_dev_run
+from lfq_lightning.training.wrapping import Wrappers
 
 
 def enter_phase(trainer: L.Trainer, model: L.LightningModule, scheduled: Phase) -> None:
@@ -41,6 +44,16 @@ def take_in_batch(trainer: L.Trainer, model: L.LightningModule) -> None:
             quantizers(model)[name].warn_non_finite(flag, name)
     if model_phase(model) == "estimate":
         estimate_weights(model, cheap=True)
+
+
+def show_phase(wrappers: Wrappers, trainer: L.Trainer, model: L.LightningModule) -> None:
+    """Have the progress bar name the phase."""
+
+    def get_metrics(original: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**original(*args, **kwargs), "phase": model_phase(model)}
+
+    if trainer.progress_bar_callback is not None:
+        wrappers.around(trainer.progress_bar_callback, "get_metrics", get_metrics)
 
 
 def _over_ranks(trainer: L.Trainer) -> Reduce:

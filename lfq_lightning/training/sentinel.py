@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Literal, get_args
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -52,6 +53,13 @@ class Sentinel:
         self._named: set[str] = set()
         self._began: dict[str, float] = {}
         self._streaks: dict[tuple[str, str], float] = {}
+
+    def watch(self, trainer: L.Trainer, model: nn.Module, rows: list[TrajectoryRow]) -> list[LearnableFakeQuantize]:
+        """React to what these rows show, on every rank alike; the quantizers that were started over."""
+        collapsed = self.collapsed(model, rows)
+        if rows and trainer.world_size > 1 and self.reaction == "reinit":
+            collapsed = trainer.strategy.broadcast(collapsed)  # saturation is each rank's own
+        return self.react(model, collapsed)
 
     def collapsed(self, model: nn.Module, rows: Iterable[TrajectoryRow]) -> dict[str, str]:
         """The quantizers that these rows show to have collapsed, and how."""

@@ -171,6 +171,15 @@ def _check_linear(model: nn.Module) -> None:
 Choice = OptimizerFactory | Literal["user"] | None
 
 
+def check_choice(choice: object, schedule: object) -> None:
+    """Raise TypeError or ValueError unless the arguments `optimizer` and `lr_schedule` fit together."""
+    for name, value in (("optimizer", choice), ("lr_schedule", schedule)):
+        if value is not None and not callable(value) and (name, value) != ("optimizer", "user"):
+            raise TypeError(f"`{name}` must be a callable that makes one, or None. Found {value!r}.")
+    if choice == "user" and schedule is not None:
+        raise ValueError('With `optimizer="user"` the user\'s schedulers apply. Found `lr_schedule` too: leave it out.')
+
+
 def arranged_qparams(model: nn.Module, choice: Choice) -> AbstractContextManager[None]:
     """What `configure_optimizers` runs in: qparams are grouped, or hidden where they have an optimizer of their own."""
     return grouped_qparams(model) if choice == "user" else hidden_qparams(model)

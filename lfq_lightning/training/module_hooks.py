@@ -1,0 +1,49 @@
+"""A LightningModule's own hooks before training, which must meet the quantizers in the right order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import lightning as L
+
+from lfq_lightning.checkpoint import check_loadable, fit_to
+from lfq_lightning.training.optimizer import hidden_qparams
+from lfq_lightning.training.wrapping import Wrappers
+
+
+def meet_quantizers(
+    wrappers: Wrappers,
+    model: L.LightningModule,
+    attach: Callable[[], None],
+    arranged: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Wrap the module's hooks.
+
+    Args:
+        wrappers: what takes them off again.
+        model: the module.
+        attach: puts quantizers on the layers that `configure_model` made.
+        arranged: what `configure_optimizers` runs in.
+    """
+
+    def configure_model(original: Any) -> None:
+        with hidden_qparams(model):  # `fully_shard` leaves them whole
+            original()
+        attach()
+
+    def configure_optimizers(original: Any) -> Any:
+        with arranged():
+            return original()
+
+    def on_load_checkpoint(original: Any, checkpoint: dict[str, Any]) -> None:
+        original(checkpoint)
+        for key in ("state_dict", "current_model_state"):
+            if key in checkpoint:
+                checkpoint[key] = fit_to(model, checkpoint[key])
+        check_loadable(model, checkpoint)
+
+    wrappers.around(model, "configure_model", configure_model)
+    wrappers.around(model, "configure_optimizers", configure_optimizers)
+    wrappers.around(model, "on_load_checkpoint", on_load_checkpoint)

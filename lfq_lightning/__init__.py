@@ -13,8 +13,9 @@ from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.plot import plot_trajectories
 from lfq_lightning.records.summary import Summary, summarize
 from lfq_lightning.report import write_report
+from lfq_lightning.rules import Rule
 from lfq_lightning.schedule import PhaseSchedule
-from lfq_lightning.spec import QuantSpec, Rule
+from lfq_lightning.spec import QuantSpec
 from lfq_lightning.techniques.batch_norm import BatchNormStatistics
 from lfq_lightning.techniques.bit_annealing import BitAnnealing
 from lfq_lightning.techniques.distillation import Distillation

@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lfq_lightning.export.parity import Parity
 from lfq_lightning.phases import model_phase, set_gathering
 from lfq_lightning.placement import Placement, apply, plan
 from lfq_lightning.placement.host import quantizers, set_compressed
-from lfq_lightning.schedule import OBSERVING, PHASES, Phase, PhaseSchedule
-from lfq_lightning.spec import QuantSpec, Rule, SpecLike, activation_spec, as_rules, made, weight_spec
+from lfq_lightning.rules import Rule, as_rules
+from lfq_lightning.schedule import OBSERVING, Phase, PhaseSchedule
+from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, made, weight_spec
 from lfq_lightning.training.exporting import check_batch, check_fit, export_fit
 from lfq_lightning.training.module_hooks import meet_quantizers
 from lfq_lightning.training.neighbours import arrange, check_neighbours, require_gradients
 from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, ScheduleFactory
-from lfq_lightning.training.recorder import Recorder, log, summary_of
+from lfq_lightning.training.recorder import Recorder
 from lfq_lightning.training.resuming import open_epoch
 from lfq_lightning.training.run_length import check_configured_length, is_dev_run, settle_schedule
-from lfq_lightning.training.run_phases import enter_phase, show_phase, take_in_batch
+from lfq_lightning.training.run_phases import enter_phase, show_phase, take_in_batch, warn_if_unlearned
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.sharding import check_strategy
 from lfq_lightning.training.user_optimizer import UserOptimizers, arranged_qparams, check_choice, make_optimizer
@@ -106,7 +106,6 @@ class QuantizationAwareTraining(L.Callback):
         self.qparam_optimizer: QParamOptimizer | UserOptimizers | None = None
         self._schedule_in_force: PhaseSchedule | None = self.schedule
         self._restored: dict[str, Any] = {}
-        self._logged_epoch: int | None = None
         self._wrappers = Wrappers()  # until training starts
         self._arranged = Wrappers()  # until the run ends
 
@@ -144,20 +143,18 @@ class QuantizationAwareTraining(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up a checkpoint, settle the schedule and where the trajectory goes, and enter the phase."""
         self._take_up()  # strategies that shard restore a checkpoint after `on_fit_start`
-        restored = self._restored.get("schedule")
-        restored = PhaseSchedule(**restored) if restored else None
+        restored = PhaseSchedule(**self._restored["schedule"]) if "schedule" in self._restored else None
         self._schedule_in_force, steps = settle_schedule(trainer, self.schedule, restored)
         self._recorder.open(trainer, steps, self._restored.get("recorder", {}))
         show_phase(self._arranged, trainer, pl_module)
         enter_phase(trainer, pl_module, self._phase(trainer))
         self._restored = {}
-        self._logged_epoch = None
 
     def _take_up(self) -> bool:
-        state = self._restored.pop("qparam_optimizer", None)
-        if state is not None and self.qparam_optimizer is not None:
-            self.qparam_optimizer.load_state_dict(state)
-        return state is not None
+        if "qparam_optimizer" not in self._restored or self.qparam_optimizer is None:
+            return False
+        self.qparam_optimizer.load_state_dict(self._restored.pop("qparam_optimizer"))
+        return True
 
     # ---- the run --------------------------------------------------------------------------------------------------
 
@@ -165,24 +162,14 @@ class QuantizationAwareTraining(L.Callback):
         """Enter the epoch's phase."""
         enter_phase(trainer, pl_module, self._phase(trainer))
 
-    def _log_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log once an epoch, in its first batch: a run that is resumed has no epoch's start."""
-        if self._logged_epoch == trainer.current_epoch:
-            return
-        self._logged_epoch = trainer.current_epoch
-        values: dict[str, float] = {"lfq/phase": PHASES.index(model_phase(pl_module))}
-        if self.qparam_optimizer is not None and self.qparam_optimizer.optimizers:
-            values["lfq/lr"] = self.qparam_optimizer.learning_rates[0]
-        for name, value in values.items():
-            log(pl_module, name, value, on_step=False, on_epoch=True, sync_dist=True)
-
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Gather statistics from this batch's forward passes, and measure them where a record is due."""
         open_epoch(trainer)
         enter_phase(trainer, pl_module, self._phase(trainer))
-        self._log_epoch(trainer, pl_module)
+        if self.qparam_optimizer is not None:
+            self._recorder.log_epoch(trainer, pl_module, self.qparam_optimizer.learning_rates)
         if self.export is not None:
             if self._last_batch is None:
                 check_batch(pl_module, batch)
@@ -202,8 +189,6 @@ class QuantizationAwareTraining(L.Callback):
         for quantizer in self._sentinel.watch(trainer, pl_module, rows):
             if self.qparam_optimizer is not None:
                 self.qparam_optimizer.forget(quantizer)
-        for name, value in summary_of(rows).items():
-            log(pl_module, name, value, on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the scales and zero points of every channel."""
@@ -222,9 +207,7 @@ class QuantizationAwareTraining(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if the run ended before anything was learned."""
-        phase = model_phase(pl_module)
-        if quantizers(pl_module) and phase not in ("learn", "freeze") and not is_dev_run(trainer):
-            rank_zero_warn(f"The run ended in phase {phase!r}: scales and zero points were not learned.")
+        warn_if_unlearned(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show what was recorded, and export, on rank zero."""

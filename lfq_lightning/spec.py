@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar, final, get_args
-
-from torch import nn
 
 from lfq_lightning.ops import Saturation, check_range
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "lsq", "lsq+"]
 ScaleDomain = Literal["linear", "log", "power_of_two"]
+Kind = TypeVar("Kind", bound=type)
 
 
+def plain_object(kind: Kind) -> Kind:
+    """Keep OmegaConf from taking a dataclass for a schema.
+
+    It does wherever it meets one, in a list or mapping that Hydra instantiates without `_convert_`, and its schemas
+    know no unions.
+    """
+    delattr(kind, "__dataclass_fields__")
+    return kind
+
+
+@plain_object
 @final  # jsonargparse then takes the fields alone, without a class path
 @dataclass(frozen=True)
 class QuantSpec:
@@ -199,82 +208,3 @@ def _as_spec(value: Any, role: str) -> QuantSpec | None:
         f"`{role}` must be a number of bits, a QuantSpec, a mapping of its fields, or None for float. "
         f"Found {value!r} of type {type(value).__name__}."
     )
-
-
-@final
-@dataclass(frozen=True)
-class Rule:
-    """Settings for the modules it matches; the first rule that matches a module decides.
-
-    Args:
-        match: a glob on the module's dotted name ("encoder.*.fc1", case counts), or a module type (exactly that type).
-        weight: bits, a QuantSpec, or None to leave the weights in float; "default" takes what `attach` was given.
-        activation: the same for the inputs of the matched modules.
-
-    Raises:
-        TypeError: if `match` is neither a glob nor a module type.
-        ValueError: if a setting is out of range.
-
-    Example:
-        >>> from lfq_lightning import Rule
-        >>> Rule("head", weight=8, activation=None)
-        Rule('head', weight=8, activation=None)
-    """
-
-    match: str | type[nn.Module]
-    weight: SpecLike | Literal["default"] = "default"
-    activation: SpecLike | Literal["default"] = "default"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.match, str) and not (isinstance(self.match, type) and issubclass(self.match, nn.Module)):
-            raise TypeError(f"`match` must be a glob on module names or a module type. Found {self.match!r}.")
-        if not self.match:
-            raise ValueError('`match` must name something. Found an empty glob: "*" matches every module.')
-        for name, check in (("weight", weight_spec), ("activation", activation_spec)):
-            value = getattr(self, name)
-            if isinstance(value, Mapping):
-                object.__setattr__(self, name, dict(value))
-            if value != "default":
-                check(value)
-
-    def matches(self, name: str, module_type: type[nn.Module]) -> bool:
-        """Whether the rule speaks of a module with this dotted name and type."""
-        if isinstance(self.match, str):
-            return fnmatchcase(name, self.match)
-        return module_type is self.match
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, as `Rule(**values)` takes them; what is left at its default is left out."""
-        if not isinstance(self.match, str):
-            raise ValueError(f"A rule in plain values goes by a name. Found {self!r}: match a glob of names instead.")
-        values: dict[str, Any] = {"match": self.match}
-        for role in ("weight", "activation"):
-            value = getattr(self, role)
-            if isinstance(value, QuantSpec):
-                known = inspect.signature(QuantSpec).parameters.values()
-                value = {p.name: getattr(value, p.name) for p in known if getattr(value, p.name) != p.default}
-            if not isinstance(value, str):
-                values[role] = value
-        return values
-
-    def __repr__(self) -> str:
-        match = repr(self.match) if isinstance(self.match, str) else self.match.__qualname__
-        given = ((k, getattr(self, k)) for k in ("weight", "activation"))
-        return f"Rule({', '.join([match, *(f'{k}={v!r}' for k, v in given if v != 'default')])})"
-
-
-def as_rules(values: Iterable[Rule | Mapping[str, Any]]) -> tuple[Rule, ...]:
-    """Rules, or mappings of their fields."""
-    rules = []
-    for number, value in enumerate(values):
-        key = f"rules[{number}]"
-        if not isinstance(value, (Rule, Mapping)):
-            raise TypeError(f"`{key}` must be a Rule or a mapping of its fields. Found {value!r}.")
-        rules.append(value if isinstance(value, Rule) else made(key, Rule, value))
-    return tuple(rules)
-
-
-# OmegaConf takes a dataclass for a schema wherever it meets one, in a list or mapping that Hydra instantiates without
-# `_convert_`, and its schemas know no unions: to it these are any objects.
-for _kind in (QuantSpec, Rule):
-    delattr(_kind, "__dataclass_fields__")

@@ -17,20 +17,23 @@ FLOORS = [
     ["schedule", "records.trajectory", "records.tables", "training.wrapping", "ops.layout"],
     ["records.curves"],
     ["records.plot", "records.comparison", "records.history", "ops.reference", "ops.native", "ops.triton_kernels"],
-    ["records.plot_comparison", "ops.triton", "ops.power_of_two"],
+    ["records.plot_comparison", "ops.triton_backward", "ops.power_of_two"],
+    ["ops.triton"],
     ["ops.backends"],
     ["ops.function"],
     ["ops"],
     ["spec", "observers.base", "quantizer.switches"],
+    ["rules"],
     ["observers.ranges", "observers.moments", "observers.histogram", "observers.checking"],
     ["observers.mse"],
     ["observers"],
-    ["quantizer.observing"],
+    ["quantizer.observing", "quantizer.description"],
     ["quantizer.learnable"],
     ["quantizer"],
     ["placement.saving"],
     ["placement.host"],
     ["placement.layers"],
+    ["placement.planning"],
     ["placement.attaching"],
     ["placement"],
     ["phases", "records.recording", "records.summary"],
@@ -40,8 +43,8 @@ FLOORS = [
     ["analysis.bits"],
     ["analysis"],
     ["export.exportable", "export.inputs", "export.parity"],
-    ["export.freeze", "export.integers"],
-    ["export.comparing", "export.fold"],
+    ["export.freeze", "export.integers", "export.tallies"],
+    ["export.comparing", "export.fold", "export.packing"],
     ["export.to_onnx", "export.to_pt2"],
     ["export"],
     ["training.loggers", "training.slots", "training.sentinel", "training.sharding"],
@@ -100,7 +103,8 @@ def test_the_schedule_and_the_trajectory_need_no_torch() -> None:
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_files_are_small_and_begin_with_one_sentence(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) <= 300
+    # Device code is written flat.
+    assert len(text.splitlines()) <= (280 if path.stem == "triton_kernels" else 250)
     docstring = ast.get_docstring(ast.parse(text))
     assert docstring
     assert docstring.splitlines()[0].endswith(".")

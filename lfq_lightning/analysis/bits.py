@@ -12,7 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lfq_lightning.analysis.sensitivity import Sensitivity, SensitivityRow
-from lfq_lightning.spec import QuantSpec, Rule, weight_spec
+from lfq_lightning.rules import Rule
+from lfq_lightning.spec import QuantSpec, weight_spec
 
 
 def propose_bits(sensitivity: Sensitivity, budget_bytes: int) -> list[Rule]:

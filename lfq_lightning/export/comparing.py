@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from lfq_lightning.export.integers import IntegerWeight
-from lfq_lightning.export.parity import OutputParity, Parity, QuantizerParity
+from lfq_lightning.export.parity import Parity
+from lfq_lightning.export.tallies import Codes, Outputs
 from lfq_lightning.ops import spread
 from lfq_lightning.placement.host import hosts, plain_name, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
@@ -58,8 +58,8 @@ def compare(
     plain = _session(proto, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
     fast = _session(onnx.load(path), onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
     found, count = dict(watched), 0
-    tally: dict[str, _Codes] = {}
-    unoptimized, optimized = _Outputs(outputs), _Outputs(outputs)
+    tally: dict[str, Codes] = {}
+    unoptimized, optimized = Outputs(outputs), Outputs(outputs)
     for args, kwargs in batches:
         expected, codes = _run(reference, args, kwargs)
         tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -69,7 +69,7 @@ def compare(
             if name not in found:
                 twin = _twin(name, codes, watched)
                 found[name] = () if twin is None else found.get(twin, ())
-            tally.setdefault(name, _Codes()).take_in(uses, [values[t] for t in found[name]])
+            tally.setdefault(name, Codes()).take_in(uses, [values[t] for t in found[name]])
         count += expected[0].argmax(-1).size
         unoptimized.take_in([values[name] for name in outputs], expected)
         optimized.take_in(fast.run(outputs, feed), expected)
@@ -79,69 +79,11 @@ def compare(
         if name in called and own is not None and key in weights:
             wanted = _centred(own, whole_weight(layer)) * weights[key].signs.int().numpy()
             alike = [other for other in weights if weights[other] is weights[key] and other in stored]
-            tally.setdefault(key, _Codes()).take_in([wanted], [stored[other] for other in alike[:1]])
+            tally.setdefault(key, Codes()).take_in([wanted], [stored[other] for other in alike[:1]])
     rows = tuple(tally[name].row(name) for name in quantizers(reference) if name in tally)
     quantum = _quantum(reference)
     ends = unoptimized.parity(quantum, count), optimized.parity(quantum, count)
     return Parity(rows, count, *ends, path.stat().st_size, float_file_bytes, **settings)
-
-
-@dataclass
-class _Codes:
-    """One quantizer's codes, counted over batches."""
-
-    count: int = 0
-    equal: int = 0
-    largest: int = 0
-
-    def take_in(self, expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> None:
-        self.count += sum(codes.size for codes in expected)
-        for mine, theirs in zip(expected, found, strict=False):  # those that the file lacks are not equal
-            apart = np.abs(mine - theirs.astype(np.int32))
-            self.equal += int((apart == 0).sum())
-            self.largest = max(self.largest, int(apart.max(initial=0)))
-
-    def row(self, name: str) -> QuantizerParity:
-        return QuantizerParity(name, self.count, self.equal / max(self.count, 1), self.largest)
-
-
-class _Outputs:
-    """How far one session's outputs are from what the model gives."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.gaps = [_Gap() for _ in names]
-        self.same = 0
-
-    def take_in(self, found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
-        for gap, mine, theirs in zip(self.gaps, expected, found, strict=True):
-            gap.take_in(theirs, mine)
-        self.same += int((found[0].argmax(-1) == expected[0].argmax(-1)).sum())
-
-    def parity(self, quantum: float, count: int) -> OutputParity:
-        largest = max(gap.largest for gap in self.gaps)
-        noise = max(gap.noise for gap in self.gaps)
-        return OutputParity(largest, largest / quantum, noise, self.same / max(count, 1))
-
-
-@dataclass
-class _Gap:
-    """How far one output is from what the model gives."""
-
-    largest: float = 0.0
-    squares: float = 0.0
-    power: float = 0.0
-
-    def take_in(self, found: np.ndarray, expected: np.ndarray) -> None:
-        same = (found == expected) | (np.isnan(found) & np.isnan(expected))  # infinite masks are equal too
-        f, e = (np.where(same, 0.0, x.astype(np.float64)) for x in (found, expected))
-        apart = np.nan_to_num(np.abs(f - e), nan=np.inf)
-        self.largest = max(self.largest, float(apart.max(initial=0)))
-        self.squares += float((apart**2).sum())
-        self.power += float((np.where(np.isfinite(expected), expected, 0).astype(np.float64) ** 2).sum())
-
-    @property
-    def noise(self) -> float:
-        return self.squares / max(self.power, float(np.finfo(np.float32).tiny))
 
 
 def _session(proto: onnx.ModelProto, level: Any, precise: bool = True) -> onnxruntime.InferenceSession:

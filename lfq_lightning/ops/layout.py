@@ -25,6 +25,15 @@ class Layout:
     width: int = 0
     repeat: int = 1
 
+    @property
+    def runs(self) -> tuple[int, int, int]:
+        """Elements of a row, runs of a row and elements of a run, such that a row of one run stands for every other."""
+        if self.width:
+            return self.repeat, 1, self.repeat
+        if self.groups * self.chunk == self.row or self.groups == 1:
+            return self.chunk, 1, self.chunk
+        return self.row, self.groups, self.chunk
+
 
 # Starting a run costs as much as some 100 elements: shorter ones are faster as columns of a matrix, if it has rows over
 # which to spread the cost of giving each column its scale. Few columns are faster when rows are joined.

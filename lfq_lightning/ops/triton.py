@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
-from triton import cdiv, next_power_of_2
+from triton import cdiv
 from triton.runtime.interpreter import InterpretedFunction
 
 from lfq_lightning.ops import triton_kernels as kernels
-from lfq_lightning.ops.layout import Layout, plan
+from lfq_lightning.ops.layout import plan
+from lfq_lightning.ops.triton_backward import Pass, over_columns, over_runs
+from lfq_lightning.ops.triton_kernels import NARROW, WIDE
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # TRITON_INTERPRET=1 when this module was imported: the kernels then run on the CPU, slowly.
 INTERPRETED = isinstance(kernels.forward_kernel, InterpretedFunction)
 
-_BLOCK = 1024  # elements of a program forward, eight a thread
-_TILE = 2048  # and backward
-_WARPS = {_BLOCK: 4, _TILE: 8}
-_PROGRAMS = 2048  # backward, a program takes several tiles where there would be more of them
-_MOST_TURNS = 16
-_NARROW, _WIDE = tl.int32, tl.int64
+_BLOCK = 1024  # elements of a program, eight a thread
+_WARPS = 4
 
 _plan = lru_cache(maxsize=4096)(plan)
 
@@ -97,7 +94,7 @@ def _forward(
     noting = cdiv(layout.channels, _BLOCK)
     programs = noting + cdiv(layout.numel, _BLOCK)
     if programs:
-        row, groups, chunk = _runs(layout)
+        row, groups, chunk = layout.runs
         turn = row * (layout.channels // groups)
         with torch.cuda.device_of(x):
             kernels.forward_kernel[(programs,)](
@@ -115,21 +112,12 @@ def _forward(
                 chunk,
                 noting,
                 KIND="one" if layout.channels == 1 else "run" if groups == 1 and chunk >= _BLOCK else "element",
-                INDEX=_NARROW if turn < 2**31 - _BLOCK else _WIDE,
+                INDEX=NARROW if turn < 2**31 - _BLOCK else WIDE,
                 BLOCK=_BLOCK,
-                num_warps=_WARPS[_BLOCK],
+                num_warps=_WARPS,
                 enable_fp_fusion=False,
             )
     return y, qparams
-
-
-def _runs(layout: Layout) -> tuple[int, int, int]:
-    """Elements of a row, runs of a row and elements of a run, such that a row of one run stands for every other."""
-    if layout.width:
-        return layout.repeat, 1, layout.repeat
-    if layout.groups * layout.chunk == layout.row or layout.groups == 1:
-        return layout.chunk, 1, layout.chunk
-    return layout.row, layout.groups, layout.chunk
 
 
 def _backward(
@@ -162,119 +150,9 @@ def _backward(
         return dx, d_scale.zero_(), d_zero_point.zero_()
     gradients = (d_scale, d_zero_point)
     with torch.cuda.device_of(x):
-        launch = _backward_columns if layout.width else _backward_runs
-        launch(_Pass(layout, (dy, x, dx, qparams), gradients, grad_factor, saturation, need_scale, need_zero_point))
+        launch = over_columns if layout.width else over_runs
+        launch(Pass(layout, (dy, x, dx, qparams), gradients, grad_factor, saturation, need_scale, need_zero_point))
     return dx, d_scale, d_zero_point
-
-
-class _Pass(NamedTuple):
-    """One backward pass: tensors are dy, x, dx and qparams, gradients those of scale and zero point."""
-
-    layout: Layout
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
-    gradients: tuple[Tensor, Tensor]
-    grad_factor: float
-    saturation: str
-    need_scale: bool
-    need_zero_point: bool
-
-    @property
-    def options(self) -> dict[str, Any]:
-        needs = {"NEED_SCALE": self.need_scale, "NEED_ZERO_POINT": self.need_zero_point}
-        return {**needs, "SATURATION": self.saturation, "num_warps": _WARPS[_TILE], "enable_fp_fusion": False}
-
-    def partials(self, count: int) -> tuple[Tensor, ...]:
-        """Room for that many partial sums of each gradient that is needed."""
-        return tuple(gradient.new_empty(count if gradient.numel() else 0) for gradient in self.gradients)
-
-
-def _backward_runs(given: _Pass) -> None:
-    layout = given.layout
-    row, groups, chunk = _runs(layout)
-    block = _fitting_block(chunk)
-    turns = min(_turns(layout.numel), next_power_of_2(cdiv(chunk, block)))
-    per_run = cdiv(chunk, block * turns)
-    pieces, rows = layout.segments * per_run, _TILE // block
-    final = pieces == layout.channels
-    sums = given.gradients if final else given.partials(pieces)
-    kernels.backward_runs_kernel[(cdiv(pieces, rows),)](
-        *given.tensors,
-        *sums,
-        pieces,
-        per_run,
-        layout.channels,
-        row,
-        groups,
-        chunk,
-        given.grad_factor,
-        FINAL=final,
-        INDEX=_NARROW if pieces + rows < 2**31 else _WIDE,
-        ROWS=rows,
-        BLOCK=block,
-        TURNS=turns,
-        **given.options,
-    )
-    if not final:
-        _add_up(given, sums, pieces // layout.channels, per_run)
-
-
-def _backward_columns(given: _Pass) -> None:
-    layout, width = given.layout, given.layout.width
-    rows, columns = layout.numel // width, min(128, next_power_of_2(width))
-    lines = _TILE // columns
-    turns = min(_turns(layout.numel), next_power_of_2(cdiv(rows, lines)))
-    down, across = cdiv(rows, lines * turns), cdiv(width, columns)
-    sums = given.partials(down * width)
-    kernels.backward_columns_kernel[(down * across,)](
-        *given.tensors,
-        *sums,
-        rows,
-        width,
-        across,
-        layout.channels,
-        layout.repeat,
-        ROWS=lines,
-        COLUMNS=columns,
-        TURNS=turns,
-        **given.options,
-    )
-    _add_up(given, sums, down * (width // layout.channels), layout.repeat)
-
-
-def _add_up(given: _Pass, sums: tuple[Tensor, ...], count: int, per: int) -> None:
-    """The second stage: `count` partial sums a channel, `per` of them beside each other."""
-    if given.need_scale or given.need_zero_point:
-        channels = given.layout.channels
-        block = min(1024, next_power_of_2(count))
-        together = min(1024 // block, next_power_of_2(channels))
-        kernels.add_up_kernel[(cdiv(channels, together),)](
-            *sums,
-            given.tensors[-1],
-            *given.gradients,
-            channels,
-            count,
-            per,
-            given.grad_factor,
-            NEED_SCALE=given.need_scale,
-            NEED_ZERO_POINT=given.need_zero_point,
-            CHANNELS=together,
-            BLOCK=block,
-            enable_fp_fusion=False,
-        )
-
-
-def _turns(numel: int) -> int:
-    """Tiles that a program takes, a power of 2; by the tensor's size alone, so that no device changes a sum."""
-    return int(max(1, min(_MOST_TURNS, 1 << max(0, (numel // (_TILE * _PROGRAMS)).bit_length() - 1))))
-
-
-def _fitting_block(chunk: int) -> int:
-    """The power of 2 that cuts runs of this length with the fewest idle lanes, up to a tenth more for a longer one."""
-    sizes = [1 << k for k in range(8, _TILE.bit_length())]
-    if chunk <= sizes[0]:
-        return next_power_of_2(chunk)
-    idle = {size: cdiv(chunk, size) * size for size in sizes}
-    return max(size for size in sizes if idle[size] <= 1.1 * min(idle.values()))
 
 
 def _lie_alike(a: Tensor, b: Tensor) -> bool:

@@ -9,6 +9,8 @@ _EPS = tl.constexpr(1.1920928955078125e-07)  # float32 machine epsilon
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 _TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds half to even
 
+NARROW, WIDE = tl.int32, tl.int64  # of offsets
+
 
 # ---- one element ----------------------------------------------------------------------------------------------------
 

@@ -1,55 +1,25 @@
-"""Which layers are quantized and how: decided from names and types, then carried out."""
+"""Putting quantizers on a model's layers, and taking them off."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
-from difflib import get_close_matches
 
 from torch import Tensor, nn
 
 from lfq_lightning.placement.host import (
     QuantizedLayer,
-    float_type,
     hosts,
     plain_name,
     quantize_layer,
     restore_layer,
     set_compressed,
 )
-from lfq_lightning.placement.layers import TRANSPOSED, candidates, check_quantizable, input_channels, is_lazy
+from lfq_lightning.placement.layers import TRANSPOSED, input_channels
+from lfq_lightning.placement.planning import PlacedLayer, Placement, plan
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.spec import QuantSpec, Rule, SpecLike, activation_spec, weight_spec
-
-
-@dataclass(frozen=True)
-class PlacedLayer:
-    """One layer and its specifications; None is float."""
-
-    name: str
-    type_name: str
-    weight: QuantSpec | None
-    activation: QuantSpec | None
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Every quantized layer, and every layer with weights that was left in float with the reason; prints as a table."""
-
-    layers: tuple[PlacedLayer, ...]
-    left_in_float: tuple[tuple[str, str], ...] = ()
-
-    def __str__(self) -> str:
-        rows = [("layer", "type", "weight", "input")]
-        for layer in self.layers:
-            weight, activation = (s.label if s else "float" for s in (layer.weight, layer.activation))
-            rows.append((layer.name, layer.type_name, weight, activation))
-        rows += [(name, "", "float", f"float: {reason}") for name, reason in self.left_in_float]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([lines[0], "-" * sum(widths, 6), *lines[1:]])
+from lfq_lightning.rules import Rule
+from lfq_lightning.spec import QuantSpec, SpecLike
 
 
 def attach(
@@ -95,82 +65,6 @@ def attach(
     apply(model, placement)
     set_compressed(model, compress_saved)
     return placement
-
-
-def plan(
-    model: nn.Module, weight: SpecLike, activation: SpecLike, rules: Iterable[Rule], final: bool = True
-) -> Placement:
-    """What `attach` would place; with `final` False, rules may match nothing yet and layers may still be missing."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module. Found {type(model).__name__}.")
-    defaults = weight_spec(weight), activation_spec(activation)
-    rules = tuple(rules)
-    for rule in rules:
-        if not isinstance(rule, Rule):
-            raise TypeError(f"`rules` must hold Rule objects. Found {rule!r} of type {type(rule).__name__}.")
-    found, left = candidates(model, rules)
-    if final:
-        _check_rules(rules, model, found)
-    chosen: list[tuple[str, nn.Module, list[QuantSpec | None], list[bool]]] = []
-    for name, layer in found.items():
-        decides = next((r for r in rules if r.matches(name, float_type(layer))), None)
-        specs, ruled = list(defaults), [False, False]
-        if decides is not None and decides.weight != "default":
-            specs[0], ruled[0] = weight_spec(decides.weight), True
-        if decides is not None and decides.activation != "default":
-            specs[1], ruled[1] = activation_spec(decides.activation), True
-        if isinstance(layer, nn.Embedding):
-            if ruled[1] and specs[1] is not None:
-                raise ValueError(
-                    f"The input of an Embedding is integers and cannot be quantized. Found {decides!r} for {name!r}: "
-                    "leave `activation` out."
-                )
-            specs[1] = None
-        if specs != [None, None]:
-            chosen.append((name, layer, specs, ruled))
-    placed = []
-    for position, (name, layer, specs, ruled) in enumerate(chosen):
-        if position in (0, len(chosen) - 1):
-            specs = [s if r else _at_least_8_bits(s) for s, r in zip(specs, ruled, strict=True)]
-        if not final and is_lazy(layer):
-            continue
-        check_quantizable(name, layer, *specs)
-        placed.append(PlacedLayer(name, float_type(layer).__name__, specs[0], specs[1]))
-    if final and not placed:
-        warnings.warn(
-            f"{type(model).__name__} has nothing to quantize: no layer of a supported type, or all were left in float.",
-            stacklevel=3,
-        )
-    return Placement(tuple(placed), tuple(left.items()))
-
-
-def _at_least_8_bits(spec: QuantSpec | None) -> QuantSpec | None:
-    if spec is None or spec.bits >= 8 or spec.quant_min is not None:
-        return spec
-    return spec.replace(bits=8)
-
-
-def _check_rules(rules: tuple[Rule, ...], model: nn.Module, found: dict[str, nn.Module]) -> None:
-    free = dict(found)
-    for rule in rules:
-        taken = [name for name, layer in free.items() if rule.matches(name, float_type(layer))]
-        if not taken:
-            raise ValueError(f"{rule!r} applies to nothing: {_why_unused(rule, model, found)}")
-        for name in taken:
-            del free[name]
-
-
-def _why_unused(rule: Rule, model: nn.Module, found: dict[str, nn.Module]) -> str:
-    shadowed = [name for name, layer in found.items() if rule.matches(name, float_type(layer))]
-    if shadowed:
-        return f"an earlier rule already decides for {', '.join(shadowed)}. Put it before that rule."
-    modules = {plain_name(n): m for n, m in model.named_modules()}
-    other = [n for n, m in modules.items() if rule.matches(n, float_type(m)) and n]
-    if other:
-        return f"{', '.join(other[:5])} has no floating weights of a kind that can be quantized. Remove the rule."
-    near = get_close_matches(rule.match, modules, n=3, cutoff=0.3) if isinstance(rule.match, str) else []
-    names = near or list(found)[:5]
-    return f"no module has that {'name' if isinstance(rule.match, str) else 'type'}. Near are {', '.join(names)}."
 
 
 def apply(model: nn.Module, placement: Placement) -> None:

@@ -9,7 +9,8 @@ from torch.nn.utils import parametrize
 
 from lfq_lightning.placement.host import QuantizedLayer, float_type, plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.spec import QuantSpec, Rule
+from lfq_lightning.rules import Rule
+from lfq_lightning.spec import QuantSpec
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Embedding)

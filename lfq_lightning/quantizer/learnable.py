@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.observers import OBSERVERS, Observer, check_observer
+from lfq_lightning.observers import OBSERVERS, check_observer
 from lfq_lightning.ops import FakeQuantize, Unchanged, check_range, effective, nearest_power_of_two, saturation
+from lfq_lightning.quantizer.description import Described
 from lfq_lightning.quantizer.observing import Observing
-from lfq_lightning.quantizer.switches import Switches
 from lfq_lightning.spec import QuantSpec
 
 
-class LearnableFakeQuantize(Switches, Observing):
+class LearnableFakeQuantize(Described, Observing):
     """Fake-quantizes its input with a scale and a zero point that backpropagation can learn.
 
     Learned Step Size Quantization (Esser et al. 2020) and LSQ+ (Bhalgat et al. 2020), with the states of PyTorch's
@@ -148,11 +146,6 @@ class LearnableFakeQuantize(Switches, Observing):
         """The smallest and the largest integer code."""
         return self.quant_min, self.quant_max
 
-    @property
-    def bitwidth(self) -> int:
-        """Bits that hold every code."""
-        return math.ceil(math.log2(self.quant_max - self.quant_min + 1))
-
     def observe_quant_params(self) -> None:
         """Print scale and zero point."""
         print(f"LearnableFakeQuantize scale: {self.scale.detach()}")
@@ -226,52 +219,6 @@ class LearnableFakeQuantize(Switches, Observing):
         # With the batch as the channel axis, a channel is one sample.
         channels = 1 if self.axis == 0 and not self.is_weight else self.scale.numel()
         return 1.0 / math.sqrt(max(elements // channels, 1) * max(abs(self.quant_min), abs(self.quant_max)))
-
-    # ---- state ----------------------------------------------------------------------------------------------------
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Phase, range and specification, as plain values; together these are a checkpoint's manifest."""
-        return {
-            "phase": self.phase,
-            "switches": self.switches,
-            "estimated": self.estimated,
-            "learned": self.learned,
-            "quant_min": self.quant_min,
-            "quant_max": self.quant_max,
-            "axis": self.axis,
-            "spec": None if self.spec is None else self.spec.to_dict(),
-        }
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take up what `get_extra_state` gave."""
-        self.fake_quant_enabled, self.static_enabled, self.learning_enabled = state["switches"]
-        self.estimated, self.learned = state["estimated"], state["learned"]
-        self.quant_min, self.quant_max = state["quant_min"], state["quant_max"]
-        if isinstance(self.observer, Observer):
-            self.observer.quant_min, self.observer.quant_max = self.quant_min, self.quant_max
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnableFakeQuantize:
-        """Move devices with the model, and stay float32 through `.half()`, `.bfloat16()` and `.double()`."""
-
-        def in_float32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(in_float32, recurse)
-        return self
-
-    @property
-    def kind(self) -> str:
-        """Symmetry and granularity, such as `symmetric per_channel(0)`."""
-        if self.group_size is not None:
-            granularity = f"per_group({self.group_size})"
-        else:
-            granularity = "per_tensor" if self.axis is None else f"per_channel({self.axis})"
-        return f"{'symmetric' if self.symmetric else 'affine'} {granularity}"
-
-    def extra_repr(self) -> str:
-        """A label such as `w4 symmetric per_channel(0) learn`."""
-        return f"{'w' if self.is_weight else 'a'}{self.bitwidth} {self.kind} {self.phase}"
 
 
 def _check_start(scale: float, zero_point: float, channel_len: int, grad_factor: float | str) -> None:

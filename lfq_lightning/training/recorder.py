@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -17,6 +17,7 @@ from lfq_lightning.records.history import FILE_NAME as HISTORY
 from lfq_lightning.records.history import History
 from lfq_lightning.records.recording import measure_weights, probed, snapshot
 from lfq_lightning.records.trajectory import Trajectory, TrajectoryRow
+from lfq_lightning.schedule import PHASES, Phase
 from lfq_lightning.training.loggers import log_histograms, log_picture
 
 
@@ -40,6 +41,7 @@ class Recorder:
         self._probes = ExitStack()
         self._measured: dict[str, Tensor] = {}
         self._step_before = 0
+        self._logged_epoch: int | None = None
 
     @property
     def path(self) -> Path | None:
@@ -55,6 +57,7 @@ class Recorder:
             restored: what `state_dict` gave, or nothing.
         """
         usual = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        self._logged_epoch = None
         self.interval = self.every or restored.get("every") or int(max(1, min(usual, steps // 50)))
         directory = trainer.log_dir or trainer.default_root_dir  # every rank takes part in the first
         if trainer.is_global_zero:
@@ -66,6 +69,17 @@ class Recorder:
     def state_dict(self) -> dict[str, Any]:
         """The interval, and where the rows are on the rank that writes them."""
         return {"every": self.interval, "path": None if self.path is None else str(self.path)}
+
+    def log_epoch(self, trainer: L.Trainer, model: L.LightningModule, rates: Sequence[float]) -> None:
+        """Log the phase and the qparams' learning rate, in an epoch's first batch: a resumed epoch has no start."""
+        if self._logged_epoch == trainer.current_epoch:
+            return
+        self._logged_epoch = trainer.current_epoch
+        values: dict[str, float] = {"lfq/phase": PHASES.index(cast(Phase, model_phase(model)))}
+        if rates:
+            values["lfq/lr"] = rates[0]
+        for name, value in values.items():
+            log(model, name, value, on_step=False, on_epoch=True, sync_dist=True)
 
     def before_batch(self, trainer: L.Trainer, model: L.LightningModule) -> None:
         """Measure in the coming forward passes if a record may be due after them."""
@@ -88,6 +102,8 @@ class Recorder:
             self._trajectory.append(rows)
         for logger in trainer.loggers:
             logger.log_metrics(metrics_of(rows), step=trainer.global_step)
+        for name, value in summary_of(rows).items():
+            log(model, name, value, on_step=True, on_epoch=False)
         return rows
 
     def after_epoch(self, trainer: L.Trainer, model: L.LightningModule) -> None:

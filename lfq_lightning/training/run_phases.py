@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lfq_lightning.phases import Reduce, check_ranks_agree, estimate_weights, merge_statistics, model_phase, set_phase
 from lfq_lightning.placement.host import first_quantizer, quantizers
@@ -44,6 +44,13 @@ def take_in_batch(trainer: L.Trainer, model: L.LightningModule) -> None:
             quantizers(model)[name].warn_non_finite(flag, name)
     if model_phase(model) == "estimate":
         estimate_weights(model, cheap=True)
+
+
+def warn_if_unlearned(trainer: L.Trainer, model: L.LightningModule) -> None:
+    """Say so if a run ended before anything was learned."""
+    phase = model_phase(model)
+    if quantizers(model) and phase not in ("learn", "freeze") and not is_dev_run(trainer):
+        rank_zero_warn(f"The run ended in phase {phase!r}: scales and zero points were not learned.")
 
 
 def show_phase(wrappers: Wrappers, trainer: L.Trainer, model: L.LightningModule) -> None:

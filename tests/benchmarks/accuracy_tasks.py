@@ -93,16 +93,17 @@ def bits_per_byte(loss: Tensor, right: Tensor) -> float:
     return float(loss) / math.log(2)
 
 
-def _images(block: str, widths: list[int], learning_rate: float) -> Task:
+def _images(block: str, widths: list[int], learning_rate: float, depth: int = 1) -> Task:
     def network() -> nn.Module:
-        return ConvolutionalNetwork(block, channels=1, classes=10, widths=widths, depth=1)  # type: ignore[arg-type]
+        return ConvolutionalNetwork(block, channels=1, classes=10, widths=widths, depth=depth)  # type: ignore[arg-type]
 
     return Task(network, digits, "%", percent, True, 20, 64, learning_rate)
 
 
 TASKS = {
     "residual": _images("residual", [16, 32], 3e-3),
-    "separable": _images("separable", [32, 64], 3e-3),
+    "separable": _images("separable", [32, 64], 3e-3, depth=2),
+    "shallow_separable": _images("separable", [32, 64], 3e-3),
     "transformer": Task(LanguageModel, source_code, "bits per byte", bits_per_byte, False, 3, 64, 3e-3),
 }
 

@@ -12,11 +12,13 @@ from tests.benchmarks.test_operation import Operands
 
 def test_scaling(table: Table) -> None:
     table.notes.append("nanoseconds an element and their ratio to a memcpy, float32, one scale, forward + backward")
+    table.notes.append("a memcpy goes to memory that is there; two clones ask for as much memory as the operation does")
     table.notes.append(keep_freed_memory())
     threads = [n for n in (1, 2) if n <= (os.cpu_count() or 1)]
     for exponent in range(3, 9):
         operands = Operands(torch.randn(10**exponent))
-        calls = {}
+        x = operands.x.detach()
+        calls = {"clones": _with_threads(1, lambda x=x: (x.clone(), x.clone()))}
         for count in threads:
             for name, call in (("memcpy", operands.memcpy), ("ours", operands.both_ways(operands.ours))):
                 calls[f"{name}_{count}"] = _with_threads(count, call)
@@ -26,6 +28,7 @@ def test_scaling(table: Table) -> None:
         for count in threads:
             row[f"ns_{count}_thread"] = best[f"ours_{count}"]
             row[f"memcpys_{count}_thread"] = best[f"ours_{count}"] / best[f"memcpy_{count}"]
+        row["of_two_clones"] = best["ours_1"] / best["clones"]
         if len(threads) > 1:
             row["speedup"] = best["ours_1"] / best["ours_2"]
         table.add(**row)

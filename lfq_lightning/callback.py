@@ -53,8 +53,7 @@ class QuantizationAwareTraining(L.Callback):
             proportion to that of the weights' optimizer.
         reobserve: start over with observing where the model has learned scales already; otherwise a further fit goes
             on learning.
-        compress_saved: make quantized tensors again in backward instead of keeping them; gradients keep every bit.
-            Eager only.
+        compress_saved: make quantized tensors again in backward instead of keeping them, bit for bit; eager only.
         record_every_n_steps: optimizer steps between two records; None takes the Trainer's `log_every_n_steps`, or less
             in a run so short that there would be fewer than 50.
         on_collapse: what happens to a quantizer whose scale, zero point or saturation shows that it passes nothing

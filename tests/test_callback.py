@@ -173,6 +173,7 @@ def test_summaries_can_be_monitored_and_every_logger_gets_the_trajectories(tmp_p
         with open(Path(logger.log_dir, "metrics.csv")) as file:
             columns = set(next(csv.reader(file)))
         assert {"lfq/scale/second.weight_quantizer", "lfq/zero_point/head.input_quantizer", "lfq/phase"} <= columns
+        assert "lfq/zero_point/second.weight_quantizer" not in columns  # symmetric: always 0
     assert Path(loggers[0].log_dir, "trajectory.csv").exists()
 
 

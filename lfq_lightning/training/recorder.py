@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lfq_lightning.phases import model_phase
 from lfq_lightning.placement.host import quantizers
@@ -101,7 +101,7 @@ class Recorder:
         if self._trajectory is not None:
             self._trajectory.append(rows)
         for logger in trainer.loggers:
-            logger.log_metrics(metrics_of(rows), step=trainer.global_step)
+            logger.log_metrics(metrics_of(rows, model), step=trainer.global_step)
         for name, value in summary_of(rows).items():
             log(model, name, value, on_step=True, on_epoch=False)
         return rows
@@ -140,11 +140,14 @@ def summary_of(rows: Iterable[TrajectoryRow]) -> dict[str, float]:
     return summary
 
 
-def metrics_of(rows: Iterable[TrajectoryRow]) -> dict[str, float]:
-    """The rows as logger metrics; what was not measured is left out."""
+def metrics_of(rows: Iterable[TrajectoryRow], model: nn.Module) -> dict[str, float]:
+    """The rows as logger metrics; what was not measured is left out, and so are zero points that are always 0."""
+    found = quantizers(model)
     metrics: dict[str, float] = {}
     for row in rows:
-        values = {"scale": row.scale_mean, "zero_point": row.zero_point_mean, "saturation": row.saturation}
+        values = {"scale": row.scale_mean, "saturation": row.saturation}
+        if not found[row.quantizer].symmetric:
+            values["zero_point"] = row.zero_point_mean
         metrics |= {f"lfq/{kind}/{row.quantizer}": value for kind, value in values.items() if value == value}
     return metrics
 

@@ -49,7 +49,7 @@ def test_recording(table: Table, network: str, tmp_path: Path) -> None:
         rows = snapshot(model, measured | measure_weights(model)).rows(1, 0, "learn")
         trajectory.append(rows)
         if to_logger:
-            logger.log_metrics(metrics_of(rows), step=1)
+            logger.log_metrics(metrics_of(rows, model), step=1)
 
     calls: dict[str, Call] = {
         "file": lambda: recorded(False),

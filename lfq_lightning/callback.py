@@ -22,7 +22,7 @@ from lfq_lightning.training.module_hooks import meet_quantizers
 from lfq_lightning.training.neighbours import arrange, check_neighbours, require_gradients
 from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, ScheduleFactory
 from lfq_lightning.training.recorder import Recorder
-from lfq_lightning.training.resuming import open_epoch
+from lfq_lightning.training.resuming import explain_torn_checkpoint, open_epoch
 from lfq_lightning.training.run_length import check_configured_length, is_dev_run, settle_schedule
 from lfq_lightning.training.run_phases import enter_phase, show_phase, take_in_batch, warn_if_unlearned
 from lfq_lightning.training.sentinel import Reaction, Sentinel
@@ -56,8 +56,8 @@ class QuantizationAwareTraining(L.Callback):
         compress_saved: make quantized tensors again in backward instead of keeping them, bit for bit; eager only.
         record_every_n_steps: optimizer steps between two records; None takes the Trainer's `log_every_n_steps`, or less
             in a run so short that there would be fewer than 50.
-        on_collapse: what happens to a quantizer whose scale, zero point or saturation shows that it passes nothing
-            useful any more: "warn" names it once, "reinit" also estimates its qparams anew, "raise" ends the run.
+        on_collapse: what happens to a quantizer that passes nothing useful any more: "warn" names it once, "reinit"
+            also estimates its qparams anew, "raise" ends the run.
         export: when a fit ends, write the best checkpoint, or the last, to this ONNX file, run it in ONNX Runtime and
             compare; `parity` holds the result. A relative path is taken from the Trainer's log directory.
 
@@ -220,6 +220,7 @@ class QuantizationAwareTraining(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the model usable."""
+        explain_torn_checkpoint(trainer, exception)
         self._let_go(pl_module)
 
     def _let_go(self, pl_module: L.LightningModule) -> None:

@@ -92,8 +92,7 @@ class QuantizationAwareTraining(L.Callback):
             raise TypeError(f"`schedule` must be a PhaseSchedule or None. Found {schedule!r}.")
         check_choice(optimizer, lr_schedule)
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
-        self.reobserve = reobserve
-        self.compress_saved = compress_saved
+        self.reobserve, self.compress_saved = reobserve, compress_saved
         self.record_every_n_steps = record_every_n_steps
         self.export = export
 
@@ -167,8 +166,8 @@ class QuantizationAwareTraining(L.Callback):
         """Gather statistics from this batch's forward passes, and measure them where a record is due."""
         open_epoch(trainer)
         enter_phase(trainer, pl_module, self._phase(trainer))
-        if self.qparam_optimizer is not None:
-            self._recorder.log_epoch(trainer, pl_module, self.qparam_optimizer.learning_rates)
+        assert self.qparam_optimizer is not None
+        self._recorder.log_epoch(trainer, pl_module, self.qparam_optimizer.learning_rates)
         if self.export is not None:
             if self._last_batch is None:
                 check_batch(pl_module, batch)
@@ -185,9 +184,9 @@ class QuantizationAwareTraining(L.Callback):
             set_gathering(pl_module, False)
             take_in_batch(trainer, pl_module)
         rows = self._recorder.after_batch(trainer, pl_module)
+        assert self.qparam_optimizer is not None
         for quantizer in self._sentinel.watch(trainer, pl_module, rows):
-            if self.qparam_optimizer is not None:
-                self.qparam_optimizer.forget(quantizer)
+            self.qparam_optimizer.forget(quantizer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the scales and zero points of every channel."""

@@ -2,11 +2,12 @@
 
 from lfq_lightning.analysis.bits import load_rules, propose_bits, save_rules
 from lfq_lightning.analysis.sensitivity import Sensitivity, sensitivity
+from lfq_lightning.calibration import calibrate
 from lfq_lightning.callback import QuantizationAwareTraining
 from lfq_lightning.checkpoint import load_from_checkpoint, load_state_dict
 from lfq_lightning.export import export_onnx, export_pt2, freeze
 from lfq_lightning.ops import backends, fake_quantize
-from lfq_lightning.phases import calibrate, project_, set_phase
+from lfq_lightning.phases import project_, set_phase
 from lfq_lightning.placement import Placement, attach, detach
 from lfq_lightning.placement.host import quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize

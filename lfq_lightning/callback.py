@@ -11,11 +11,12 @@ import lightning as L
 from torch.optim import Optimizer
 
 from lfq_lightning.export.parity import Parity
-from lfq_lightning.phases import model_phase, set_gathering
+from lfq_lightning.phases import leading_quantizer, set_gathering
 from lfq_lightning.placement import Placement, apply, plan
 from lfq_lightning.placement.host import quantizers, set_compressed
+from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.rules import Rule, as_rules
-from lfq_lightning.schedule import OBSERVING, Phase, PhaseSchedule
+from lfq_lightning.schedule import OBSERVING, PhaseSchedule
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, made, weight_spec
 from lfq_lightning.training.exporting import check_batch, check_fit, export_fit
 from lfq_lightning.training.module_hooks import meet_quantizers
@@ -51,15 +52,14 @@ class QuantizationAwareTraining(L.Callback):
             `configure_optimizers` instead, each with its layer's weight, in a last group without weight decay.
         lr_schedule: makes a learning-rate scheduler for that optimizer, stepped with it; None keeps its rate in
             proportion to that of the weights' optimizer.
-        reobserve: start over with observing where the model has learned scales already; otherwise a further fit goes
-            on learning.
+        reobserve: start over where the model has learned scales already, which otherwise go on learning.
         compress_saved: make quantized tensors again in backward instead of keeping them, bit for bit; eager only.
         record_every_n_steps: optimizer steps between two records; None takes the Trainer's `log_every_n_steps`, or less
             in a run so short that there would be fewer than 50.
         on_collapse: what happens to a quantizer that passes nothing useful any more: "warn" names it once, "reinit"
             also estimates its qparams anew, "raise" ends the run.
-        export: when a fit ends, write the best checkpoint, or the last, to this ONNX file, run it in ONNX Runtime and
-            compare; `parity` holds the result. A relative path is taken from the Trainer's log directory.
+        export: write the best checkpoint, or the last, to this ONNX file when a fit ends, and compare the two: see
+            `parity`. A relative path is taken from the Trainer's log directory.
 
     Raises:
         TypeError, ValueError: if an argument is wrong, here or when a fit begins.
@@ -93,8 +93,7 @@ class QuantizationAwareTraining(L.Callback):
         check_choice(optimizer, lr_schedule)
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.reobserve, self.compress_saved = reobserve, compress_saved
-        self.record_every_n_steps = record_every_n_steps
-        self.export = export
+        self.record_every_n_steps, self.export = record_every_n_steps, export
 
         self._recorder = Recorder(record_every_n_steps)
         self._sentinel = Sentinel(on_collapse)
@@ -103,6 +102,7 @@ class QuantizationAwareTraining(L.Callback):
         self._last_batch: Any = None
         self.qparam_optimizer: QParamOptimizer | UserOptimizers | None = None
         self._schedule_in_force: PhaseSchedule | None = self.schedule
+        self._lead: LearnableFakeQuantize | None = None  # the one whose phase is the model's in this run
         self._restored: dict[str, Any] = {}
         self._wrappers = Wrappers()  # until training starts
         self._arranged = Wrappers()  # until the run ends
@@ -145,7 +145,8 @@ class QuantizationAwareTraining(L.Callback):
         self._schedule_in_force, steps = settle_schedule(trainer, self.schedule, restored)
         self._recorder.open(trainer, steps, self._restored.get("recorder", {}))
         show_phase(self._arranged, trainer, pl_module)
-        enter_phase(trainer, pl_module, self._phase(trainer))
+        self._lead = leading_quantizer(pl_module)
+        self._enter_phase(trainer, pl_module)
         self._restored = {}
 
     def _take_up(self) -> bool:
@@ -158,21 +159,21 @@ class QuantizationAwareTraining(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Enter the epoch's phase."""
-        enter_phase(trainer, pl_module, self._phase(trainer))
+        self._enter_phase(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Gather statistics from this batch's forward passes, and measure them where a record is due."""
         open_epoch(trainer)
-        enter_phase(trainer, pl_module, self._phase(trainer))
+        self._enter_phase(trainer, pl_module)
         assert self.qparam_optimizer is not None
         self._recorder.log_epoch(trainer, pl_module, self.qparam_optimizer.learning_rates)
         if self.export is not None:
             if self._last_batch is None:
                 check_batch(pl_module, batch)
             self._last_batch = batch
-        if model_phase(pl_module) in OBSERVING:
+        if self._lead is not None and self._lead.phase in OBSERVING:
             set_gathering(pl_module, True)
         self._recorder.before_batch(trainer, pl_module)
 
@@ -180,9 +181,9 @@ class QuantizationAwareTraining(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Merge the batch's statistics over ranks, and record."""
-        if model_phase(pl_module) in OBSERVING:
+        if self._lead is not None and self._lead.phase in OBSERVING:
             set_gathering(pl_module, False)
-            take_in_batch(trainer, pl_module)
+            take_in_batch(trainer, pl_module, self._lead)
         rows = self._recorder.after_batch(trainer, pl_module)
         assert self.qparam_optimizer is not None
         for quantizer in self._sentinel.watch(trainer, pl_module, rows):
@@ -197,9 +198,10 @@ class QuantizationAwareTraining(L.Callback):
         if isinstance(self.qparam_optimizer, UserOptimizers):
             self.qparam_optimizer.keep_still()
 
-    def _phase(self, trainer: L.Trainer) -> Phase:
+    def _enter_phase(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._schedule_in_force is not None
-        return self._schedule_in_force.phase(trainer.current_epoch, trainer.global_step)
+        scheduled = self._schedule_in_force.phase(trainer.current_epoch, trainer.global_step)
+        enter_phase(trainer, pl_module, scheduled, self._lead)
 
     # ---- after the run --------------------------------------------------------------------------------------------
 

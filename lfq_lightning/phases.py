@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lfq_lightning.observers import Observer, Statistics
-from lfq_lightning.placement.host import first_quantizer, hosts, qparams, quantizers, whole_weight
-from lfq_lightning.schedule import Phase, check_phase
+from lfq_lightning.placement.host import hosts, qparams, quantizers, whole_weight
+from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.schedule import PHASES, Phase, check_phase
 
 Reduce = Callable[[Tensor, Literal["max", "sum"]], Tensor]
 
 _QUANTIZED: tuple[Phase, ...] = ("estimate", "learn", "freeze")
+_BEFORE_LEARNING: tuple[Phase, ...] = ("off", "observe", "estimate")
 
 
 def set_phase(model: nn.Module, phase: Phase) -> None:
@@ -40,6 +42,18 @@ def set_phase(model: nn.Module, phase: Phase) -> None:
         >>> lfq.quantizers(model)["0.input_quantizer"].phase
         'observe'
     """
+    _switch(model, phase, keep_learning=False)
+
+
+def go_on(model: nn.Module, phase: Phase) -> None:
+    """`set_phase`, but for quantizers that have learned already: these do not go back to a phase before "learn".
+
+    What came later, such as a new head on a model that was quantized before, goes through every phase.
+    """
+    _switch(model, phase, keep_learning=True)
+
+
+def _switch(model: nn.Module, phase: Phase, keep_learning: bool) -> None:
     check_phase(phase)
     found = quantizers(model)
     if not found:
@@ -58,16 +72,23 @@ def set_phase(model: nn.Module, phase: Phase) -> None:
             if not (quantizer.is_weight or quantizer.learned) and quantizer.saw_data():
                 quantizer.estimate()
     for quantizer in found.values():
-        if phase == "learn":
+        own: Phase = "learn" if keep_learning and quantizer.learned and phase in _BEFORE_LEARNING else phase
+        if own == "learn":
             quantizer.begin_learning()
-        quantizer.phase = phase
+        quantizer.phase = own
     forget_compiled_code()
 
 
 def model_phase(model: nn.Module) -> str:
-    """The phase of a model's quantizers, which change it together; "off" without any."""
-    first = first_quantizer(model)
-    return "off" if first is None else first.phase
+    """The phase of the quantizers that are least advanced; "off" without any."""
+    phases = [quantizer.phase for quantizer in quantizers(model).values()]
+    return min(phases, key=lambda phase: PHASES.index(phase) if phase in PHASES else len(PHASES), default="off")
+
+
+def leading_quantizer(model: nn.Module) -> LearnableFakeQuantize | None:
+    """One whose phase is the model's for a whole run: the first that has yet to learn, or the first of all."""
+    found = list(quantizers(model).values())
+    return next((quantizer for quantizer in found if not quantizer.learned), found[0] if found else None)
 
 
 def check_ranks_agree(model: nn.Module, highest: Callable[[Tensor], Tensor]) -> None:
@@ -162,58 +183,6 @@ def _merged(parts: list[Tensor], operation: Literal["max", "sum"], reduce: Reduc
         return parts
     merged = reduce(torch.cat([part.flatten() for part in parts]), operation).split(sizes)
     return [flat.view_as(part) for flat, part in zip(merged, parts, strict=True)]
-
-
-def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None) -> None:
-    """Give an attached model its first qparams without training: observe in eval mode, then go to phase "estimate".
-
-    Args:
-        model: a model that `attach` was called on; its training modes are restored.
-        batches: what the model is run on, for instance a DataLoader.
-        forward: how to run the model on one batch. By default a mapping is passed as keywords, of a tuple or list the
-            first entry is passed, and anything else is passed as it is.
-
-    Raises:
-        ValueError: if there are no quantizers, they have learned already, or `batches` is empty.
-
-    Example:
-        >>> import torch, lfq_lightning as lfq
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
-        >>> _ = lfq.attach(model)
-        >>> lfq.calibrate(model, [torch.randn(8, 4)])
-        >>> lfq.quantizers(model)["0.weight_quantizer"].phase
-        'estimate'
-    """
-    found = quantizers(model)
-    learned = [name for name, quantizer in found.items() if quantizer.learned]
-    if learned:
-        raise ValueError(
-            f"Calibration would overwrite what was learned. Found learned qparams in {', '.join(learned[:5])}: call "
-            "`.forget()` on the quantizers first if that is meant."
-        )
-    set_phase(model, "observe")
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    count = 0
-    try:
-        with gathering(model), torch.no_grad():
-            for batch in batches:
-                (forward or _forward)(model, batch)
-                for name, met in merge_statistics(model).items():
-                    found[name].warn_non_finite(met, name)
-                count += 1
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    if count == 0:
-        raise ValueError("`batches` must hold at least one batch. Found none: an iterator may have been used up.")
-    set_phase(model, "estimate")
-
-
-def _forward(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def project_(model: nn.Module) -> None:

@@ -37,7 +37,7 @@ FLOORS = [
     ["placement.attaching"],
     ["placement"],
     ["phases", "records.recording", "records.summary"],
-    ["records"],
+    ["records", "calibration"],
     ["analysis.evaluating"],
     ["analysis.sensitivity"],
     ["analysis.bits"],

@@ -131,10 +131,31 @@ def test_calibration_takes_tuples_mappings_and_a_forward_of_the_users(model: Net
 def test_calibration_without_batches_or_over_learned_qparams_is_refused(model: Net) -> None:
     with pytest.raises(ValueError, match="at least one batch"):
         lfq.calibrate(model, [])
+    assert {quantizer.phase for quantizer in lfq.quantizers(model).values()} == {"off"}
     lfq.calibrate(model, [X])
     lfq.set_phase(model, "learn")
     with pytest.raises(ValueError, match="would overwrite what was learned"):
         lfq.calibrate(model, [X])
+
+
+def test_calibration_that_fails_leaves_every_phase_as_it_was(model: Net) -> None:
+    with pytest.raises(TypeError):
+        lfq.calibrate(model, [X, "no batch"])
+    assert {quantizer.phase for quantizer in lfq.quantizers(model).values()} == {"off"}
+    assert model.training
+
+
+def test_calibration_reaches_what_has_not_learned_and_leaves_alone_what_has(model: Net) -> None:
+    lfq.calibrate(model, [X])
+    lfq.set_phase(model, "learn")
+    scale = model.second.weight_quantizer.scale.clone()
+    model.head = nn.Linear(36, 10)
+    lfq.attach(model, weight=4, activation=4)
+    lfq.calibrate(model, [X])
+    assert model.head.input_quantizer.phase == "estimate"
+    assert model.head.input_quantizer.saw_data()
+    assert model.second.weight_quantizer.phase == "learn"
+    assert torch.equal(model.second.weight_quantizer.scale, scale)
 
 
 def test_projection_makes_every_qparam_legal(model: Net) -> None:

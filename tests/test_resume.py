@@ -129,3 +129,22 @@ def test_the_trajectory_goes_on_in_the_directory_of_the_resumed_run(tmp_path: Pa
     steps = [int(line.split(",")[0]) for line in (tmp_path / "b/trajectory.csv").read_text().splitlines()[1:]]
     assert steps == sorted(steps)
     assert set(steps) == set(range(3, 5 * BATCHES + 1, 3))
+
+
+def test_a_layer_that_is_new_to_a_learned_model_goes_through_every_phase_while_the_others_learn(tmp_path: Path) -> None:
+    model, _, _ = fit(tmp_path)
+    learned = lfq.quantizers(model)["second.weight_quantizer"].scale_reference.clone()
+    model.head = torch.nn.Linear(36, 10)
+    seen: dict[str, list[str]] = {"second": [], "head": []}
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            for name, phases in seen.items():
+                phases.append(getattr(pl_module, name).input_quantizer.phase)
+
+    fit(tmp_path / "second", model, callbacks=[Watch()])
+    assert set(seen["second"]) == {"learn"}
+    assert list(dict.fromkeys(seen["head"])) == ["observe", "estimate", "learn"]
+    head, second = model.head.input_quantizer, model.second.weight_quantizer
+    assert not torch.equal(head.scale, head.scale_reference)
+    assert torch.equal(second.scale_reference, learned)

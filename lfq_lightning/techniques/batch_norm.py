@@ -13,7 +13,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lfq_lightning.phases import _forward, model_phase
+from lfq_lightning.calibration import _forward
+from lfq_lightning.phases import model_phase
 from lfq_lightning.schedule import PHASES, check_phase
 from lfq_lightning.techniques.order import check_order
 

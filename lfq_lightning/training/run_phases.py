@@ -7,27 +7,36 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lfq_lightning.phases import Reduce, check_ranks_agree, estimate_weights, merge_statistics, model_phase, set_phase
-from lfq_lightning.placement.host import first_quantizer, quantizers
+from lfq_lightning.phases import Reduce, check_ranks_agree, estimate_weights, go_on, merge_statistics, model_phase
+from lfq_lightning.placement.host import quantizers
+from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.schedule import Phase
 from lfq_lightning.training.neighbours import share_with_averages
 from lfq_lightning.training.run_length import is_dev_run
 from lfq_lightning.training.wrapping import Wrappers
 
 
-def enter_phase(trainer: L.Trainer, model: L.LightningModule, scheduled: Phase) -> None:
-    """Put every quantizer in the phase that the schedule says, unless the model has learned already."""
-    first = first_quantizer(model)
-    if first is None:
+def enter_phase(
+    trainer: L.Trainer, model: L.LightningModule, scheduled: Phase, lead: LearnableFakeQuantize | None
+) -> None:
+    """Put every quantizer in the phase that the schedule says; those that have learned before the run go on learning.
+
+    Args:
+        trainer: the run's Trainer.
+        model: its module.
+        scheduled: the phase.
+        lead: the quantizer whose phase is the model's, `leading_quantizer`.
+    """
+    if lead is None:
         return
-    phase, before = scheduled, first.phase
-    if first.learned and phase in ("off", "observe", "estimate"):
+    phase, before = scheduled, lead.phase
+    if lead.learned and phase in ("off", "observe", "estimate"):
         phase = "learn"
     if phase in ("learn", "freeze") and is_dev_run(trainer):
         phase = "off"
     if phase == before:
         return
-    set_phase(model, phase)
+    go_on(model, phase)
     share_with_averages(trainer, model)
     if trainer.world_size > 1:
         check_ranks_agree(model, lambda flat: _over_ranks(trainer)(flat, "max"))
@@ -36,13 +45,13 @@ def enter_phase(trainer: L.Trainer, model: L.LightningModule, scheduled: Phase) 
     )
 
 
-def take_in_batch(trainer: L.Trainer, model: L.LightningModule) -> None:
+def take_in_batch(trainer: L.Trainer, model: L.LightningModule, lead: LearnableFakeQuantize) -> None:
     """Merge what quantizers gathered in this batch over ranks, into observers and estimates."""
     met = merge_statistics(model, _over_ranks(trainer) if trainer.world_size > 1 else None)
     for name, flag in met.items():
         if flag.device.type == "cpu":
             quantizers(model)[name].warn_non_finite(flag, name)
-    if model_phase(model) == "estimate":
+    if lead.phase == "estimate":
         estimate_weights(model, cheap=True)
 
 

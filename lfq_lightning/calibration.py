@@ -1,0 +1,72 @@
+"""First scales and zero points for a model that is not trained."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lfq_lightning.phases import gathering, go_on, merge_statistics
+from lfq_lightning.placement.host import quantizers
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None) -> None:
+    """Give an attached model its first qparams without training: observe in eval mode, then go to phase "estimate".
+
+    Quantizers that have learned already go on learning.
+
+    Args:
+        model: a model that `attach` was called on; its training modes are restored.
+        batches: what the model is run on, for instance a DataLoader.
+        forward: how to run the model on one batch. By default a mapping is passed as keywords, of a tuple or list the
+            first entry is passed, and anything else is passed as it is.
+
+    Raises:
+        ValueError: if there are no quantizers, all have learned already, or `batches` is empty.
+
+    Example:
+        >>> import torch, lfq_lightning as lfq
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> _ = lfq.attach(model)
+        >>> lfq.calibrate(model, [torch.randn(8, 4)])
+        >>> lfq.quantizers(model)["0.weight_quantizer"].phase
+        'estimate'
+    """
+    found = quantizers(model)
+    learned = [name for name, quantizer in found.items() if quantizer.learned]
+    if learned and len(learned) == len(found):
+        raise ValueError(
+            f"Calibration would overwrite what was learned. Found learned qparams in {', '.join(learned[:5])}: call "
+            "`.forget()` on the quantizers first if that is meant."
+        )
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("`batches` must hold at least one batch. Found none: an iterator may have been used up.")
+    before = {quantizer: quantizer.switches for quantizer in found.values()}
+    go_on(model, "observe")
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with gathering(model), torch.no_grad():
+            for batch in itertools.chain([first], batches):
+                (forward or _forward)(model, batch)
+                for name, met in merge_statistics(model).items():
+                    found[name].warn_non_finite(met, name)
+    except BaseException:
+        for quantizer, switches in before.items():
+            quantizer.fake_quant_enabled, quantizer.static_enabled, quantizer.learning_enabled = switches
+        raise
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    go_on(model, "estimate")
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)

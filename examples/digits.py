@@ -7,13 +7,12 @@ import warnings
 import lightning as L
 import torch
 from networks import ConvolutionalNetwork
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 warnings.filterwarnings("ignore", ".*does not have many workers")  # the digits are in memory
+warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")  # Lightning's own, with torch 2.13
 
 
 class Digits(L.LightningDataModule):
@@ -28,6 +27,11 @@ class Digits(L.LightningDataModule):
         self.batch_size = batch_size
 
     def setup(self, stage: str) -> None:
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError as error:
+            raise ImportError('The digits come with scikit-learn: pip install -e ".[examples]"') from error
         pixels, labels = load_digits(return_X_y=True)
         rest, test, rest_labels, test_labels = train_test_split(
             pixels, labels, test_size=0.3, stratify=labels, random_state=0

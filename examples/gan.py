@@ -67,7 +67,7 @@ def main(max_epochs: int = 60) -> None:
     trainer = L.Trainer(max_epochs=max_epochs, callbacks=[qat], accelerator="cpu", enable_progress_bar=False)
     model = GAN()
     trainer.fit(model, Digits(batch_size=32))
-    print(lfq.summarize(model, torch.randn(64, model.latent)))
+    lfq.summarize(model, torch.randn(64, model.latent))  # prints its table
 
     with torch.no_grad():
         digits = model(torch.randn(128, model.latent)).view(8, 16, 8, 8)

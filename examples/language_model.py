@@ -83,7 +83,7 @@ def main(steps: int = 300) -> None:
         trainer.fit(model, batches)
         [result] = trainer.test(model, test, verbose=False)
         print(f"{name}: {result['bits_per_byte']:.3f} bits per byte")
-    print(lfq.summarize(model, next(iter(test))[:, :-1]))
+    lfq.summarize(model, next(iter(test))[:, :-1])  # prints its table
 
 
 if __name__ == "__main__":

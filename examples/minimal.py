@@ -52,7 +52,7 @@ def main(max_epochs: int = 20) -> None:
     model = Classifier()
     trainer.fit(model, DataLoader(train, batch_size=64, shuffle=True))
     trainer.test(model, test_loader)
-    print(lfq.summarize(model, next(iter(test_loader))))
+    lfq.summarize(model, next(iter(test_loader)))  # prints its table
     print(lfq.plot_trajectories(str(trainer.log_dir)))
 
 

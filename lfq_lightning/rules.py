@@ -78,6 +78,8 @@ class Rule:
 
 def as_rules(values: Iterable[Rule | Mapping[str, Any]]) -> tuple[Rule, ...]:
     """Rules, or mappings of their fields."""
+    if isinstance(values, (Rule, Mapping, str)):
+        raise TypeError(f"`rules` must be a list of rules, even of one. Found {values!r}: put it in brackets.")
     rules = []
     for number, value in enumerate(values):
         key = f"rules[{number}]"

@@ -56,7 +56,9 @@ class PhaseSchedule:
                 continue
             if isinstance(start, bool) or not isinstance(start, int):
                 raise TypeError(f"`{name}` must be a whole number of {self.unit}s. Found {start!r}.")
-            if start < getattr(self, previous) or start < 0:
+            if start < 0:
+                raise ValueError(f"Phases start at {self.unit} 0 or later. Found {name}={start}.")
+            if start < getattr(self, previous):
                 raise ValueError(
                     "Phases start in the order observe <= estimate <= learn <= freeze, from 0. Found "
                     f"{previous}={getattr(self, previous)} and {name}={start}: exchange or correct them."

@@ -82,7 +82,7 @@ class QuantSpec:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int):
             raise TypeError(f"`bits` must be an int. Found {self.bits!r} of type {type(self.bits).__name__}.")
         if not 2 <= self.bits <= 16:
-            remedy = "use 2 for ternary-like weights" if self.bits < 2 else "leave the module in float with None"
+            remedy = "2 are the fewest" if self.bits < 2 else "leave the module in float with None"
             raise ValueError(f"`bits` must be between 2 and 16. Found {self.bits}: {remedy}.")
         for name in ("symmetric", "signed", "learn_zero_point"):
             if not isinstance(getattr(self, name), bool) and not (name == "signed" and self.signed is None):
@@ -204,7 +204,8 @@ def _as_spec(value: Any, role: str) -> QuantSpec | None:
         return value
     if isinstance(value, Mapping):
         return made(role, QuantSpec, value)
+    remedy = f": write {value} without quotes" if isinstance(value, str) and value.isdigit() else ""
     raise TypeError(
         f"`{role}` must be a number of bits, a QuantSpec, a mapping of its fields, or None for float. "
-        f"Found {value!r} of type {type(value).__name__}."
+        f"Found {value!r} of type {type(value).__name__}{remedy}."
     )

@@ -184,3 +184,11 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=re.escape('pip install "lfq_lightning[examples]"')):
         plot_trajectories(tmp_path)
+
+
+def test_the_one_run_below_a_directory_is_drawn_and_several_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "job/quantized", run(names(2)))
+    assert plot_trajectories(tmp_path / "job") == tmp_path / "job/quantized/trajectories.png"
+    write(tmp_path / "job/again", run(names(2)))
+    with pytest.raises(ValueError, match=r"Found 2 in .*: choose one of .*again"):
+        plot_trajectories(tmp_path / "job")

@@ -122,3 +122,9 @@ def test_a_wrong_schedule_of_the_callback_is_named() -> None:
         QuantizationAwareTraining(schedule={"estmate": 3})
     with pytest.raises(ValueError, match="`schedule`: Phases start in the order"):
         QuantizationAwareTraining(schedule={"observe": 3})
+
+
+@pytest.mark.parametrize("rules", [Rule("head", weight=8), {"match": "head"}, "head"], ids=str)
+def test_one_rule_without_brackets_is_refused_with_the_remedy(rules: Any) -> None:
+    with pytest.raises(TypeError, match="`rules` must be a list of rules, even of one. Found .*: put it in brackets"):
+        QuantizationAwareTraining(rules=rules)

@@ -69,7 +69,7 @@ def test_a_schedule_prints_as_the_call_that_makes_it_and_survives_configuration(
     [
         ({"unit": "batch"}, ValueError, "`unit` must be one of epoch, step. Found 'batch'"),
         ({"unit": None}, ValueError, "`unit` must be one of epoch, step. Found None"),
-        ({"observe": -1}, ValueError, "from 0. Found observe=-1"),
+        ({"observe": -1}, ValueError, "at epoch 0 or later. Found observe=-1"),
         ({"observe": 2, "estimate": 1}, ValueError, "Found observe=2 and estimate=1: exchange or correct them"),
         ({"estimate": 5, "learn": 4}, ValueError, "Found estimate=5 and learn=4"),
         ({"learn": 4, "freeze": 3}, ValueError, "Found learn=4 and freeze=3"),

@@ -102,7 +102,7 @@ def test_a_specification_cannot_be_changed() -> None:
 
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"bits": 1}, ValueError, "`bits` must be between 2 and 16. Found 1: use 2 for ternary-like weights"),
+    ({"bits": 1}, ValueError, "`bits` must be between 2 and 16. Found 1: 2 are the fewest"),
     ({"bits": 17}, ValueError, "`bits` must be between 2 and 16. Found 17: leave the module in float with None"),
     ({"bits": 4.0}, TypeError, "`bits` must be an int. Found 4.0 of type float"),
     ({"bits": "4"}, TypeError, "`bits` must be an int. Found '4' of type str"),
@@ -172,6 +172,11 @@ def test_anything_else_is_refused_by_the_name_of_its_role(convert: Any, role: st
     for value in (1, {"bits": 1}):
         with pytest.raises(ValueError, match=f"^`{role}`: `bits` must be between 2 and 16. Found 1"):
             convert(value)
+
+
+def test_a_number_in_quotes_is_told_to_lose_them() -> None:
+    with pytest.raises(TypeError, match=r"`weight` must be .*Found '4' of type str: write 4 without quotes"):
+        weight_spec("4")
 
 
 def test_an_activation_has_no_groups() -> None:

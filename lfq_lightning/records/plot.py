@@ -34,7 +34,7 @@ def plot_trajectories(run_directory: Path | str, path: Path | str | None = None)
     scales are not in use.
 
     Args:
-        run_directory: Directory that holds a ``trajectory.csv``, or the path of such a file.
+        run_directory: Directory that holds a ``trajectory.csv`` or has one below it, or the path of such a file.
         path: Picture to write; its suffix decides the format (``.png``, ``.svg``, ``.pdf``). ``None`` means
             ``trajectories.png`` beside the trajectory.
 
@@ -43,15 +43,14 @@ def plot_trajectories(run_directory: Path | str, path: Path | str | None = None)
 
     Raises:
         FileNotFoundError: There is no trajectory.
-        ValueError: The file is no trajectory, or nothing in it can be drawn yet.
+        ValueError: The file is no trajectory, nothing in it can be drawn yet, or there are several runs.
         ImportError: matplotlib is not installed.
 
     Example:
         >>> plot_trajectories("lightning_logs/version_0")  # doctest: +SKIP
         PosixPath('lightning_logs/version_0/trajectories.png')
     """
-    source = Path(run_directory)
-    source = source if source.suffix == ".csv" else source / FILE_NAME
+    source = _trajectory_in(Path(run_directory))
     target = source.with_name("trajectories.png") if path is None else Path(path)
     rows = read_trajectory(source)
     panels = panels_of(rows)
@@ -64,6 +63,16 @@ def plot_trajectories(run_directory: Path | str, path: Path | str | None = None)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=160, format=target.suffix[1:] or "png")
     return target
+
+
+def _trajectory_in(source: Path) -> Path:
+    if source.suffix == ".csv" or (source / FILE_NAME).is_file():
+        return source if source.suffix == ".csv" else source / FILE_NAME
+    found = sorted(source.rglob(FILE_NAME))
+    if len(found) > 1:
+        shown = ", ".join(f"`{path.parent}`" for path in found[:5])
+        raise ValueError(f"A picture is of one run. Found {len(found)} in `{source}`: choose one of {shown}.")
+    return found[0] if found else source / FILE_NAME
 
 
 def _draw(rows: list[TrajectoryRow], panels: dict[tuple[str, str], dict[str, Curve]]) -> Figure:

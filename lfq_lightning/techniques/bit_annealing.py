@@ -112,6 +112,8 @@ class BitAnnealing(L.Callback):
     """
 
     def __init__(self, bits: Mapping[int, int]) -> None:
+        if not isinstance(bits, Mapping):
+            raise TypeError(f"`bits` must map first epochs to bits, as {{0: 8, 5: 4, 10: 2}} does. Found {bits!r}.")
         self.bits = {int(epoch): int(value) for epoch, value in bits.items()}
         epochs, values = list(self.bits), list(self.bits.values())
         if epochs[:1] != [0] or epochs != sorted(epochs) or values != sorted(set(values), reverse=True):

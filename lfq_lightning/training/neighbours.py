@@ -117,6 +117,8 @@ def while_learning(callback: SomeCallback) -> SomeCallback:
         >>> from lightning.pytorch.callbacks import ModelCheckpoint
         >>> best = lfq.while_learning(ModelCheckpoint(monitor="val_loss"))
     """
+    if not isinstance(callback, L.Callback):
+        raise TypeError(f"`callback` must be a Lightning callback, for instance a ModelCheckpoint. Found {callback!r}.")
     for hook in ("on_train_batch_end", "on_train_epoch_end", "on_validation_end"):
         setattr(callback, hook, _OnlyWhileLearning(callback, hook))
     return callback

@@ -126,5 +126,5 @@ def test_a_wrong_schedule_of_the_callback_is_named() -> None:
 
 @pytest.mark.parametrize("rules", [Rule("head", weight=8), {"match": "head"}, "head"], ids=str)
 def test_one_rule_without_brackets_is_refused_with_the_remedy(rules: Any) -> None:
-    with pytest.raises(TypeError, match="`rules` must be a list of rules, even of one. Found .*: put it in brackets"):
+    with pytest.raises(TypeError, match=r"`rules` must be a list of rules, even of one\. Found .*: put it in brackets"):
         QuantizationAwareTraining(rules=rules)

@@ -111,6 +111,7 @@ class QuantizationAwareTraining(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Attach, and see to it that layers made later, optimizers and checkpoints meet the quantizers in order."""
+        self._restored = {}  # a stage that does not train takes nothing up, and leaves it
         check_neighbours(trainer, self)
         check_strategy(trainer)
         if stage == "fit":
@@ -147,7 +148,6 @@ class QuantizationAwareTraining(L.Callback):
         show_phase(self._arranged, trainer, pl_module)
         self._lead = leading_quantizer(pl_module)
         self._enter_phase(trainer, pl_module)
-        self._restored = {}
 
     def _take_up(self) -> bool:
         if "qparam_optimizer" not in self._restored or self.qparam_optimizer is None:

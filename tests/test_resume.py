@@ -101,6 +101,25 @@ def test_a_second_fit_goes_on_learning_and_reobserve_starts_over(tmp_path: Path)
     assert list(dict.fromkeys(seen)) == ["observe", "estimate", "learn"]
 
 
+def test_a_checkpoint_that_was_only_tested_leaves_the_next_fit_alone(tmp_path: Path) -> None:
+    callback = qat(schedule=None, reobserve=True)
+    model, made, _ = fit(tmp_path, callback=callback, max_epochs=5)
+    derived, rows = callback.state_dict()["schedule"], (tmp_path / "trajectory.csv").read_bytes()
+    made.save_checkpoint(tmp_path / "x.ckpt")
+    trainer(tmp_path, [callback]).test(model, loader(), ckpt_path=tmp_path / "x.ckpt", verbose=False, weights_only=True)
+    began: list[Any] = []
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            state = callback.state_dict()["qparam_optimizer"]["optimizers"][0]["state"]
+            began.append((pl_module.first.input_quantizer.phase, len(state)))
+
+    fit(tmp_path, model, callback=callback, callbacks=[Look()], max_epochs=1)
+    assert began[0] == ("observe", 0)
+    assert callback.state_dict()["schedule"] != derived
+    assert (tmp_path / "trajectory.csv.bak").read_bytes() == rows
+
+
 def test_a_checkpoint_of_weights_alone_goes_on_learning_where_it_stopped(tmp_path: Path) -> None:
     model, made, _ = fit(tmp_path)
     made.save_checkpoint(tmp_path / "x.ckpt", weights_only=True)

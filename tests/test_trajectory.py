@@ -116,6 +116,14 @@ def test_resuming_into_a_directory_that_holds_another_runs_file_keeps_both(tmp_p
     assert other.with_name("trajectory.csv.bak").read_bytes() == others
 
 
+def test_a_run_that_carries_no_row_over_keeps_the_file_aside(tmp_path: Path) -> None:
+    path = write(tmp_path, range(1, 4)).path
+    written = path.read_bytes()
+    Trajectory(tmp_path, continue_from=path, step=0)
+    assert_steps(path, [])
+    assert path.with_name("trajectory.csv.bak").read_bytes() == written
+
+
 def test_a_run_that_continues_nothing_keeps_every_earlier_file_aside(tmp_path: Path) -> None:
     for last in (2, 3, 4):
         write(tmp_path, range(1, last))

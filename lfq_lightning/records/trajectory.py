@@ -125,7 +125,7 @@ class Trajectory:
 
     def _carry_over(self, source: Path, step: int) -> None:
         try:
-            text = _rows_up_to(source, step)
+            rows = _rows_up_to(source, step)
         except (OSError, ValueError) as error:
             aside = keep_aside(self.path)
             kept = f", and the file that was there is kept as `{aside}`" if aside else ""
@@ -138,8 +138,8 @@ class Trajectory:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(FILE_NAME + ".tmp")
         try:
-            temporary.write_bytes(text.encode())
-            if source.resolve() != self.path.resolve():
+            temporary.write_bytes(_as_csv([COLUMNS, *rows]).encode())
+            if source.resolve() != self.path.resolve() or not rows:
                 keep_aside(self.path)
             os.replace(temporary, self.path)
         except OSError:
@@ -202,13 +202,13 @@ def read_trajectory(path: Path | str) -> list[TrajectoryRow]:
     return rows
 
 
-def _rows_up_to(path: Path, step: int) -> str:
+def _rows_up_to(path: Path, step: int) -> list[list[str]]:
     records = _records(path)
     _, header = next(records, (0, []))
     if header != COLUMNS:
         raise ValueError(f"a trajectory starts with the columns {', '.join(COLUMNS)}; found {header}")
     # The fields stay text: what is carried over keeps its bytes.
-    return _as_csv([COLUMNS] + [found for _, found in records if int(found[0]) <= step])
+    return [found for _, found in records if int(found[0]) <= step]
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str]]]:

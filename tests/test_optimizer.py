@@ -219,3 +219,25 @@ def test_a_factory_that_makes_no_optimizer_is_refused(tmp_path: Path) -> None:
         fit(tmp_path, callback=qat(optimizer=list))
     with pytest.raises(TypeError, match="must be a callable"):
         qat(optimizer="adam")
+
+
+@pytest.mark.parametrize("failing", ["optimizer", "schedule"])
+def test_a_factory_that_fails_for_the_second_optimizer_leaves_nothing_on_the_first(failing: str) -> None:
+    pair = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    learned(pair, torch.randn(8, 4))
+    followed = [torch.optim.SGD(layer.parameters(recurse=False), lr=0.1) for layer in pair]
+    made: list[Any] = []
+
+    def once(make: Any, argument: Any) -> Any:
+        made.append(argument)
+        if len(made) == 2:
+            raise ValueError("no second one")
+        return make(argument)
+
+    optimizer, schedule = partial(torch.optim.SGD, lr=0.1), partial(torch.optim.lr_scheduler.StepLR, step_size=1)
+    factories = (partial(once, optimizer), schedule) if failing == "optimizer" else (optimizer, partial(once, schedule))
+    with pytest.raises(ValueError, match="no second one"):
+        QParamOptimizer(pair, followed, *factories)
+    for left in followed:
+        assert not left._optimizer_step_post_hooks
+        assert "zero_grad" not in left.__dict__

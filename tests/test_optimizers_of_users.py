@@ -372,3 +372,16 @@ def test_a_resumed_run_must_say_again_whose_optimizer_it_is(tmp_path: Path, firs
 def test_a_schedule_for_an_optimizer_of_the_user_is_refused() -> None:
     with pytest.raises(ValueError, match="the user's schedulers apply"):
         qat(optimizer="user", lr_schedule=partial(lrs.StepLR, step_size=1))
+
+
+@pytest.mark.parametrize("optimizer", [SGD, Adam])
+def test_an_optimizer_that_saw_the_qparams_is_refused_where_they_have_their_own(tmp_path: Path, optimizer: Any) -> None:
+    class MadeInSetup(Net):
+        def setup(self, stage: str) -> None:
+            self.made = optimizer(self.parameters(), lr=1.0)
+
+        def configure_optimizers(self) -> Any:
+            return self.made
+
+    with pytest.raises(ValueError, match=r"would step twice\. Found 9 of them .* make it in `configure_optimizers`"):
+        fit(tmp_path, MadeInSetup())

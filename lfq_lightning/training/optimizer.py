@@ -99,22 +99,23 @@ class QParamOptimizer:
         self._pace: list[_Pace] = []
         self._handles: list[RemovableHandle] = []
         self._cleared: list[Any] = []
-        for index, slots in _assign(model, followed).items():
+        assigned = _assign(model, followed)
+        for index, slots in assigned.items():
             own = factory([slot.proxy for slot in slots])
             if not isinstance(own, Optimizer):
                 raise TypeError(
                     "`optimizer` must be a callable that makes a torch optimizer of a list of parameters. Found one "
                     f"that made {type(own).__name__}: `functools.partial(torch.optim.Adam, lr=1e-3)` is an example."
                 )
-            position = len(self.optimizers)
             self.optimizers.append(own)
             self._pace.append(_Pace(own, followed[index]))
             self._slots.append(slots)
+        self._schedules = [schedule(own) for own in self.optimizers] if schedule else []
+        for position, (index, slots) in enumerate(assigned.items()):  # nothing can fail from here on
             self._handles.append(followed[index].register_step_post_hook(_Step(self, position)))
             for face in (followed[index], *faces[index : index + 1]):
                 face.zero_grad = _ZeroGrad(face, slots)
                 self._cleared.append(face)
-        self._schedules = [schedule(own) for own in self.optimizers] if schedule else []
 
     @property
     def learning_rates(self) -> list[float]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lfq_lightning.placement.host import QuantizedLayer, hosts, quantizers
+from lfq_lightning.placement.host import QuantizedLayer, hosts, qparams, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.training.optimizer import (
     OptimizerFactory,
@@ -168,6 +168,16 @@ def _check_linear(model: nn.Module) -> None:
             )
 
 
+def _check_apart(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+    twice = sum(id(p) in held for p in qparams(model))
+    if twice:
+        raise ValueError(
+            f"Scales and zero points have an optimizer of their own, and would step twice. Found {twice} of them in an "
+            "optimizer of the module: make it in `configure_optimizers`, where `self.parameters()` does not show them."
+        )
+
+
 Choice = OptimizerFactory | Literal["user"] | None
 
 
@@ -188,9 +198,14 @@ def arranged_qparams(model: nn.Module, choice: Choice) -> AbstractContextManager
 def make_optimizer(
     trainer: L.Trainer, model: L.LightningModule, choice: Choice, schedule: ScheduleFactory | None
 ) -> QParamOptimizer | UserOptimizers:
-    """What steps the qparams of this run, once the Trainer has the user's optimizers."""
+    """What steps the qparams of this run, once the Trainer has the user's optimizers.
+
+    Raises:
+        ValueError: if they are to have an optimizer of their own and one of the user's holds them too.
+    """
     if choice == "user":
         return UserOptimizers(model, trainer.optimizers, scheduled=bool(trainer.lr_scheduler_configs))
+    _check_apart(model, trainer.optimizers)
     faces = model.optimizers()
     return QParamOptimizer(
         model,

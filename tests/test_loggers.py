@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from tests.runs import BATCHES, fit
+from tests.runs import BATCHES, Net, fit
 
 STEPS = [BATCHES, 2 * BATCHES, 3 * BATCHES]
 SCALE = "second.weight_quantizer.scale"
@@ -41,6 +42,23 @@ def test_tensorboard_shows_numbers_the_distribution_over_channels_and_the_pictur
     (picture,) = found.Images("lfq/trajectories")
     assert picture.step == STEPS[-1]
     assert picture.width > picture.height / 2 > 200
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_tensorboard_draws_the_graph_of_the_users_layers(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+
+    class Example(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.example_input_array = torch.randn(2, 1, 8, 8)
+
+    model, made, _ = fit(tmp_path, Example(), logger=TensorBoardLogger(tmp_path, name="run", log_graph=True))
+    graph = events(str(tmp_path / "run/version_0")).Graph()
+    assert any("second" in node.name for node in graph.node)
+    assert not any("quantizer" in node.name for node in graph.node)
+    assert model.second.input_quantizer.learned
+    assert "log_graph" not in made.logger.__dict__
 
 
 def test_a_logger_without_pictures_gets_numbers_and_nothing_is_drawn(

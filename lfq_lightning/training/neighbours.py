@@ -44,12 +44,12 @@ def check_neighbours(trainer: L.Trainer, own: L.Callback) -> None:
 
 
 def arrange(wrappers: Wrappers, trainer: L.Trainer, model: L.LightningModule) -> None:
-    """Keep qparams out of what finetuning callbacks freeze and adopt, and quantizers out of the model's summary."""
+    """Keep qparams out of what finetuning callbacks freeze and adopt, and quantizers out of pictures of the model."""
 
     def unseen(hide: Callable[[nn.Module], Any]) -> Callable[..., Any]:
-        def wrapper(original: Any, *args: Any) -> Any:
+        def wrapper(original: Any, *args: Any, **kwargs: Any) -> Any:
             with hide(model):
-                return original(*args)
+                return original(*args, **kwargs)
 
         return wrapper
 
@@ -58,6 +58,8 @@ def arrange(wrappers: Wrappers, trainer: L.Trainer, model: L.LightningModule) ->
             wrappers.around(callback, "finetune_function", unseen(hidden_qparams))
         if isinstance(callback, ModelSummary):
             wrappers.around(callback, "on_fit_start", unseen(hidden_quantizers))
+    for logger in trainer.loggers:
+        wrappers.around(logger, "log_graph", unseen(hidden_quantizers))
 
 
 @contextmanager

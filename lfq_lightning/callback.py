@@ -24,7 +24,7 @@ from lfq_lightning.training.neighbours import arrange, check_neighbours, require
 from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, ScheduleFactory
 from lfq_lightning.training.recorder import Recorder
 from lfq_lightning.training.resuming import explain_torn_checkpoint, open_epoch
-from lfq_lightning.training.run_length import check_configured_length, is_dev_run, settle_schedule
+from lfq_lightning.training.run_length import check_configured_length, has_learned, is_dev_run, settle_schedule
 from lfq_lightning.training.run_phases import enter_phase, show_phase, take_in_batch, warn_if_unlearned
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.sharding import check_strategy
@@ -114,7 +114,7 @@ class QuantizationAwareTraining(L.Callback):
         self._restored = {}  # a stage that does not train takes nothing up, and leaves it
         check_neighbours(trainer, self)
         check_strategy(trainer)
-        if stage == "fit":
+        if stage == "fit" and (self.reobserve or not has_learned(pl_module)):
             check_configured_length(trainer, self.schedule)
         self._attach(pl_module, final=False)
         attach = partial(self._attach, pl_module, final=True)
@@ -142,9 +142,10 @@ class QuantizationAwareTraining(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up a checkpoint, settle the schedule and where the trajectory goes, and enter the phase."""
         self._take_up()  # strategies that shard restore a checkpoint after `on_fit_start`
-        restored = PhaseSchedule(**self._restored["schedule"]) if "schedule" in self._restored else None
-        self._schedule_in_force, steps = settle_schedule(trainer, self.schedule, restored)
-        self._recorder.open(trainer, steps, self._restored.get("recorder", {}))
+        before = self._restored
+        self._schedule_in_force, steps = settle_schedule(trainer, pl_module, self.schedule, before.get("schedule"))
+        self._recorder.open(trainer, steps, before.get("recorder", {}))
+        self._sentinel.load_state_dict(before.get("sentinel", {}))
         show_phase(self._arranged, trainer, pl_module)
         self._lead = leading_quantizer(pl_module)
         self._enter_phase(trainer, pl_module)
@@ -235,8 +236,8 @@ class QuantizationAwareTraining(L.Callback):
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule in force, the qparams' optimizer, and where the trajectory is; plain values and tensors."""
-        state: dict[str, Any] = {"recorder": self._recorder.state_dict()}
+        """The schedule in force, the qparams' optimizer, what records and sentinel know; plain values and tensors."""
+        state: dict[str, Any] = {"recorder": self._recorder.state_dict(), "sentinel": self._sentinel.state_dict()}
         if self._schedule_in_force is not None:
             state["schedule"] = self._schedule_in_force.to_dict()
         if self.qparam_optimizer is not None:

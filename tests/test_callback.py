@@ -311,6 +311,16 @@ def test_a_schedule_that_never_learns_is_refused_before_training(tmp_path: Path,
     assert torch.equal(model.first.weight, before)
 
 
+def test_a_short_fit_of_a_model_that_has_learned_goes_on_under_the_same_schedule(tmp_path: Path) -> None:
+    model, _, _ = fit(tmp_path)
+    before = model.second.input_quantizer.scale.detach().clone()
+    fit(tmp_path, model, max_epochs=1)
+    assert not torch.equal(model.second.input_quantizer.scale, before)
+    with pytest.raises(ValueError, match="would never be learned"):
+        fit(tmp_path, model, callback=qat(reobserve=True), max_epochs=1)
+    assert model.second.input_quantizer.learned
+
+
 def test_a_rule_that_matches_nothing_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Near are head"):
         fit(tmp_path, callback=qat(rules=[lfq.Rule("hed", weight=8)]))

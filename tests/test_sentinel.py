@@ -15,7 +15,7 @@ import torch
 import lfq_lightning as lfq
 from lfq_lightning.records.trajectory import TrajectoryRow
 from lfq_lightning.training.sentinel import Sentinel
-from tests.runs import BATCHES, Net, fit, images, qat
+from tests.runs import BATCHES, Net, every_epoch, fit, images, qat
 
 HEALTHY = TrajectoryRow(1, 0, "learn", "second.input_quantizer", 0.1, 0.1, 0.1, 3.0, 3.0, 3.0, 0.01, 0.1)
 FLOOR = torch.finfo(torch.float32).eps
@@ -117,6 +117,42 @@ def test_a_weight_starts_over_from_itself() -> None:
     assert found is quantizer
     assert torch.equal(quantizer.scale, expected)
     assert len(sentinel.react(model, {"second.weight_quantizer": "a reason"})) == 1  # again, without a word
+
+
+def test_an_input_that_starts_over_at_an_end_of_its_range_is_not_suspicious_there() -> None:
+    model, sentinel = learned(), Sentinel("reinit")
+    at_end = replace(HEALTHY, zero_point_min=0, zero_point_mean=0, zero_point_max=0)
+    with pytest.warns(UserWarning, match="stays there"):
+        started_over = [sentinel.react(model, sentinel.collapsed(model, [row])) for row in [HEALTHY] + [at_end] * 60]
+    assert [len(found) for found in started_over] == [0] * 20 + [1] + [0] * 40
+
+
+def test_another_fit_of_the_same_callback_begins_without_a_memory(tmp_path: Path) -> None:
+    callback = qat(**SETTINGS)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="second.input_quantizer: its smallest scale fell"):
+            fit(tmp_path, callback=callback, callbacks=[Collapses()], limit_val_batches=0)
+
+
+class Clamps(L.Callback):
+    """Has one input clamped in the last two records of an epoch, and from there on."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == 2 * BATCHES - 2:
+            pl_module.first.input_quantizer.scale.data.mul_(0.01)
+
+
+def test_a_run_that_resumes_in_the_middle_of_a_collapse_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    def run(directory: Path, **more: Any) -> Any:
+        settings = {**SETTINGS, "schedule": lfq.PhaseSchedule(0, 0, 1), "on_collapse": "reinit"}
+        callbacks = [Clamps(), every_epoch(directory)]
+        with pytest.warns(UserWarning, match="it clamps"):
+            return fit(directory, callback=qat(**settings), callbacks=callbacks, limit_val_batches=0, **more)[0]
+
+    whole = run(tmp_path / "whole").state_dict()
+    part = run(tmp_path / "part", ckpt_path=tmp_path / "whole/epoch=1.ckpt").state_dict()
+    for key, value in whole.items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(part[key], value), key
 
 
 def test_an_ordinary_run_is_not_reported(tmp_path: Path) -> None:

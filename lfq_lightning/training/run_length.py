@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
+from lfq_lightning.placement.host import quantizers
 from lfq_lightning.schedule import PhaseSchedule
 
 
@@ -22,6 +26,12 @@ def check_configured_length(trainer: L.Trainer, schedule: PhaseSchedule | None) 
         schedule.check_reaches_learn(epochs, trainer.max_steps if trainer.max_steps != -1 else math.inf)
 
 
+def has_learned(model: nn.Module) -> bool:
+    """Whether every quantizer of a model has learned already; it goes on, whatever the schedule says."""
+    found = quantizers(model).values()
+    return bool(found) and all(quantizer.learned for quantizer in found)
+
+
 def length_of(trainer: L.Trainer) -> tuple[float, float]:
     """Epochs and optimizer steps that the run will have; infinite where it cannot be known."""
     epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)
@@ -33,20 +43,20 @@ def length_of(trainer: L.Trainer) -> tuple[float, float]:
 
 
 def settle_schedule(
-    trainer: L.Trainer, given: PhaseSchedule | None, restored: PhaseSchedule | None
+    trainer: L.Trainer, model: nn.Module, given: PhaseSchedule | None, restored: Mapping[str, Any] | None
 ) -> tuple[PhaseSchedule, float]:
     """The schedule in force (the user's, else the resumed run's, else one that fits), and the run's optimizer steps.
 
     Raises:
-        ValueError: if the user's schedule never learns in this run.
+        ValueError: if the user's schedule never learns in this run, and the model has not learned before.
     """
     epochs, steps = length_of(trainer)
     if given is not None:
-        if not is_dev_run(trainer):
+        if not is_dev_run(trainer) and not has_learned(model):
             given.check_reaches_learn(epochs, steps)
         return given, steps
     if restored is not None:
-        return restored, steps
+        return PhaseSchedule(**restored), steps
     derived = PhaseSchedule.for_run(epochs, steps)
     rank_zero_info(f"QuantizationAwareTraining derived {derived} from the length of the run.")
     return derived, steps

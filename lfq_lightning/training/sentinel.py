@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Literal, get_args
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -50,15 +50,25 @@ class Sentinel:
         if reaction not in get_args(Reaction):
             raise ValueError(f"`on_collapse` must be one of {', '.join(get_args(Reaction))}. Found {reaction!r}.")
         self.reaction = reaction
-        self._named: set[str] = set()
-        self._began: dict[str, float] = {}
-        self._streaks: dict[tuple[str, str], float] = {}
+        self.load_state_dict({})
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered of each quantizer, in plain values; on several ranks, that of rank zero decides."""
+        streaks = {name: dict(lasting) for name, lasting in self._streaks.items()}
+        return {"named": sorted(self._named), "began": dict(self._began), "streaks": streaks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave; nothing at all forgets."""
+        self._named: set[str] = set(state.get("named", ()))
+        self._began: dict[str, float] = dict(state.get("began", {}))
+        streaks = state.get("streaks", {})
+        self._streaks: dict[str, dict[str, float]] = {name: dict(lasting) for name, lasting in streaks.items()}
 
     def watch(self, trainer: L.Trainer, model: nn.Module, rows: list[TrajectoryRow]) -> list[LearnableFakeQuantize]:
         """React to what these rows show, on every rank alike; the quantizers that were started over."""
         collapsed = self.collapsed(model, rows)
-        if rows and trainer.world_size > 1 and self.reaction == "reinit":
-            collapsed = trainer.strategy.broadcast(collapsed)  # saturation is each rank's own
+        if rows and trainer.world_size > 1 and self.reaction != "warn":
+            collapsed = trainer.strategy.broadcast(collapsed)  # saturation is each rank's own, and all act or none
         return self.react(model, collapsed)
 
     def collapsed(self, model: nn.Module, rows: Iterable[TrajectoryRow]) -> dict[str, str]:
@@ -80,15 +90,15 @@ class Sentinel:
             return f"it clamps {row.saturation:.0%} of what it is given"
         at_end = row.zero_point_max <= quantizer.quant_min or row.zero_point_min >= quantizer.quant_max
         pinned = at_end and not quantizer.symmetric
-        self._streaks.setdefault((name, "pinned"), -math.inf if pinned else 0)
+        self._streaks.setdefault(name, {}).setdefault("pinned", -math.inf if pinned else 0)
         if self._lasts(name, "pinned", pinned, _PINNED_FOR):
             return f"its zero point went to {row.zero_point_mean:g}, an end of the range, and stays there"
         return ""
 
     def _lasts(self, name: str, what: str, holds: bool, records: int) -> bool:
-        streak = self._streaks.get((name, what), 0) + 1 if holds else 0
-        self._streaks[name, what] = streak
-        return streak >= records
+        lasting = self._streaks.setdefault(name, {})
+        lasting[what] = lasting.get(what, 0) + 1 if holds else 0
+        return lasting[what] >= records
 
     def react(self, model: nn.Module, collapsed: dict[str, str]) -> list[LearnableFakeQuantize]:
         """Warn of each quantizer once, or raise; with "reinit", start it over, and give those that were.
@@ -106,6 +116,9 @@ class Sentinel:
             rank_zero_warn(said)
         if self.reaction != "reinit":
             return []
+        for name in collapsed:  # what it was says nothing about what it becomes
+            self._began.pop(name, None)
+            self._streaks.pop(name, None)
         return [_reinitialise(model, name) for name in collapsed]
 
 

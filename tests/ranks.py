@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lfq_lightning.techniques.batch_norm import reestimate_batch_norm
 from tests.runs import Net, fit, images, qat
 
 SCHEDULE = lfq.PhaseSchedule(observe=0, estimate=1, learn=2)
+STILL = partial(torch.optim.SGD, lr=0.0)
 
 
 class NormFree(L.LightningModule):
@@ -134,6 +136,23 @@ def apart(directory: Path) -> None:
         (directory / f"rank{os.environ['RANK']}.txt").write_text(str(error))
 
 
+class LoudOnOne(NormFree):
+    """From a step on, clamps nearly all of its first input on rank zero alone."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loud = self.global_rank == 0 and self.global_step >= 18
+        return super().training_step([1e4 * batch[0] if loud else batch[0], batch[1]], batch_idx)
+
+
+def raised(directory: Path) -> None:
+    """End a run because of what one rank sees: both must."""
+    callback = qat(schedule=SCHEDULE, record_every_n_steps=1, on_collapse="raise", optimizer=STILL)
+    try:
+        run(directory, LoudOnOne, callback=callback)
+    except RuntimeError as error:
+        (directory / f"rank{os.environ['RANK']}.txt").write_text(str(error))
+
+
 def data(ranks: int, uneven: bool = False, batches: int = 8) -> DataLoader[Any]:
     """Batches of eight in all, dealt out to the ranks; uneven: six to the first."""
     first = 8 if ranks == 1 else 6 if uneven else 4
@@ -196,7 +215,7 @@ DDP: dict[str, Callable[[Path], Any]] = {
     ),
     "batch norm": lambda d: run(d, Net, limit_val_batches=1),
 }
-APART = {"apart": apart}
+ENDED = {"apart": apart, "raised": raised}
 
 
 def parallel(**options: Any) -> ModelParallelStrategy:
@@ -268,7 +287,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     out = Path(sys.argv[1])
-    for name, scenario in {"ddp": DDP | APART, "fsdp": FSDP, "techniques": TECHNIQUES}[sys.argv[2]].items():
+    for name, scenario in {"ddp": DDP | ENDED, "fsdp": FSDP, "techniques": TECHNIQUES}[sys.argv[2]].items():
         (out / name).mkdir(exist_ok=True)
         try:
             scenario(out / name)

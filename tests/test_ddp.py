@@ -62,6 +62,13 @@ def test_a_switch_of_phase_ends_the_run_where_ranks_differ(runs: Any, rank: int)
     assert said.startswith("Scales and zero points must be equal on every rank. Found a difference of 0.")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_collapse_that_one_rank_sees_ends_the_run_on_both(runs: Any, rank: int) -> None:
+    state(runs, "batch norm")  # all went well before
+    said = (runs[0] / f"raised/rank{rank}.txt").read_text()
+    assert said.startswith("Quantizers collapsed: first.input_quantizer: it clamps")
+
+
 def test_how_ddp_keeps_its_buckets_changes_nothing(runs: Any) -> None:
     found, expected = state(runs, "static graph false"), state(runs, "plain")
     assert all(torch.equal(found[key], value) for key, value in expected.items())

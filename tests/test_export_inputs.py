@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable
-from pathlib import Path
+from enum import Enum
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import lightning as L
@@ -15,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import lfq_lightning as lfq
 from lfq_lightning.export.parity import Parity
-from tests.runs import Net, fit, loader, qat
+from tests.runs import Net, every_epoch, fit, loader, qat
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporter, about itself
 
@@ -223,3 +227,65 @@ def test_a_fit_on_mappings_is_exported_by_keyword(tmp_path: Path) -> None:
     assert callback.parity.agrees
     [path] = tmp_path.rglob("m.onnx")
     assert [given.name for given in onnx.load(path).graph.input] == ["image", "weight"]
+
+
+class Keeping(Net):
+    """Keeps its loss with the graph, and in its hyper-parameters and itself what only it knows how to handle."""
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.kept: list[Any] = [threading.Lock()]
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.kept.append(super().training_step(batch, batch_idx))
+        return self.kept[-1]
+
+
+class Options:
+    """A user's class of settings."""
+
+    def __init__(self, rate: float) -> None:
+        self.rates, self.shape = {"first": rate}, PurePosixPath("a/b")
+
+
+class Kind(Enum):
+    """A user's enumeration."""
+
+    WIDE = 1
+
+
+class Table(dict[str, int]):
+    """A user's mapping."""
+
+
+def test_what_a_module_keeps_beside_its_weights_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    options = {Kind.WIDE: [Options(1.0), partial(Options, rate=0.2)]}
+    callback, model = qat(export="m.onnx"), Keeping(options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(tmp_path, model, callback=callback, callbacks=[every_epoch(tmp_path)], limit_val_batches=0)
+    assert callback.parity is not None
+    assert callback.parity.agrees
+    assert model.kept[-1].grad_fn is not None
+    [path] = tmp_path.rglob("m.onnx")
+    assert path.exists()
+
+
+def test_hyper_parameters_that_no_checkpoint_gives_back_safely_are_refused_before_training(tmp_path: Path) -> None:
+    model = Keeping(Table(a=1))
+    with pytest.raises(ValueError, match=r"Found the hyper-parameters options, .*ignore=\[\.\.\.\]"):
+        fit(tmp_path, model, callback=qat(export="m.onnx"), callbacks=[every_epoch(tmp_path)])
+    assert len(model.kept) == 1
+
+
+class Unwilling(Net):
+    """Cannot be copied at all."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise TypeError("not this one")
+
+
+def test_a_module_that_cannot_be_copied_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Found a Unwilling that cannot be copied \(not this one\)"):
+        fit(tmp_path, Unwilling(), callback=qat(export="m.onnx"))

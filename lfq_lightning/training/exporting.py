@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils._pytree import tree_map_only
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lfq_lightning.checkpoint import load_state_dict
 from lfq_lightning.export import export_onnx
@@ -28,7 +31,8 @@ def check_fit(trainer: L.Trainer, model: L.LightningModule) -> None:
 
     Raises:
         ImportError: if onnx, onnxscript or onnxruntime is missing.
-        ValueError: for settings that integer formats do not hold, a module without `forward`, or sharded weights.
+        ValueError: for settings that integer formats do not hold, a module without `forward`, sharded weights, or
+            hyper-parameters that no checkpoint gives back safely.
     """
     require_onnx()
     check_exportable(model)
@@ -42,15 +46,23 @@ def check_fit(trainer: L.Trainer, model: L.LightningModule) -> None:
             "`export` needs whole weights on one rank. Found ModelParallelStrategy, which shards them: leave `export` "
             "out, and call `lfq_lightning.export_onnx` on `lfq_lightning.load_from_checkpoint(...)` afterwards."
         )
+    saved = {**getattr(trainer.datamodule, "hparams", {}), **model.hparams}
+    unreadable = [name for name, value in saved.items() if not _reads(value)]
+    if unreadable and trainer.checkpoint_callback is not None:
+        raise ValueError(
+            "`export` reads the best checkpoint when the fit ends, and runs nothing that a file names. Found the "
+            f"hyper-parameters {', '.join(unreadable)}, whose classes must be run to be read: keep them out with "
+            "`self.save_hyperparameters(ignore=[...])`."
+        )
 
 
 def check_batch(model: L.LightningModule, batch: Any) -> None:
     """Refuse, before the first step, a model that `torch.export` cannot trace.
 
     Raises:
-        ValueError: with torch's reason.
+        ValueError: with torch's reason; or if the module cannot be copied.
     """
-    plain = copy.deepcopy(model).cpu().eval()
+    plain = _copy(model)
     detach(plain)
     traced(plain, *arguments(_inputs(model, batch)))
 
@@ -67,9 +79,10 @@ def export_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path, b
         batch: a batch of training data; `example_input_array` is used instead where the module has one.
     """
     for saved in (*_checkpoints(trainer), None):
-        exported = copy.deepcopy(model).cpu().eval()
+        exported = _copy(model)
         if saved is not None:
-            load_state_dict(exported, torch.load(saved, map_location="cpu", weights_only=True))
+            with saved.open("rb") as file:
+                load_state_dict(exported, _read(file))
         if saved is None or all(
             quantizer.estimated or quantizer.learned for quantizer in quantizers(exported).values()
         ):
@@ -79,6 +92,70 @@ def export_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path, b
     parity = export_onnx(exported, _inputs(model, batch), where)
     rank_zero_info(f"Exported {saved or 'the model'} to {where}.\n{parity}")
     return parity
+
+
+def _copy(model: L.LightningModule) -> L.LightningModule:
+    """A copy on the CPU, for evaluation, without what a module keeps that cannot be copied, such as a lock."""
+    try:
+        copied = copy.deepcopy(model)
+    except Exception:
+        kept = [leaf for module in model.modules() for leaf in tree_leaves(module.__getstate__())]
+        kept = [leaf for leaf in kept if not isinstance(leaf, nn.Module) and not _copies(leaf)]
+        try:
+            copied = copy.deepcopy(model, {id(leaf): _stand_in(leaf) for leaf in kept})
+        except Exception as error:
+            raise ValueError(
+                f"`export` writes a copy of the module. Found a {type(model).__name__} that cannot be copied "
+                f"({error}): leave out what it holds, or leave `export` out."
+            ) from error
+    return copied.cpu().eval()
+
+
+def _copies(value: Any) -> bool:
+    try:
+        copy.deepcopy(value)
+    except Exception:
+        return False
+    return True
+
+
+def _stand_in(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else _LeftOut()  # a loss that is kept with its graph
+
+
+class _LeftOut(dict[Any, Any]):
+    """Stands for an object whose class is neither imported nor called."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return id(self)
+
+
+def _read(file: IO[bytes]) -> Any:
+    """Plain values and tensors of a checkpoint; what a user's own classes made of hyper-parameters is left out."""
+    file.seek(0)
+    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    file.seek(0)
+    with torch.serialization.safe_globals([(_LeftOut, name) for name in unknown]):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _reads(value: Any) -> bool:
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+    except Exception:
+        return True  # Lightning leaves it out of checkpoints, and says so
+    try:
+        _read(file)
+    except pickle.UnpicklingError:
+        return False
+    return True
 
 
 def _inputs(model: L.LightningModule, batch: Any) -> Any:

@@ -10,8 +10,10 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lfq_lightning as lfq
+from lfq_lightning.placement.host import qparams
 from lfq_lightning.training.optimizer import QParamOptimizer, hidden_qparams
 from tests.runs import Net, fit, images, qat
 
@@ -141,6 +143,56 @@ def test_a_layer_that_took_no_part_keeps_still_despite_momentum() -> None:
     after = scales(pair)
     assert torch.equal(after["1.weight_quantizer"], before["1.weight_quantizer"])
     assert not torch.equal(after["0.weight_quantizer"], before["0.weight_quantizer"])
+
+
+class Operations(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_step_takes_no_more_operations_for_many_quantizers_than_for_few() -> None:
+    counts = []
+    for layers in (2, 9):
+        stack = learned(nn.Sequential(*[nn.Linear(4, 4) for _ in range(layers)]), torch.randn(8, 4))
+        owner = QParamOptimizer(stack, [weights_optimizer(stack)], partial(torch.optim.SGD, lr=0.1, foreach=True))
+        stack(torch.randn(8, 4)).square().sum().backward()
+        with Operations() as operations:
+            owner.step(0)
+        counts.append(operations.count)
+    assert counts[0] == counts[1] < 60
+
+
+@pytest.mark.parametrize(("domain", "rtol"), [("linear", 0.0), ("log", 1e-6), ("power_of_two", 1e-6)])
+def test_qparams_that_step_together_step_as_those_of_each_layer_alone(domain: str, rtol: float) -> None:
+    after = []
+    for apart in (False, True):
+        torch.manual_seed(1)
+        stack = nn.Sequential(nn.Linear(5, 9), nn.Linear(9, 17), nn.Linear(17, 3))
+        learned(stack, torch.randn(8, 5), domain=domain)
+        groups = [list(layer.parameters(recurse=False)) for layer in stack]
+        optimizers = [
+            torch.optim.SGD(group, lr=0.0) for group in (groups if apart else [[p for group in groups for p in group]])
+        ]
+        QParamOptimizer(stack, optimizers, partial(torch.optim.Adam, lr=1e-2))
+        for step in range(12):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            stack(torch.randn(8, 5)).square().mean().backward()
+            if step % 3 == 1:
+                stack[0].weight_quantizer.scale.grad[4] = torch.nan
+                stack[1].input_quantizer.zero_point.grad.fill_(torch.inf)
+                stack[2].input_quantizer.scale.grad = None
+            stack[1].weight.requires_grad_(step != 5)
+            for optimizer in optimizers:
+                optimizer.step()
+        after.append(torch.cat([p.detach() for p in qparams(stack)]))
+    assert after[0].isfinite().all()
+    torch.testing.assert_close(after[0], after[1], rtol=rtol, atol=0.0)
 
 
 def test_each_qparam_follows_the_optimizer_of_its_layers_weight() -> None:

@@ -46,7 +46,8 @@ def check_fit(trainer: L.Trainer, model: L.LightningModule) -> None:
             "`export` needs whole weights on one rank. Found ModelParallelStrategy, which shards them: leave `export` "
             "out, and call `lfq_lightning.export_onnx` on `lfq_lightning.load_from_checkpoint(...)` afterwards."
         )
-    saved = {**getattr(trainer.datamodule, "hparams", {}), **model.hparams}
+    data = getattr(trainer, "datamodule", None)
+    saved = {**getattr(data, "hparams", {}), **model.hparams}
     unreadable = [name for name, value in saved.items() if not _reads(value)]
     if unreadable and trainer.checkpoint_callback is not None:
         raise ValueError(

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lfq_lightning.placement.host import QuantizedLayer, hosts, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.training.slots import Slot
+from lfq_lightning.training.slots import Row, Slot, rows_of
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
@@ -95,12 +95,14 @@ class QParamOptimizer:
     ) -> None:
         self._scaler, self._over_ranks = scaler, over_ranks
         self._slots: list[list[Slot]] = []
+        self._rows: list[list[Row]] = []
         self.optimizers: list[Optimizer] = []
         self._pace: list[_Pace] = []
         self._handles: list[RemovableHandle] = []
         self._cleared: list[Any] = []
         assigned = _assign(model, followed)
         for index, slots in assigned.items():
+            self._rows.append(rows_of(slots))
             own = factory([slot.proxy for slot in slots])
             if not isinstance(own, Optimizer):
                 raise TypeError(
@@ -127,22 +129,16 @@ class QParamOptimizer:
     @torch.no_grad()
     def step(self, position: int) -> None:
         """Step the qparams of one optimizer with the gradients they hold."""
-        slots = self._slots[position]
-        self._average(slots)
-        loss_scale = None
-        if self._scaler is not None and slots:
-            # Unscaled here, since the scaler's own step waits for the device.
-            loss_scale = self._scaler.scale(torch.ones((), device=slots[0].value.device))
-        moving = [slot for slot in slots if slot.take_gradient(loss_scale)]
-        if not moving:
+        self._average(self._slots[position])
+        taken = [(row, row.take_gradients(self._scaler)) for row in self._rows[position]]
+        if all(before is None for _, before in taken):
             return
-        before = [slot.proxy.detach().clone() for slot in moving]
-        own = self.optimizers[position]
         if not self._schedules:
             self._pace[position].keep()
-        own.step()
-        for slot, old in zip(moving, before, strict=True):
-            slot.write_back(old)
+        self.optimizers[position].step()
+        for row, before in taken:
+            if before is not None:
+                row.write_back(before)
         if self._schedules:
             self._schedules[position].step()
 
@@ -241,7 +237,7 @@ def _assign(model: nn.Module, followed: Sequence[Optimizer]) -> dict[int, list[S
 
 def _slots_of(quantizer: LearnableFakeQuantize, host: QuantizedLayer | None) -> list[Slot]:
     return [
-        Slot(quantizer, name, host, nn.Parameter(torch.zeros_like(parameter)))
+        Slot(quantizer, name, host, parameter)
         for name, parameter in quantizer._parameters.items()
         if parameter is not None
     ]

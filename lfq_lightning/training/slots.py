@@ -1,9 +1,12 @@
-"""The dimensionless value that stands for a scale or zero point in its optimizer."""
+"""The dimensionless values that stand for scales and zero points in their optimizer."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import compress
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,8 @@ from lfq_lightning.quantizer import LearnableFakeQuantize
 
 _EPS = torch.finfo(torch.float32).eps
 
+Kind = Literal["scale", "log scale", "zero point"]
+
 
 @dataclass
 class Slot:
@@ -21,54 +26,110 @@ class Slot:
     quantizer: LearnableFakeQuantize
     name: str
     host: QuantizedLayer | None  # None where the user has placed the quantizer
-    proxy: nn.Parameter
+    value: nn.Parameter
+    proxy: nn.Parameter = field(init=False)
 
     @property
-    def value(self) -> Tensor:
-        value: Tensor = getattr(self.quantizer, self.name)
-        return value
+    def kind(self) -> Kind:
+        """A proxy of a log scale is log2 of the scale in its unit (Jain et al. 2020, arXiv 1903.08066, eq. 8)."""
+        if self.name != "scale":
+            return "zero point"
+        return "scale" if self.quantizer.scale_domain == "linear" else "log scale"
 
     @property
-    def in_log_domain(self) -> bool:
-        """Whether the proxy is log2 of the scale relative to its unit (Jain et al. 2020, arXiv 1903.08066, eq. 8)."""
-        return self.name == "scale" and self.quantizer.scale_domain != "linear"
+    def gradient(self) -> Tensor | None:
+        """What it is to learn from; None too where the phase or the layer lets nothing move."""
+        learns = self.quantizer.learning_enabled and (self.host is None or self.host.weight.requires_grad)
+        return self.value.grad if learns else None
 
-    def unit(self) -> Tensor | float:
-        """What the qparam is measured in: the scale it began to learn with, or the range of codes."""
-        if self.name == "scale":
-            return self.quantizer.scale_reference
-        return float(self.quantizer.quant_max - self.quantizer.quant_min)
 
-    def take_gradient(self, loss_scale: Tensor | None) -> bool:
-        """Hand value and gradient to the proxy; False where there is nothing to learn from."""
-        gradient = self.value.grad
-        if (
-            gradient is None
-            or not self.quantizer.learning_enabled
-            or not (self.host is None or self.host.weight.requires_grad)
-        ):
-            self.proxy.grad = None
-            return False
-        sound = gradient.nan_to_num(0.0, 0.0, 0.0)
-        if self.in_log_domain:
-            scale = self.value.clamp(min=_EPS)
-            self.proxy.data.copy_((scale / self.unit()).log2())
-            self.proxy.grad = sound * scale * math.log(2.0)
+@dataclass
+class _Taken:
+    """What a row held before a step."""
+
+    moving: list[bool]
+    values: Tensor
+    units: Tensor
+    proxies: Tensor
+    sound: Tensor
+
+
+class Row:
+    """Slots of one kind, device and dtype, whose proxies lie one after another in one tensor.
+
+    A network has many qparams of few elements each. Laid out in a row, a step takes as many operations for hundreds of
+    them as for one.
+
+    Args:
+        slots: are given proxies that are views of the row.
+    """
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self.slots, self.kind = slots, slots[0].kind
+        self._values = [slot.value.detach() for slot in slots]  # a step is no change that autograd should see
+        self._references = [slot.quantizer.scale_reference for slot in slots]
+        self._sizes = [value.numel() for value in self._values]
+        self._proxies = self._values[0].new_zeros(sum(self._sizes))
+        self._nothing = torch.zeros_like(self._proxies).split(self._sizes)
+        self._one = torch.ones((), device=self._proxies.device)
+        self._ranges: list[tuple[int, int]] = []
+        for slot, part in zip(slots, self._proxies.split(self._sizes), strict=True):
+            slot.proxy = nn.Parameter(part)
+
+    def take_gradients(self, scaler: Any) -> _Taken | None:
+        """Hand values and gradients to the proxies; None where there is nothing to learn from.
+
+        Args:
+            scaler: the gradient scaler of mixed precision, or None; its own `unscale_` would wait for the device.
+        """
+        found = [slot.gradient for slot in self.slots]
+        moving = [gradient is not None for gradient in found]
+        if not any(moving):
+            for slot in self.slots:
+                slot.proxy.grad = None
+            return None
+        values, units = torch.cat(self._values), self._units()
+        held = torch.cat([zeros if own is None else own for own, zeros in zip(found, self._nothing, strict=True)])
+        gradients = held.nan_to_num(0.0, 0.0, 0.0)
+        if self.kind == "log scale":
+            scales = values.clamp(min=_EPS)
+            proxies, learned = (scales / units).log2(), gradients * scales * math.log(2.0)
         else:
-            self.proxy.data.copy_(self.value / self.unit())
-            self.proxy.grad = sound * self.unit()
-        if loss_scale is not None:
-            self.proxy.grad /= loss_scale
-        return True
+            proxies, learned = values / units, gradients * units
+        if scaler is not None:
+            learned /= scaler.scale(self._one)
+        self._proxies.copy_(proxies)
+        for slot, moves, part in zip(self.slots, moving, learned.split(self._sizes), strict=True):
+            slot.proxy.grad = part if moves else None
+        return _Taken(moving, values, units, proxies, held == gradients)
 
-    def write_back(self, before: Tensor) -> None:
-        """Add the step to the qparam: a value that did not move keeps every bit."""
-        step = self.proxy.data - before
-        moved = self.value * step.exp2() if self.in_log_domain else self.value + step * self.unit()
-        if self.name == "scale":
-            moved = torch.minimum(torch.maximum(moved, self.value / 2), self.value * 2).clamp(min=_EPS)
+    def write_back(self, taken: _Taken) -> None:
+        """Add the step to the qparams: a value that did not move keeps every bit."""
+        values, step = taken.values, self._proxies - taken.proxies
+        moved = values * step.exp2() if self.kind == "log scale" else values + step * taken.units
+        if self.kind == "zero point":
+            moved = moved.clamp(self._lowest, self._highest)
         else:
-            moved = moved.clamp(self.quantizer.quant_min, self.quantizer.quant_max)
-        assert self.value.grad is not None
-        sound = self.value.grad.isfinite() & moved.isfinite()
-        self.value.data.copy_(torch.where(sound, moved, self.value))
+            moved = torch.minimum(torch.maximum(moved, values / 2), values * 2).clamp(min=_EPS)
+        parts = torch.where(taken.sound & moved.isfinite(), moved, values).split(self._sizes)
+        torch._foreach_copy_(list(compress(self._values, taken.moving)), list(compress(parts, taken.moving)))
+
+    def _units(self) -> Tensor:
+        """What the qparams are measured in: the scales they began to learn with, or their ranges of codes."""
+        if self.kind != "zero point":
+            return torch.cat(self._references)
+        ranges = [slot.quantizer.code_range for slot in self.slots]
+        if ranges != self._ranges:  # another bit width has another range
+            self._ranges = ranges
+            each = torch.tensor(ranges, dtype=self._proxies.dtype).repeat_interleave(torch.tensor(self._sizes), 0)
+            self._lowest, self._highest = each.to(self._proxies.device).unbind(1)
+            self._span = self._highest - self._lowest
+        return self._span
+
+
+def rows_of(slots: Iterable[Slot]) -> list[Row]:
+    """Lay slots out in as few rows as there are kinds, devices and dtypes."""
+    alike: dict[tuple[Any, ...], list[Slot]] = {}
+    for slot in slots:
+        alike.setdefault((slot.kind, slot.value.device, slot.value.dtype), []).append(slot)
+    return [Row(row) for row in alike.values()]

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lfq_lightning.export.parity import Parity
 from lfq_lightning.phases import leading_quantizer, set_gathering
 from lfq_lightning.placement import Placement, apply, plan
-from lfq_lightning.placement.host import quantizers, set_compressed
+from lfq_lightning.placement.host import set_compressed
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.rules import Rule, as_rules
 from lfq_lightning.schedule import OBSERVING, PhaseSchedule
@@ -25,7 +25,7 @@ from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, 
 from lfq_lightning.training.recorder import Recorder
 from lfq_lightning.training.resuming import explain_torn_checkpoint, open_epoch
 from lfq_lightning.training.run_length import check_configured_length, has_learned, is_dev_run, settle_schedule
-from lfq_lightning.training.run_phases import enter_phase, show_phase, take_in_batch, warn_if_unlearned
+from lfq_lightning.training.run_phases import enter_phase, show_phase, start_over, take_in_batch, warn_if_unlearned
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.sharding import check_strategy
 from lfq_lightning.training.user_optimizer import UserOptimizers, arranged_qparams, check_choice, make_optimizer
@@ -135,8 +135,7 @@ class QuantizationAwareTraining(L.Callback):
         self._wrappers.remove()
         self.qparam_optimizer = make_optimizer(trainer, pl_module, self.optimizer, self.lr_schedule)
         if not self._take_up() and self.reobserve:
-            for quantizer in quantizers(pl_module).values():
-                quantizer.forget()
+            start_over(pl_module)
         set_gathering(pl_module, False)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -185,9 +184,8 @@ class QuantizationAwareTraining(L.Callback):
         if self._lead is not None and self._lead.phase in OBSERVING:
             set_gathering(pl_module, False)
             take_in_batch(trainer, pl_module, self._lead)
-        rows = self._recorder.after_batch(trainer, pl_module)
         assert self.qparam_optimizer is not None
-        for quantizer in self._sentinel.watch(trainer, pl_module, rows):
+        for quantizer in self._sentinel.watch(trainer, pl_module, self._recorder.after_batch(trainer, pl_module)):
             self.qparam_optimizer.forget(quantizer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -201,8 +199,7 @@ class QuantizationAwareTraining(L.Callback):
 
     def _enter_phase(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._schedule_in_force is not None
-        scheduled = self._schedule_in_force.phase(trainer.current_epoch, trainer.global_step)
-        enter_phase(trainer, pl_module, scheduled, self._lead)
+        enter_phase(trainer, pl_module, self._schedule_in_force, self._lead)
 
     # ---- after the run --------------------------------------------------------------------------------------------
 

@@ -10,26 +10,26 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lfq_lightning.phases import Reduce, check_ranks_agree, estimate_weights, go_on, merge_statistics, model_phase
 from lfq_lightning.placement.host import quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.schedule import Phase
+from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.training.neighbours import share_with_averages
 from lfq_lightning.training.run_length import is_dev_run
 from lfq_lightning.training.wrapping import Wrappers
 
 
 def enter_phase(
-    trainer: L.Trainer, model: L.LightningModule, scheduled: Phase, lead: LearnableFakeQuantize | None
+    trainer: L.Trainer, model: L.LightningModule, schedule: PhaseSchedule, lead: LearnableFakeQuantize | None
 ) -> None:
     """Put every quantizer in the phase that the schedule says; those that have learned before the run go on learning.
 
     Args:
         trainer: the run's Trainer.
         model: its module.
-        scheduled: the phase.
+        schedule: says the phase of this step.
         lead: the quantizer whose phase is the model's, `leading_quantizer`.
     """
     if lead is None:
         return
-    phase, before = scheduled, lead.phase
+    phase, before = schedule.phase(trainer.current_epoch, trainer.global_step), lead.phase
     if lead.learned and phase in ("off", "observe", "estimate"):
         phase = "learn"
     if phase in ("learn", "freeze") and is_dev_run(trainer):
@@ -43,6 +43,12 @@ def enter_phase(
     rank_zero_info(
         f"Epoch {trainer.current_epoch}, step {trainer.global_step}: quantizers go from {before} to {phase}."
     )
+
+
+def start_over(model: L.LightningModule) -> None:
+    """Return every quantizer to the state before any data."""
+    for quantizer in quantizers(model).values():
+        quantizer.forget()
 
 
 def take_in_batch(trainer: L.Trainer, model: L.LightningModule, lead: LearnableFakeQuantize) -> None:

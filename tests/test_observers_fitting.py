@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import runpy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from lfq_lightning.observers import OBSERVERS, LSQObserver, MSEObserver, PercentileObserver, ThreeSigmaObserver
+import lfq_lightning as lfq
+from lfq_lightning.observers import OBSERVERS, LSQObserver, MSEObserver, PercentileObserver, ThreeSigmaObserver, mse
+from lfq_lightning.records.summary import describe
 from tests.assertions import assert_bit_equal
 
 FITTING = ["percentile", "mse", "lsq", "lsq+"]
@@ -144,3 +151,65 @@ def test_units_of_a_power_of_two_change_the_scale_alone(name: str) -> None:
         observer(x * unit)
         scales.append(observer.calculate_qparams()[0] / unit)
     assert_bit_equal(*scales)
+
+
+@contextmanager
+def defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def learned(model: nn.Module, x: Tensor, weight: lfq.QuantSpec, activation: lfq.QuantSpec) -> dict[str, Any]:
+    """What a model's quantizers go through from attaching to a first gradient."""
+    lfq.attach(model, weight, activation)
+    lfq.calibrate(model, [x[:8], x[8:]])
+    lfq.set_phase(model, "learn")
+    model(x).square().sum().backward()
+    gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters()}
+    share = lfq.quantizers(model)["0.input_quantizer"].saturation(x)
+    state = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return {**state, **gradients, "share": share, "rows": describe(model, x).rows}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device"), [(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")]
+)
+@pytest.mark.parametrize("domain", ["linear", "power_of_two"])
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_the_default_dtype_and_device_have_no_say(name: Any, domain: Any, dtype: torch.dtype, device: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 6))
+    x = torch.randn(3000, 6)
+    kept = {"observer": name, "scale_domain": domain}
+    weight = lfq.QuantSpec(bits=4, granularity="per_group", group_size=4, **kept)
+    activation = lfq.QuantSpec(bits=4, symmetric=False, **kept)
+    expected = learned(copy.deepcopy(model), x, weight, activation)
+    with defaults(dtype, device):
+        found = learned(copy.deepcopy(model), x, weight, activation)
+    assert found.pop("rows") == expected.pop("rows")
+    for key, value in expected.items():
+        assert found[key].dtype is value.dtype, key
+        assert_bit_equal(found[key], value)
+
+
+def test_the_observer_is_the_same_wherever_it_is_imported() -> None:
+    with defaults(torch.bfloat16, "meta"):
+        imported = runpy.run_path(mse.__file__)["MSEObserver"]
+    x = torch.randn(500)
+    found, expected = (kind(-8, 7, True, whole=True) for kind in (imported, MSEObserver))
+    found(x)
+    expected(x)
+    assert_bit_equal(found.calculate_qparams()[0], expected.calculate_qparams()[0])
+
+
+@pytest.mark.parametrize("size", [2.0**-18, 2.0**60, 2.0**120])
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_least_error_is_found_at_any_size(whole: bool, size: float) -> None:
+    x = torch.randn(500)
+    found, same = MSEObserver(-8, 7, True, whole=whole), MSEObserver(-8, 7, True, whole=whole)
+    found(x * size)
+    same(x)
+    assert_bit_equal(found.calculate_qparams()[0], same.calculate_qparams()[0] * size)

@@ -54,7 +54,7 @@ class HistogramObserver(Observer):
         # Whole numbers, so that a change of dtype leaves them alone.
         self.register_buffer("histogram", torch.zeros((self.channels, self.sums), dtype=torch.int64, device=device))
         if self.whole:
-            self.register_buffer("found", torch.ones((2, self.channels), device=device))
+            self.register_buffer("found", torch.ones((2, self.channels), dtype=torch.float32, device=device))
 
     def sums_of(self, x: Tensor) -> Tensor:
         if self.whole:
@@ -110,7 +110,7 @@ class PercentileObserver(HistogramObserver):
         finite = rows.isfinite()
         ordered = torch.where(finite, rows, torch.inf).sort(dim=1).values
         count = finite.sum(1, keepdim=True)
-        outside = ((1 - self.percentile / 100) * count).long()
+        outside = ((1 - self.percentile / 100) * count.float()).long()  # whole numbers would take the default dtype
         last = (count - 1).clamp(min=0)
         lower = ordered.gather(1, torch.minimum(outside, last)).squeeze(1)
         upper = ordered.gather(1, (last - outside).clamp(min=0)).squeeze(1)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lfq_lightning.observers.histogram import HistogramObserver, edges
+from lfq_lightning.ops import power_of_two_below
 
 # Shares of the whole range: a quarter of an octave apart, then a sixteenth around the best of those.
-_COARSE = 2.0 ** (torch.arange(-20, 1) / 4)
-_FINE = 2.0 ** (torch.arange(-4, 5) / 16)
+_COARSE = 2.0 ** (torch.arange(-20, 1, dtype=torch.float32, device="cpu") / 4)
+_FINE = 2.0 ** (torch.arange(-4, 5, dtype=torch.float32, device="cpu") / 16)
 _AT_ONCE = 1 << 21  # elements of one step of the search
 
 
@@ -46,19 +47,23 @@ class MSEObserver(HistogramObserver):
         return self._search(Points(counts.float(), centre, width), low, high)
 
     def _search(self, points: Points, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        # Errors are squared in units near the largest magnitude, as float32 does not hold 1e25 squared. A power of two
+        # rounds nothing: the answer is the same in any unit.
+        unit = power_of_two_below(torch.maximum(high, -low))[:, None]
+        points = Points(points.counts, points.centre / unit, points.width / unit)
         for shares in (_COARSE.to(low.device), _FINE.to(low.device)):
             # An affine range may be narrowed at either end, each by its own share.
             pairs = shares.expand(2, -1) if self.symmetric else torch.cartesian_prod(shares, shares).T
             lows, highs = pairs[0][:, None] * low, pairs[1][:, None] * high
             step = max(1, _AT_ONCE // max(points.counts.numel(), 1))
             parts = zip(lows.split(step), highs.split(step), strict=True)
-            best = torch.cat([self._errors(points, *part) for part in parts]).argmin(0, keepdim=True)
+            best = torch.cat([self._errors(points, unit, *part) for part in parts]).argmin(0, keepdim=True)
             low, high = lows.gather(0, best).squeeze(0), highs.gather(0, best).squeeze(0)
         return self.covering(low, high)
 
-    def _errors(self, points: Points, low: Tensor, high: Tensor) -> Tensor:
+    def _errors(self, points: Points, unit: Tensor, low: Tensor, high: Tensor) -> Tensor:
         scale, zero_point = (p[..., None] for p in self.covering(low, high))
-        scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+        scale = (scale / unit).clamp(min=torch.finfo(torch.float32).tiny)
         code = (points.centre / scale).round() + zero_point
         clipped = code.clamp(self.quant_min, self.quant_max)
         error = ((clipped - zero_point) * scale - points.centre).square()

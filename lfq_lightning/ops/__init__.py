@@ -2,7 +2,7 @@
 
 from lfq_lightning.ops.backends import backends
 from lfq_lightning.ops.function import FakeQuantize, Saturation, Unchanged, check_range, fake_quantize
-from lfq_lightning.ops.power_of_two import nearest_power_of_two, power_of_two_above
+from lfq_lightning.ops.power_of_two import nearest_power_of_two, power_of_two_above, power_of_two_below
 from lfq_lightning.ops.reference import effective, not_finite, saturation, spread
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "nearest_power_of_two",
     "not_finite",
     "power_of_two_above",
+    "power_of_two_below",
     "saturation",
     "spread",
 ]

@@ -32,6 +32,24 @@ def power_of_two_above(scale: Tensor) -> Tensor:
     return _exponent_of(scale, _MANTISSA)
 
 
+def power_of_two_below(x: Tensor) -> Tensor:
+    """2^floor(log2 x): the greatest that is not above x.
+
+    Args:
+        x: positive float32; what is smaller than the least normal number counts as that.
+
+    Returns:
+        A tensor of the same shape.
+
+    Example:
+        >>> import torch
+        >>> power_of_two_below(torch.tensor([0.25, 0.26, 3.0]))
+        tensor([0.2500, 0.2500, 2.0000])
+    """
+    bits = x.clamp(min=torch.finfo(torch.float32).tiny).view(torch.int32)
+    return (bits & _EXPONENT).view(torch.float32)
+
+
 def nearest_power_of_two(scale: Tensor) -> Tensor:
     """2^round(log2 s), with the gradient that rounding passes straight through: that of log2 s.
 

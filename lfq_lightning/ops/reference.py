@@ -131,7 +131,7 @@ def saturation(
     if not x.numel():
         return torch.stack((s.new_full((), torch.nan), s.new_zeros(())))
     r = (x.float() / s).round_()
-    clamped = torch.count_nonzero((r < quant_min - z) | (r > quant_max - z))
+    clamped = torch.count_nonzero((r < quant_min - z) | (r > quant_max - z)).float()
     return torch.stack((clamped / x.numel(), not_finite(x)))
 
 

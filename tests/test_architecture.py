@@ -55,7 +55,7 @@ FLOORS = [
     ["training.exporting", "training.module_hooks"],
     ["training"],
     ["callback"],
-    ["techniques.order", "techniques.oscillation"],
+    ["techniques.order", "techniques.oscillation", "techniques.served"],
     ["techniques.batch_norm", "techniques.bit_annealing", "techniques.distillation", "techniques.oscillation_control"],
     ["techniques"],
     ["report.stored", "report.findings", "report.sources", "report.page"],

@@ -95,6 +95,14 @@ def test_estimating_once_at_a_phase_or_epoch_then_freezing(tmp_path: Path, momen
     assert all(torch.equal(mean, means.means[16]) for mean in means.means[16:])
 
 
+def test_another_model_is_estimated_too(tmp_path: Path) -> None:
+    technique = lfq.BatchNormStatistics(freeze="learn", reestimate="learn")
+    for _ in range(2):
+        means = Means()
+        fit(tmp_path, callbacks=[technique, means])
+        assert not torch.equal(means.means[15], means.means[16])
+
+
 def test_the_random_numbers_of_the_run_stay_as_they_are(tmp_path: Path) -> None:
     weights = []
     for technique in ([], [lfq.BatchNormStatistics(reestimate="learn")]):

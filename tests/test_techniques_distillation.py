@@ -129,6 +129,16 @@ def test_a_second_fit_keeps_the_teacher_and_a_learned_model_needs_one(tmp_path: 
         fit(tmp_path / "again", model, callbacks=[lfq.Distillation()])
 
 
+def test_another_model_has_a_teacher_of_its_own(tmp_path: Path) -> None:
+    distillation = lfq.Distillation()
+    fit(tmp_path, callbacks=[distillation])
+    torch.manual_seed(7)
+    model = Net()
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    fit(tmp_path, model, callbacks=[distillation])
+    assert all(torch.equal(start[k], v) for k, v in distillation.state_dict()["teacher"].items())
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_it_trains_in_lower_precision(tmp_path: Path, precision: Any) -> None:
     watch = Watch()

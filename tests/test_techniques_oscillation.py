@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, options: dic
         for name, known in whole[3].state_dict()["known"].items():
             for key, tensor in known.items():
                 assert torch.equal(part[3].state_dict()["known"][name][key], tensor), (name, key)
+
+
+def test_another_model_is_not_held_at_the_first_ones_integers(tmp_path: Path) -> None:
+    def states(control: lfq.OscillationControl, seed: int) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        model = Net()
+        fit(tmp_path, model, callback=qat(weight=2), callbacks=[control])
+        return {**model.state_dict(), **{n: known["frozen"] for n, known in control.state_dict()["known"].items()}}
+
+    used = lfq.OscillationControl(freeze=0.0, momentum=0.5)
+    states(used, 1)
+    for again in (used, pickle.loads(pickle.dumps(used))):
+        found, expected = states(again, 2), states(lfq.OscillationControl(freeze=0.0, momentum=0.5), 2)
+        assert all(torch.equal(found[key], v) for key, v in expected.items() if isinstance(v, Tensor))
 
 
 def test_other_bits_are_another_grid(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from lfq_lightning.calibration import _forward
 from lfq_lightning.phases import model_phase
 from lfq_lightning.schedule import PHASES, check_phase
 from lfq_lightning.techniques.order import check_order
+from lfq_lightning.techniques.served import Served
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -151,12 +152,15 @@ class BatchNormStatistics(L.Callback):
             raise ValueError(f"`batches` must be at least 1. Found {batches}.")
         self.freeze, self.reestimate, self.batches = freeze, reestimate, batches
         self.loader, self.forward = loader, forward
+        self._served = Served()
         self._done = False
         self._frozen: dict[_BatchNorm, bool] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse an order in which the phase would be the last epoch's."""
+        """Refuse an order in which the phase would be the last epoch's, and forget that another model was served."""
         check_order(trainer, self)
+        if self._served.is_another(pl_module):
+            self._done = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that the module can be run, and the training loader used beside training, before anything is trained."""

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lfq_lightning.checkpoint import load_state_dict, read_checkpoint
 from lfq_lightning.placement import detach
 from lfq_lightning.placement.host import quantizers
+from lfq_lightning.techniques.served import Served
 from lfq_lightning.training.wrapping import Wrappers
 
 
@@ -99,10 +100,16 @@ class Distillation(L.Callback):
         if not 0.0 < temperature < math.inf:
             raise ValueError(f"`temperature` must be positive and finite. Found {temperature}.")
         self.weight, self.temperature, self.output_of, self.teacher = weight, temperature, output_of, teacher
+        self._served = Served()
         self._copy: L.LightningModule | None = None
         self._restored: dict[str, Any] | None = None
         self._wrappers = Wrappers()
         self._handles: list[RemovableHandle] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget the teacher of another model."""
+        if self._served.is_another(pl_module):
+            self._copy = self._restored = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the teacher, and listen to the student."""

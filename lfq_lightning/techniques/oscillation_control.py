@@ -22,6 +22,7 @@ from lfq_lightning.techniques.oscillation import (
     element_scales,
     integer_weights,
 )
+from lfq_lightning.techniques.served import Served
 from lfq_lightning.training.run_length import length_of
 
 _OSCILLATES = 0.005  # from this frequency on, Nagel et al. 2022 call a weight oscillating
@@ -65,15 +66,21 @@ class OscillationControl(L.Callback):
         if not 0.0 < momentum <= 1.0:
             raise ValueError(f"`momentum` must be in (0, 1]. Found {momentum}.")
         self.momentum = momentum
-        self._known: dict[str, Oscillation] = {}
-        self._ranges: dict[str, list[int]] = {}
-        self._began: int | None = None
+        self._served = Served()
+        self._forget()
         self._step_before = 0
         self._length = math.inf
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse an order in which steps would be seen too early."""
+        """Refuse an order in which steps would be seen too early, and forget another model's weights."""
         check_order(trainer, self)
+        if self._served.is_another(pl_module):
+            self._forget()
+
+    def _forget(self) -> None:
+        self._known: dict[str, Oscillation] = {}
+        self._ranges: dict[str, list[int]] = {}
+        self._began: int | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn how long the run is, and check that weights are whole."""

@@ -17,7 +17,7 @@ from lfq_lightning.report import write_report
 from lfq_lightning.rules import Rule
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.spec import QuantSpec
-from lfq_lightning.techniques.batch_norm import BatchNormStatistics
+from lfq_lightning.techniques.batch_norm_statistics import BatchNormStatistics
 from lfq_lightning.techniques.bit_annealing import BitAnnealing
 from lfq_lightning.techniques.distillation import Distillation
 from lfq_lightning.techniques.oscillation_control import OscillationControl

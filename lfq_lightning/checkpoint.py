@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lfq_lightning.placement import PlacedLayer, Placement, apply
 from lfq_lightning.placement.host import INPUT, WEIGHT, plain_name, quantizers
+from lfq_lightning.reading import read_checkpoint
 from lfq_lightning.spec import QuantSpec
 
 Module = TypeVar("Module", bound=L.LightningModule)
@@ -177,7 +178,13 @@ def attach_manifest(model: nn.Module, specs: Manifest) -> None:
 
 
 def load_from_checkpoint(
-    module_class: type[Module], path: str | Path | IO[bytes], map_location: Any = None, **init_args: Any
+    module_class: type[Module],
+    path: str | Path | IO[bytes],
+    map_location: Any = None,
+    *,
+    strict: bool | None = None,
+    weights_only: bool | None = None,
+    **init_args: Any,
 ) -> Module:
     """Rebuild a quantized LightningModule from a checkpoint, without the callback at hand.
 
@@ -185,6 +192,8 @@ def load_from_checkpoint(
         module_class: the LightningModule's class.
         path: a checkpoint of a quantization-aware fit; one of a float fit gives the float module.
         map_location: where tensors go, as in `torch.load`.
+        strict: whether keys must fit; None for what the module's `strict_loading` says.
+        weights_only: as in `torch.load`; False for a trusted file whose hyper-parameters are objects of any class.
         **init_args: constructor arguments that are not among the checkpoint's hyper-parameters.
 
     Returns:
@@ -196,7 +205,7 @@ def load_from_checkpoint(
     Example:
         >>> model = lfq.load_from_checkpoint(MyModule, "best.ckpt")  # doctest: +SKIP
     """
-    checkpoint = read_checkpoint(path, map_location)
+    checkpoint = read_checkpoint(path, map_location, weights_only)
     if "pytorch-lightning_version" not in checkpoint:
         raise ValueError(
             f"{path} must be saved by a Lightning Trainer. Found the keys {', '.join(map(str, checkpoint))}: build the "
@@ -206,32 +215,13 @@ def load_from_checkpoint(
     as_float = io.BytesIO()
     torch.save({**checkpoint, "state_dict": without_quantizers(saved)}, as_float)
     as_float.seek(0)
-    model = module_class.load_from_checkpoint(as_float, map_location=map_location, **init_args)
+    how = {"map_location": map_location, "strict": strict, "weights_only": weights_only}
+    model = module_class.load_from_checkpoint(as_float, **how, **init_args)
     specs = manifest(saved)
     if specs:
         attach_manifest(model, specs)
-        load_state_dict(model, saved)
+        fitted, strict = fit_to(model, saved), model.strict_loading if strict is None else strict
+        if strict:
+            check_loadable(model, {"state_dict": fitted})
+        model.load_state_dict(fitted, strict=strict)
     return model.eval()
-
-
-def read_checkpoint(path: str | Path | IO[bytes], map_location: Any = None) -> dict[str, Any]:
-    """The contents of a checkpoint with a `state_dict`.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read, or has none.
-    """
-    try:
-        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch.load has no common error for a file that is no checkpoint
-        reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(
-            f"{path} must be a complete checkpoint. Found a file that torch cannot read ({type(error).__name__}: "
-            f"{reason}): it may have been cut short, or be of another kind."
-        ) from error
-    state_dict = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
-        raise ValueError(f"{path} must be a Lightning checkpoint. Found no `state_dict` in it: use `load_state_dict`.")
-    return checkpoint

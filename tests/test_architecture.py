@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lfq_lightning"
 
 # A file imports only from rows above its own.
 FLOORS = [
-    ["schedule", "records.trajectory", "records.tables", "training.wrapping", "ops.layout"],
+    ["schedule", "records.trajectory", "records.tables", "training.wrapping", "ops.layout", "running"],
     ["records.curves"],
     ["records.plot", "records.comparison", "records.history", "ops.reference", "ops.native", "ops.triton_kernels"],
     ["records.plot_comparison", "ops.triton_backward", "ops.power_of_two"],
@@ -51,12 +51,18 @@ FLOORS = [
     ["training.optimizer"],
     ["training.neighbours", "training.recorder", "training.resuming", "training.run_length"],
     ["training.user_optimizer"],
+    ["reading"],
     ["checkpoint", "training.run_phases"],
     ["training.exporting", "training.module_hooks"],
     ["training"],
     ["callback"],
-    ["techniques.order", "techniques.oscillation", "techniques.served"],
-    ["techniques.batch_norm", "techniques.bit_annealing", "techniques.distillation", "techniques.oscillation_control"],
+    ["techniques.batch_norm", "techniques.order", "techniques.oscillation", "techniques.served"],
+    [
+        "techniques.batch_norm_statistics",
+        "techniques.bit_annealing",
+        "techniques.distillation",
+        "techniques.oscillation_control",
+    ],
     ["techniques"],
     ["report.stored", "report.findings", "report.sources", "report.page"],
     ["report.figures"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,77 @@ def test_a_checkpoint_rebuilds_the_module_without_the_callback(tmp_path: Path, w
     again = lfq.load_from_checkpoint(Net, tmp_path / "x.ckpt")
     assert_same_state(again.state_dict(), model.state_dict())
     assert torch.equal(again(X), model.eval()(X))
+
+
+class Options:
+    """A class of a user's, as hyper-parameters may hold."""
+
+
+class Configured(Net):
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_objects_among_the_hyper_parameters_need_a_trusted_file(tmp_path: Path) -> None:
+    model, made, _ = fit(tmp_path, Configured(Options()))
+    made.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"Found tests.test_checkpoint.Options .*pass `weights_only=False`"):
+        lfq.load_from_checkpoint(Configured, tmp_path / "x.ckpt")
+    with (tmp_path / "x.ckpt").open("rb") as file, pytest.raises(ValueError, match=r"checkpoint.Options"):
+        lfq.load_from_checkpoint(Configured, file)
+    again = lfq.load_from_checkpoint(Configured, tmp_path / "x.ckpt", weights_only=False)
+    assert isinstance(again.hparams["options"], Options)
+    assert torch.equal(again(X), model.eval()(X))
+
+
+class Partly(Net):
+    """Does not save its first layer."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = super().state_dict(*args, **kwargs)
+        return {key: value for key, value in state.items() if key not in ("first.weight", "first.bias")}
+
+
+class PartlyAndSaysSo(Partly):
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False
+
+
+def test_a_module_that_does_not_load_strictly_is_not_loaded_strictly(tmp_path: Path) -> None:
+    model, made, _ = fit(tmp_path, PartlyAndSaysSo())
+    made.save_checkpoint(tmp_path / "x.ckpt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found keys that are in the model state dict")
+        loaded = lfq.load_from_checkpoint(PartlyAndSaysSo, tmp_path / "x.ckpt")
+        asked = lfq.load_from_checkpoint(Partly, tmp_path / "x.ckpt", strict=False)
+    for again in (loaded, asked):
+        assert_same_state(again.state_dict(), model.state_dict())
+
+
+class Renaming(Net):
+    """Loads what it saved when its head had another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(self.rename)
+
+    @staticmethod
+    def rename(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        for key in [key for key in state_dict if key.startswith("classifier.")]:
+            state_dict["head." + key.removeprefix("classifier.")] = state_dict.pop(key)
+
+
+def test_keys_that_a_module_renames_are_loaded(tmp_path: Path) -> None:
+    model, made, _ = fit(tmp_path, Renaming())
+    made.save_checkpoint(tmp_path / "x.ckpt")
+    old = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    for key in ("weight", "bias"):
+        old["state_dict"][f"classifier.{key}"] = old["state_dict"].pop(f"head.{key}")
+    torch.save(old, tmp_path / "old.ckpt")
+    again = lfq.load_from_checkpoint(Renaming, tmp_path / "old.ckpt")
+    assert_same_state(again.state_dict(), model.state_dict())
 
 
 def test_a_float_checkpoint_loads_as_the_float_module(tmp_path: Path) -> None:

@@ -128,6 +128,32 @@ def test_a_loader_that_estimating_would_disturb_is_refused(tmp_path: Path) -> No
         fit(tmp_path, callbacks=[lfq.BatchNormStatistics(reestimate=1)], data=StatefulLoader())
 
 
+class Several(Net):
+    """Trains on batches of several loaders at once."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch["few"], batch_idx)
+
+
+def test_several_training_loaders_are_run_as_they_are_trained_on(tmp_path: Path) -> None:
+    data = {"few": loader(), "many": loader(4)}
+    model = Several()
+    with pytest.raises(ValueError, match="Found training loaders in a dict"):
+        fit(tmp_path, model, callbacks=[lfq.BatchNormStatistics(reestimate="end")], data=data)
+    technique = lfq.BatchNormStatistics(reestimate="end", batches=4, forward=lambda m, batch: m(batch["few"][0]))
+    fit(tmp_path, model, callbacks=[technique], data=data)
+    torch.testing.assert_close(model.norm.running_mean, by_hand(model, 4)[0])
+
+
+def test_statistics_survive_a_batch_that_fails() -> None:
+    model = Net()
+    model(next(iter(loader()))[0])
+    before = {name: buffer.clone() for name, buffer in model.norm.named_buffers()}
+    with pytest.raises(RuntimeError, match="channels"):
+        reestimate_batch_norm(model, [*loader(), torch.zeros(2, 3, 8, 8)])
+    assert all(torch.equal(model.norm.get_buffer(name), buffer) for name, buffer in before.items())
+
+
 def test_a_module_without_forward_is_refused_before_it_trains_unless_told_how_to_run_it(tmp_path: Path) -> None:
     class Inner(Net):
         forward = L.LightningModule.forward
@@ -150,7 +176,10 @@ def test_a_module_without_forward_is_refused_before_it_trains_unless_told_how_to
     assert run(forward=lambda module, batch: Net.forward(module, batch[0])).global_step > 0
 
 
-@pytest.mark.parametrize("options", [{}, {"freeze": "end"}, {"reestimate": "later"}, {"freeze": 1, "batches": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"freeze": "end"}, {"reestimate": "later"}, {"freeze": 1, "batches": 0}, {"freeze": 1, "loader": {}}],
+)
 def test_wrong_arguments_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"Found|phase"):
         lfq.BatchNormStatistics(**options)

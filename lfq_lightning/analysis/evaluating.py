@@ -15,24 +15,20 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lfq_lightning.running import in_eval_mode
+
 Evaluation = Callable[[], float]
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 MetricLike = Metric | Callable[[Any, Any], Any] | str
 
 
 @contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Within it the model is in eval mode and run eagerly without gradients; its modes are restored."""
-    modes = {module: module.training for module in model.modules()}
     # A layer of its own at a time would have every compiled function compiled again and again.
     stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    model.eval()
-    try:
-        with stance, torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with in_eval_mode(model), stance, torch.no_grad():
+        yield
 
 
 def is_higher_better(metric: MetricLike, given: bool | None) -> bool:
@@ -71,7 +67,7 @@ def evaluation(model: nn.Module, dataloader: Iterable[Any], metric: MetricLike, 
     def evaluate() -> float:
         failed: BaseException | None = None
         value = float("nan")
-        with isolate_rng(), in_eval_mode(model):
+        with isolate_rng(), evaluating(model):
             try:
                 value = run()
             except BaseException as error:  # passed on below: past an error, `isolate_rng` restores nothing

@@ -159,9 +159,11 @@ def _quantized(layers: Sequence[QuantizedLayer], spec: QuantSpec | None) -> Iter
         own = [q for layer in layers for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None]
         for quantizer in own:
             quantizer.phase = "freeze"
-        yield
-        for quantizer in own:
-            quantizer.phase = "off"
+        try:
+            yield
+        finally:
+            for quantizer in own:
+                quantizer.phase = "off"
         return
     weight, before = whole_weight(layers[0]), layers[0].weight_quantizer
     assert before is not None

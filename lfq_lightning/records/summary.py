@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torchmetrics.functional.audio import signal_noise_ratio
 from lfq_lightning.placement.host import hosts, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.tables import aligned, show
+from lfq_lightning.running import in_eval_mode, run
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def describe(model: nn.Module, batch: Any = None, forward: Callable[[nn.Module, 
         raise ValueError("The model has no quantizers to describe: call `lfq_lightning.attach` first.")
     captures = {name: _Capture() for name in found}
     if batch is not None:
-        _run(model, batch, forward or _forward, {found[name]: capture for name, capture in captures.items()})
+        _run(model, batch, forward or run, {found[name]: capture for name, capture in captures.items()})
     packed = full = 0
     known: set[LearnableFakeQuantize] = set()
     for layer in hosts(model).values():
@@ -162,19 +163,9 @@ def describe(model: nn.Module, batch: Any = None, forward: Callable[[nn.Module, 
 
 def _run(model: nn.Module, batch: Any, forward: Any, captures: dict[LearnableFakeQuantize, _Capture]) -> None:
     handles = [quantizer.register_forward_hook(capture) for quantizer, capture in captures.items()]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
+        with in_eval_mode(model), torch.no_grad():
             forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _forward(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)

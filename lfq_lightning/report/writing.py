@@ -15,8 +15,9 @@ from torch import nn
 
 from lfq_lightning.analysis.evaluating import Forward, MetricLike
 from lfq_lightning.analysis.sensitivity import Sensitivity, sensitivity
-from lfq_lightning.checkpoint import load_from_checkpoint, read_checkpoint
+from lfq_lightning.checkpoint import load_from_checkpoint
 from lfq_lightning.placement.host import first_quantizer
+from lfq_lightning.reading import read_checkpoint
 from lfq_lightning.records.summary import Summary, describe
 from lfq_lightning.records.trajectory import TrajectoryRow, read_trajectory
 from lfq_lightning.report.findings import WeightFindings, bytes_in_float, describe_weights

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from lfq_lightning.checkpoint import load_state_dict, read_checkpoint
+from lfq_lightning.checkpoint import load_state_dict
 from lfq_lightning.placement import detach
 from lfq_lightning.placement.host import quantizers
+from lfq_lightning.reading import read_checkpoint
 from lfq_lightning.techniques.served import Served
 from lfq_lightning.training.wrapping import Wrappers
 

@@ -85,6 +85,15 @@ def test_several_inputs_and_outputs_of_any_batch_size(tmp_path: Path) -> None:
     assert_exact(parity, model)
 
 
+def test_one_tensor_given_twice_is_two_inputs(tmp_path: Path) -> None:
+    x = torch.randn(8, 6)
+    model = calibrated(Pair(sums, first=nn.Linear(6, 5), second=nn.Linear(6, 5)), (x, x))
+    parity = lfq.export_onnx(model, (x, x), tmp_path / "m.onnx", batches=[(torch.randn(9, 6), torch.randn(9, 6))])
+    assert_exact(parity, model)
+    y = torch.randn(8, 6)
+    torch.testing.assert_close(lfq.export_pt2(model, (x, x)).module()(x, y)[0], model(x, y)[0])
+
+
 def test_inputs_by_name(tmp_path: Path) -> None:
     example = {"y": torch.randn(8, 4), "x": torch.randn(8, 6)}
     model = calibrated(pair(), example)

@@ -41,11 +41,11 @@ def compare(
         path: the file.
         watched: what `codes_by_quantizer` gave.
         weights: the integer weights by name, which know the signs that BatchNorm gave them.
-        batches: positional and keyword inputs.
+        batches: positional and keyword inputs, on the CPU.
         float_file_bytes: the size to compare the file's with.
         settings: further fields of the result.
     """
-    reference = copy.deepcopy(model).eval()
+    reference = copy.deepcopy(model).cpu().eval()
     for quantizer in (m for m in reference.modules() if isinstance(m, LearnableFakeQuantize)):
         quantizer.phase = "freeze"
     called: set[str] = set()
@@ -63,7 +63,7 @@ def compare(
     for args, kwargs in batches:
         expected, codes = _run(reference, args, kwargs)
         tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        feed = {node.name: x.detach().cpu().numpy() for node, x in zip(plain.get_inputs(), tensors, strict=True)}
+        feed = {node.name: x.numpy() for node, x in zip(plain.get_inputs(), tensors, strict=True)}
         values = dict(zip([o.name for o in plain.get_outputs()], plain.run(None, feed), strict=True))
         for name, uses in codes.items():
             if name not in found:

@@ -83,7 +83,7 @@ def _silence(layer: QuantizedLayer) -> None:
 def _out_of_range(layer: QuantizedLayer, weight: IntegerWeight, bias: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Output channels whose bias is beyond 32 bits, and those in which nothing but the bias shows in float32."""
     quantizer = layer.input_quantizer
-    nothing = torch.zeros(len(bias), dtype=torch.bool)
+    nothing = bias.new_zeros(len(bias), dtype=torch.bool)
     if not isinstance(quantizer, IntegerInput):
         return nothing, nothing
     other = [d for d in range(weight.codes.ndim) if d != axis]

@@ -8,14 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword inputs from one input, a tuple, or a mapping, as Lightning's example arrays are."""
+    example_inputs = _told_apart(example_inputs)
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
+
+
+def _told_apart(inputs: Any) -> Any:
+    """A tensor that is given twice as two: `torch.export` would make one input of them."""
+    seen: set[int] = set()
+
+    def own(x: Tensor) -> Tensor:
+        known = id(x) in seen
+        seen.add(id(x))
+        return x.clone() if known else x
+
+    return tree_map_only(Tensor, own, inputs)
+
+
+def on_cpu(inputs: Any) -> Any:
+    """The same inputs where ONNX Runtime computes, whichever device the model is on."""
+    return tree_map_only(Tensor, lambda x: x.detach().cpu(), inputs)
 
 
 def traced(

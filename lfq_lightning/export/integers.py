@@ -56,7 +56,7 @@ class IntegerWeight(nn.Module):
             shape = (weight.shape[0], -1, *[1] * (weight.ndim - 2))
             scale, zero_point = scale.view(shape), zero_point.view(shape)
         self.only = float(scale.flatten()[0]), int(zero_point.flatten()[0])  # numbers, where there is one of each
-        self.signs = torch.ones(())
+        self.signs = torch.ones((), dtype=torch.float32, device="cpu")
         self.register_buffer("codes", codes.to(self.dtype))
         self.register_buffer("scale", scale.clone())
         # PyTorch's operator subtracts in the wider of the two types: bytes would wrap around.

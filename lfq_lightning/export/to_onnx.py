@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.export.fold import fold_batch_norm
-from lfq_lightning.export.inputs import arguments, traced
+from lfq_lightning.export.inputs import arguments, on_cpu, traced
 from lfq_lightning.export.integers import IntegerWeight, integer_copy, keep_biases_exact
 from lfq_lightning.export.packing import pack
 from lfq_lightning.placement import detach
@@ -86,8 +86,8 @@ def export_onnx(
 
     from lfq_lightning.export.comparing import codes_by_quantizer, compare
 
-    args, kwargs = arguments(example_inputs)
-    integers = integer_copy(model)
+    args, kwargs = on_cpu(arguments(example_inputs))
+    integers = integer_copy(model).cpu()
     _check_opset(integers, opset)
     folded = fold_batch_norm(integers, args, kwargs)
     keep_biases_exact(integers)
@@ -99,7 +99,7 @@ def export_onnx(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(_bare(proto), path)
-    plain = copy.deepcopy(model).eval()
+    plain = copy.deepcopy(model).cpu().eval()
     detach(plain)
     float_bytes = _bare(_exported(plain, args, kwargs, dynamic_axes, opset)).ByteSize()
     parity = compare(
@@ -107,7 +107,7 @@ def export_onnx(
         path,
         watched,
         weights,
-        itertools.chain([(args, kwargs)], (_of_batch(batch, args, kwargs) for batch in batches)),
+        itertools.chain([(args, kwargs)], (_of_batch(on_cpu(batch), args, kwargs) for batch in batches)),
         float_bytes,
         folded=tuple(folded),
         tolerance=tolerance,

@@ -147,3 +147,18 @@ def test_a_cuda_graph_captures_a_training_step_up_to_the_gradients() -> None:
     assert found
     torch.testing.assert_close(found, expected)
     owned.remove()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's exporter, about itself
+def test_a_model_on_the_gpu_is_exported_and_stays_there(tmp_path: Path) -> None:
+    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
+    model = nn.Sequential(*layers).cuda()
+    x = images().tensors[0].cuda()
+    lfq.attach(model, weight=4, activation=8)
+    lfq.calibrate(model, [x])
+    parity = lfq.export_onnx(model, x[:8], tmp_path / "m.onnx", batches=[x])
+    assert parity.agrees
+    assert parity.folded == ("1",)
+    assert all(p.is_cuda for p in model.parameters())
+    program = lfq.export_pt2(model, x, fold=True)
+    torch.testing.assert_close(program.module()(x), model.eval()(x), atol=1e-2, rtol=0)

@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lfq_lightning as lfq
 from lfq_lightning.observers import OBSERVERS
@@ -94,6 +96,26 @@ def test_no_step_of_a_run_between_two_records_looks_at_a_value(tmp_path: Path, o
     assert made.global_step == BATCHES
     assert {q.phase for q in lfq.quantizers(model).values()} == {"learn"}
     assert model.second.weight_quantizer.scale.is_meta
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device such as Metal, which has none."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        assert all(x.dtype is not torch.float64 for x in tree_leaves(result) if isinstance(x, Tensor)), function
+        return result
+
+
+@pytest.mark.parametrize("observer", ["minmax", "moving_average"])
+def test_observers_of_ranges_need_no_float64(observer: Any) -> None:
+    model = Net()
+    weight = lfq.QuantSpec(bits=4, granularity="per_channel")
+    with NoFloat64():
+        lfq.attach(model, weight, lfq.QuantSpec(bits=4, symmetric=False, observer=observer))
+        lfq.calibrate(model, [batch[0] for batch in loader()])
+        lfq.set_phase(model, "learn")
+        model(next(iter(loader()))[0]).sum().backward()
 
 
 # A graph knows no values either, and takes the branches of other devices.

@@ -19,7 +19,7 @@ class Statistics(NamedTuple):
     Attributes:
         extremes: rows -min, max and "has values that are not finite", float32 of shape (3, channels), whose elementwise
             maximum belongs to two parts together.
-        sums: what adds up, float64 of shape (channels, sums); no columns for an observer of ranges.
+        sums: what adds up, float64 of shape (channels, sums); no columns, and float32, for an observer of ranges.
     """
 
     extremes: Tensor
@@ -82,9 +82,8 @@ class Observer(nn.Module):
         """The statistics of no data."""
         extremes = torch.full((3, self.channels), -torch.inf, dtype=torch.float32, device=self.minimum.device)
         extremes[2] = 0.0
-        return Statistics(
-            extremes, torch.zeros((self.channels, self.sums), dtype=torch.float64, device=extremes.device)
-        )
+        dtype = torch.float64 if self.sums else torch.float32
+        return Statistics(extremes, extremes.new_zeros((self.channels, self.sums), dtype=dtype))
 
     @torch.no_grad()
     def statistics(self, x: Tensor) -> Statistics:
@@ -95,8 +94,9 @@ class Observer(nn.Module):
         return Statistics(self._extremes(rows_of(x, self.axis, self.group_size)), self.sums_of(x))
 
     def sums_of(self, x: Tensor) -> Tensor:
-        """The statistics of x that add up, float64 of shape (channels, sums)."""
-        return torch.empty((self.channels, 0), dtype=torch.float64, device=x.device)
+        """The statistics of x that add up, of shape (channels, sums)."""
+        # Where there is nothing to add up, not in float64, which Metal does not have.
+        return torch.empty((self.channels, 0), dtype=torch.float32, device=x.device)
 
     @staticmethod
     def _extremes(rows: Tensor) -> Tensor:

@@ -207,9 +207,10 @@ def test_the_observer_is_the_same_wherever_it_is_imported() -> None:
 
 @pytest.mark.parametrize("size", [2.0**-18, 2.0**60, 2.0**120])
 @pytest.mark.parametrize("whole", [False, True])
-def test_the_least_error_is_found_at_any_size(whole: bool, size: float) -> None:
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_scales_are_found_at_any_size(name: str, whole: bool, size: float) -> None:
     x = torch.randn(500)
-    found, same = MSEObserver(-8, 7, True, whole=whole), MSEObserver(-8, 7, True, whole=whole)
+    found, same = OBSERVERS[name](-8, 7, True, whole=whole), OBSERVERS[name](-8, 7, True, whole=whole)
     found(x * size)
     same(x)
     assert_bit_equal(found.calculate_qparams()[0], same.calculate_qparams()[0] * size)

@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 
 from lfq_lightning.observers.base import Observer, Statistics, rows_of
+from lfq_lightning.ops import power_of_two_below
 
 
 def moments(rows: Tensor) -> Tensor:
     """Count and sums of |x|, x and x^2 of the finite values of each row, float64 of shape (rows, 4)."""
     finite = rows.isfinite()
     x = torch.where(finite, rows, 0.0)
-    # Each mean in float32 over one batch; only their sums over batches need more.
-    columns = (finite.sum(1), x.abs().sum(1), x.sum(1), (x * x).sum(1))
-    return torch.stack([column.double() for column in columns], dim=1)
+    # Float32 does not hold 1e25 squared: sums are in units of a power of two near the largest value, which rounds
+    # nothing. Each sum is in float32 over one batch; only their sums over batches need more.
+    unit = power_of_two_below(x.abs().amax(1, keepdim=True))
+    x, unit = x / unit, unit.double().squeeze(1)
+    sums = (part.sum(1).double() for part in (x.abs(), x, x * x))
+    return torch.stack([finite.sum(1).double(), *map(torch.mul, sums, (unit, unit, unit * unit))], dim=1)
 
 
 class MomentsObserver(Observer):

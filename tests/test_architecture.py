@@ -30,7 +30,7 @@ FLOORS = [
     ["quantizer.observing", "quantizer.description"],
     ["quantizer.learnable"],
     ["quantizer"],
-    ["placement.saving"],
+    ["placement.computing", "placement.saving"],
     ["placement.host"],
     ["placement.layers"],
     ["placement.planning"],

@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,43 @@ def test_integer_and_keyword_inputs_pass_through_or_are_quantized() -> None:
     assert model(torch.tensor([[0, 1]])).shape == (1, 2, 2)
     x = torch.randn(3, 4)
     assert torch.equal(model[1](input=x), model[1](x))
+
+
+class Doubling(nn.Linear):
+    """A layer with a forward of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x) + self.weight.sum()
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, Doubling])
+def test_threads_share_a_model(layer: type[nn.Linear]) -> None:
+    model = nn.Sequential(*[layer(64, 64) for _ in range(6)])
+    lfq.attach(model, weight=4, activation=8, rules=[lfq.Rule(layer)])
+    x = torch.randn(100, 64)
+    lfq.calibrate(model, [x])
+    model.eval()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+            expected = model(x)
+            answers = list(pool.map(lambda _: model(x), range(200)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(y, expected) for y in answers)
+    assert all(isinstance(one.weight, nn.Parameter) for one in model)
+
+
+def test_a_subclass_with_its_own_forward_keeps_what_that_sets_and_compiles() -> None:
+    model = nn.Sequential(Doubling(4, 4), nn.Linear(4, 4))
+    lfq.attach(model, weight=4, rules=[lfq.Rule(Doubling)])
+    x = torch.randn(5, 4)
+    lfq.calibrate(model, [x])
+    y = model(x)
+    assert model[0].calls == 2
+    assert list(model[0]._parameters) == ["weight", "bias"]
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), y)
+    assert model[0].calls == 3
+    torch.compiler.reset()

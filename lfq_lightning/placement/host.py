@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.distributed.tensor import DTensor
 
+from lfq_lightning.placement.computing import Compute, computation
 from lfq_lightning.placement.saving import Quantized, Saved, compressed
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
@@ -18,13 +19,14 @@ WEIGHT, INPUT = "weight_quantizer", "input_quantizer"
 class QuantizedLayer(nn.Module):
     """Mixed into a layer's class at run time, as FSDP2 does, so that the layer keeps its type, keys and behaviour.
 
-    Within the layer's own forward, `self.weight` is the fake-quantized weight; everywhere else (optimizers,
-    initialisers, weight tying, pruning) it is the parameter.
+    It computes with the fake-quantized weight; `weight` is the parameter to whoever reads it from outside (optimizers,
+    initialisers, weight tying, pruning). A call writes nothing to the layer, so that threads may share a model.
     """
 
     weight: Tensor
     weight_quantizer: LearnableFakeQuantize | None
     input_quantizer: LearnableFakeQuantize | None
+    _compute: ClassVar[Compute]  # of the layer's kind
     saved: Saved | None = None  # where `attach` was asked to compress what backward needs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -37,7 +39,7 @@ class QuantizedLayer(nn.Module):
         if self.weight_quantizer is not None:
             used = _quantize(self.weight_quantizer, weight, weight.requires_grad)
         if self.saved is None:
-            return self._forward(used, args, kwargs)
+            return self._compute(self, used, *args, **kwargs)
         pairs = zip((*args, *kwargs.values(), used), (*given, weight), strict=True)
         makers = [quantizer] * len(given) + [self.weight_quantizer]
         made = [
@@ -46,21 +48,7 @@ class QuantizedLayer(nn.Module):
             if maker is not None and _is_floating(value)
         ]
         with compressed(made, self.saved):
-            return self._forward(used, args, kwargs)
-
-    def _forward(self, weight: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.weight_quantizer is None:
-            return super().forward(*args, **kwargs)
-        # An instance attribute hides the parameter, which nn.Module finds only when nothing else has the name.
-        pruned = self.__dict__.get("weight")
-        object.__setattr__(self, "weight", weight)
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            if pruned is None:
-                del self.__dict__["weight"]
-            else:
-                object.__setattr__(self, "weight", pruned)
+            return self._compute(self, used, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (float_type(self),), self.__dict__
@@ -77,7 +65,8 @@ def _is_floating(value: Any) -> bool:
 @cache
 def quantized_type(layer_type: type[nn.Module]) -> type[nn.Module]:
     """The class that a layer of this type takes while it is quantized."""
-    return type(f"Quantized{layer_type.__name__}", (QuantizedLayer, layer_type), {"__module__": __name__})
+    members = {"__module__": __name__, "_compute": staticmethod(computation(layer_type))}
+    return type(f"Quantized{layer_type.__name__}", (QuantizedLayer, layer_type), members)
 
 
 def float_type(module: nn.Module) -> type[nn.Module]:

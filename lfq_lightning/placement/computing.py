@@ -1,0 +1,78 @@
+"""What a layer computes with a weight that is handed to it: nothing is written to the layer, so threads may share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Compute = Callable[..., Any]  # of a layer, its weight, and what its forward takes
+
+
+def computation(layer_type: type[nn.Module]) -> Compute:
+    """How layers of a type compute: torch's own functions where forward is torch's, or else its forward on a view."""
+    return _BY_FORWARD.get(layer_type.forward) or _on_view(layer_type)
+
+
+# The argument names are those of the layers' own forward: `layer(input=x)` is a call as good as any.
+def _linear(layer: Any, weight: Tensor, input: Tensor) -> Tensor:
+    return F.linear(input, weight, layer.bias)
+
+
+def _convolution(layer: Any, weight: Tensor, input: Tensor) -> Tensor:
+    made: Tensor = layer._conv_forward(input, weight, layer.bias)
+    return made
+
+
+def _embedding(layer: Any, weight: Tensor, input: Tensor) -> Tensor:
+    return F.embedding(
+        input,
+        weight,
+        layer.padding_idx,
+        layer.max_norm,
+        layer.norm_type,
+        layer.scale_grad_by_freq,
+        layer.sparse,
+    )
+
+
+def _transposed(function: Callable[..., Tensor], dimensions: int) -> Compute:
+    def compute(layer: Any, weight: Tensor, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        shape = (layer.stride, layer.padding, layer.kernel_size, dimensions, layer.dilation)
+        padding = layer._output_padding(input, output_size, *shape)
+        return function(input, weight, layer.bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
+
+    return compute
+
+
+_BY_FORWARD: dict[Any, Compute] = {
+    nn.Linear.forward: _linear,
+    nn.Conv1d.forward: _convolution,
+    nn.Conv2d.forward: _convolution,
+    nn.Conv3d.forward: _convolution,
+    nn.ConvTranspose1d.forward: _transposed(F.conv_transpose1d, 1),
+    nn.ConvTranspose2d.forward: _transposed(F.conv_transpose2d, 2),
+    nn.ConvTranspose3d.forward: _transposed(F.conv_transpose3d, 3),
+    nn.Embedding.forward: _embedding,
+}
+
+
+def _on_view(layer_type: type[nn.Module]) -> Compute:
+    """For a subclass with a forward of its own, which reads `self.weight` as it likes."""
+
+    class View(layer_type):  # type: ignore[misc, valid-type]
+        """The layer, parameters, buffers and children its own, with another weight; what forward sets goes to both."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            setattr(self.__dict__["_viewed"], name, value)
+
+    def compute(layer: Any, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        view = object.__new__(View)
+        # An instance attribute hides the parameter, which nn.Module finds only when nothing else has the name.
+        view.__dict__.update({**layer.__dict__, "weight": weight, "_viewed": layer})
+        return layer_type.forward(view, *args, **kwargs)
+
+    return compute

@@ -35,7 +35,10 @@ x, expected = torch.load("data.pt")
 for path in sys.argv[1:]:
     if path.endswith(".pt2"):
         import torch.ao.quantization.fx._decomposed  # the operators, where they are used
-    run = torch.jit.load(path) if path.endswith(".ts") else torch.export.load(path).module()
+    if path.endswith(".pt"):
+        run = torch.load(path, weights_only=False)
+    else:
+        run = torch.jit.load(path) if path.endswith(".ts") else torch.export.load(path).module()
     assert torch.equal(run(x), expected[path]), path
     print(path, "is equal")
 assert "lfq_lightning" not in sys.modules
@@ -64,6 +67,92 @@ def test_files_run_in_a_process_without_this_package(tmp_path: Path, weight: int
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("is equal") == 3
+
+
+class Language(nn.Module):
+    """An embedding whose weights give the output too, by a tied layer or a function."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.embedding, self.body, self.last = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 20, bias=False) if tied else None
+        if self.head is not None:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.last(self.body(input=self.embedding(tokens)))
+        return nn.functional.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+
+
+class Upsampling(nn.Module):
+    """A transposed convolution that is told the size of its output."""
+
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        self.up, self.named = nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1), named
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(input=x, output_size=(10, 10)) if self.named else self.up(x, (10, 10))
+
+
+def pruned() -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+TOKENS, IMAGES = torch.randint(0, 20, (5,)), torch.randn(2, 2, 5, 5)
+READERS: dict[str, tuple[nn.Module, Tensor, list[lfq.Rule]]] = {
+    "function": (Language(tied=False), TOKENS, []),
+    "tied": (Language(tied=True), TOKENS, []),
+    "tied and in float": (Language(tied=True), TOKENS, [lfq.Rule("head", weight=None)]),
+    "a second argument": (Upsampling(named=False), IMAGES, []),
+    "keywords": (Upsampling(named=True), IMAGES, []),
+    "pruned": (pruned(), torch.randn(5, 8), []),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_frozen_model_equals_the_model_whoever_reads_a_weight_and_however_layers_are_called(reader: str) -> None:
+    model, x, rules = READERS[reader]
+    lfq.attach(model, 4, 4, rules=rules)
+    lfq.calibrate(model, [x])
+    frozen = lfq.freeze(model)
+    assert_bit_equal(frozen(x), model.eval()(x).detach())
+    assert_bit_equal(torch.export.export(frozen, (x,)).module()(x), frozen(x))
+    if reader == "tied":
+        assert frozen.embedding.constant.weight is frozen.head.constant.layer.weight
+
+
+def test_a_pickled_frozen_model_runs_in_a_process_without_this_package(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.ConvTranspose1d(8, 4, 3)), torch.randn(3, 8, 8)
+    lfq.attach(model, 4, 4)
+    lfq.calibrate(model, [x])
+    torch.save(lfq.freeze(model), tmp_path / "frozen.pt")
+    torch.save((x, {"frozen.pt": model.eval()(x).detach()}), tmp_path / "data.pt")
+    command = [sys.executable, "-c", ALONE, "frozen.pt"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_frozen_subclass_with_several_inputs_is_refused() -> None:
+    class Masked(nn.Linear):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(x) * mask
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Masked(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x, x > 0)
+
+    model = Outer()
+    lfq.attach(model, rules=[lfq.Rule(Masked)])
+    lfq.calibrate(model, [torch.randn(3, 4)])
+    with pytest.raises(ValueError, match=r"the one input of a layer\. Found x.*, mask.* for 'layer'"):
+        lfq.freeze(model)
 
 
 @pytest.mark.parametrize("network", ["mlp", "residual"])

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import inspect
 
 import torch
 from torch import Tensor, nn
 
 from lfq_lightning.export.exportable import check_estimated
 from lfq_lightning.placement.host import hosts, restore_layer, whole_weight
+from lfq_lightning.placement.layers import TRANSPOSED
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 
 def freeze(model: nn.Module) -> nn.Module:
     """A copy of a quantized model that computes the same with constants, and needs only torch to run.
 
-    Layers are of their float types again. Their weights hold the fake-quantized values, and a forward pre-hook of plain
-    operations (a `torch.fx.GraphModule`) fake-quantizes their inputs, so the copy goes through `torch.export`,
-    `torch.jit.trace` and pickle. It computes in eval mode whatever the model's phase was.
+    Layers are of their float types again. Each computes by its child `constant`, a layer whose weight holds the
+    fake-quantized values, behind plain operations (a `torch.fx.GraphModule`) that fake-quantize its input; `weight` is
+    the float weight, as whoever reads it beside the layer (a tied output projection) needs it. The copy goes through
+    `torch.export`, `torch.jit.trace` and pickle. It computes in eval mode whatever the model's phase was.
 
     Args:
         model: a model with quantizers whose qparams are set; it is not changed.
@@ -27,7 +29,7 @@ def freeze(model: nn.Module) -> nn.Module:
         The copy, in eval mode, without quantizers.
 
     Raises:
-        ValueError: if there are no quantizers, or one has never seen data.
+        ValueError: if there are no quantizers, one has never seen data, or a subclass of a layer takes several inputs.
 
     Example:
         >>> import torch, lfq_lightning as lfq
@@ -41,22 +43,53 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     check_estimated(model)
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    known: set[int] = set()
-    for layer in hosts(frozen).values():
+    weights: dict[int, nn.Parameter] = {}  # layers that share a quantizer share its weight
+    for name, layer in hosts(frozen).items():
         weight, activation = layer.weight_quantizer, layer.input_quantizer
-        if weight is not None and id(layer.weight) not in known:
-            layer.weight.copy_(weight.quantized(whole_weight(layer)))
-            known.add(id(layer.weight))  # tied weights are quantized once
+        used = layer.weight
+        if weight is not None:
+            if id(weight) not in weights:
+                made = weight.quantized(whole_weight(layer)).detach()
+                weights[id(weight)] = nn.Parameter(made, requires_grad=False)
+            used = weights[id(weight)]
         restore_layer(layer)
+        constant = _with_weight(layer, used)
         if activation is not None:
-            quantize = torch.fx.symbolic_trace(_InputHook(activation))
-            layer.add_module("quantize_input", quantize)
-            layer.register_forward_pre_hook(quantize, with_kwargs=True)
+            constant = _after(_InputQuantizer(activation), constant, name)
+        layer.add_module("constant", constant)
+        layer.__dict__["forward"] = constant  # nn.Module calls what the instance has, before what its type has
     return frozen
 
 
-class _InputHook(nn.Module):
-    """Fake-quantizes the first input of a module; traced, so that torch alone can run it."""
+def _with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """The layer without its hooks and with another weight; everything else is the layer's own."""
+    made = copy.copy(layer)
+    nn.Module.__init__(made)
+    made.__dict__.pop("weight", None)  # a pruned one
+    made._parameters.update(layer._parameters)
+    made._parameters["weight"] = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+    made._buffers.update(layer._buffers)
+    made._modules.update(layer._modules)
+    return made.eval()
+
+
+def _after(quantize: nn.Module, layer: nn.Module, name: str) -> nn.Module:
+    """A layer whose first input is quantized, with the arguments of its forward; a graph, so that torch can run it."""
+    parameters = list(inspect.signature(type(layer).forward).parameters.values())[1:]
+    if not isinstance(layer, TRANSPOSED) and len(parameters) != 1:
+        raise ValueError(
+            f"`freeze` quantizes the one input of a layer. Found {', '.join(map(str, parameters))} for {name!r}: use "
+            "`export_pt2` or `export_onnx`, which see what it is given."
+        )
+    graph = torch.fx.Graph()
+    first, *others = [graph.placeholder(p.name, default_value=p.default) for p in parameters]
+    quantized = graph.call_module("quantize_input", (first,))
+    graph.output(graph.call_module("layer", (quantized, *others)))
+    return torch.fx.GraphModule({"quantize_input": torch.fx.symbolic_trace(quantize), "layer": layer}, graph).eval()
+
+
+class _InputQuantizer(nn.Module):
+    """Fake-quantizes the input of a layer in plain operations."""
 
     scale: Tensor
     zero_point: Tensor
@@ -68,9 +101,9 @@ class _InputHook(nn.Module):
         self.register_buffer("zero_point", zero_point.clone())
         self.axis, self.codes = quantizer.axis, quantizer.code_range
 
-    def forward(self, module: Any, args: Any, kwargs: Any) -> Any:
-        x = args[0]
+    # torch.fx would keep the annotations, as text, and its graph then not pickle.
+    def forward(self, x):  # type: ignore[no-untyped-def]
         moved = x if self.axis is None else x.movedim(self.axis, -1)
         codes = torch.clamp((moved.float() / self.scale).round() + self.zero_point, *self.codes)
         y = (codes - self.zero_point) * self.scale
-        return ((y if self.axis is None else y.movedim(-1, self.axis)).to(x.dtype),), kwargs
+        return (y if self.axis is None else y.movedim(-1, self.axis)).to(x.dtype)

@@ -1,4 +1,4 @@
-"""What a layer computes with a weight that is handed to it: nothing is written to the layer, so threads may share it."""
+"""What a layer computes with a weight that is handed to it; nothing is written to the layer: threads may share it."""
 
 from __future__ import annotations
 

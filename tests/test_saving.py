@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lfq_lightning as lfq
 from lfq_lightning.placement.host import hosts, set_compressed
@@ -133,6 +136,33 @@ def test_it_is_refused_where_a_compiler_decides_what_is_saved() -> None:
     with pytest.raises(Exception, match="goes with eager execution"):
         torch.compile(model, fullgraph=True)(X)
     torch.compiler.reset()
+
+
+def test_tensors_are_left_to_the_hooks_of_others() -> None:
+    x = torch.randn(64, 64)
+    model = learned(nn.Sequential(*[nn.Linear(64, 64) for _ in range(3)]), x)
+    seen: dict[bool, int] = {}
+    for compress in (False, True):
+        set_compressed(model, compress)
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
+            model(x)
+        seen[compress] = sum(kept)
+    assert seen[True] == seen[False] > 0
+
+
+def test_activation_checkpointing_keeps_nothing_of_what_lies_between() -> None:
+    x = torch.randn(64, 64)
+    model = learned(nn.Sequential(*[nn.Linear(64, 64) for _ in range(3)]), x, compress_saved=True)
+    given: list[weakref.ref[Any]] = []
+    for layer in model[1:]:
+        layer.register_forward_pre_hook(lambda _, args: given.append(weakref.ref(args[0].untyped_storage())))
+    expected = torch.autograd.grad(model(x).square().sum(), model[0].weight)
+    given.clear()
+    y = checkpoint(model, x, use_reentrant=False)
+    assert len(given) == 2
+    assert all(storage() is None for storage in given)
+    assert torch.equal(*expected, *torch.autograd.grad(y.square().sum(), model[0].weight))
 
 
 def test_detach_takes_it_off() -> None:

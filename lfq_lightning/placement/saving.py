@@ -67,6 +67,9 @@ class _Recipe:
 def compressed(quantized: Iterable[Quantized], saved: Saved) -> Iterator[None]:
     """Within it, autograd keeps recipes of these fake-quantized tensors; `saved` is told the bytes.
 
+    Where others have hooks for saved tensors (activation checkpointing, `save_on_cpu`), tensors are left to those: of
+    nested hooks torch calls the innermost alone.
+
     Raises:
         RuntimeError: under torch.compile, which decides by itself what to keep for backward.
     """
@@ -75,7 +78,8 @@ def compressed(quantized: Iterable[Quantized], saved: Saved) -> Iterator[None]:
             "`compress_saved` goes with eager execution: under torch.compile the compiler decides what is kept for "
             "backward, and would ignore it. Attach with compress_saved=False, or do not compile."
         )
-    if not torch.is_grad_enabled():
+    # There is no public way to ask; torch asks so itself.
+    if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         yield
         return
     saving = _Saving(quantized)

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from lfq_lightning.export.parity import Parity
 from lfq_lightning.phases import leading_quantizer, set_gathering
 from lfq_lightning.placement import Placement, apply, plan
-from lfq_lightning.placement.host import set_compressed
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.rules import Rule, as_rules
 from lfq_lightning.schedule import OBSERVING, PhaseSchedule
@@ -116,15 +115,13 @@ class QuantizationAwareTraining(L.Callback):
         check_strategy(trainer)
         if stage == "fit" and (self.reobserve or not has_learned(pl_module)):
             check_configured_length(trainer, self.schedule)
-        self._attach(pl_module, final=False)
-        attach = partial(self._attach, pl_module, final=True)
+        attach = partial(self._attach, pl_module)
         meet_quantizers(self._wrappers, pl_module, attach, partial(arranged_qparams, pl_module, self.optimizer))
         arrange(self._arranged, trainer, pl_module)
 
     def _attach(self, pl_module: L.LightningModule, final: bool) -> None:
         self.placement = plan(pl_module, self.weight, self.activation, self.rules, final)
-        apply(pl_module, self.placement)
-        set_compressed(pl_module, self.compress_saved)
+        apply(pl_module, self.placement, self.compress_saved)
         require_gradients(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -37,7 +37,7 @@ class QuantSpec:
         symmetric: True fixes the zero point at 0; False (affine) learns it, with unsigned codes.
         granularity: which elements share one scale.
         axis: with "per_channel", the dimension with one scale per index; None for the output channels of a weight
-            and dimension 1 of an activation.
+            and the channels of an activation, which are dimension 1, or the last for a Linear.
         group_size: with "per_group", how many neighbouring inputs of a weight share one scale.
         signed: for a symmetric quantizer, whether codes are signed; None decides from the data (a weight is signed).
         quant_min: smallest code, with `quant_max`, in place of the range that `bits` gives; -7 and 7 with 4 bits are

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torchmetrics
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
@@ -249,3 +250,45 @@ def test_fit_goes_on_in_the_same_trainer(tmp_path: Path) -> None:
     made.fit(model, loader(), loader())
     assert made.current_epoch == 5
     assert_learned(model)
+
+
+# ---- placements that are refused, and layers that stay as they are --------------------------------------------------
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_rule_that_matches_nothing_leaves_the_model_as_the_fit_found_it(tmp_path: Path, second: bool) -> None:
+    model = Net()
+    if second:
+        fit(tmp_path, model=model)
+    before = lfq.quantizers(model)
+    model.norm.extra = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="no module has that name"):
+        fit(tmp_path, model=model, callback=qat(rules=[lfq.Rule("haed", weight=8)]))
+    assert lfq.quantizers(model) == before
+    assert type(model.norm.extra) is nn.Linear
+
+
+def test_a_metric_with_layers_is_left_alone(tmp_path: Path) -> None:
+    class Judge(torchmetrics.Metric):
+        def __init__(self) -> None:
+            super().__init__()
+            self.judge = nn.Linear(10, 1)
+            self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+
+        def update(self, x: Tensor) -> None:
+            self.total += self.judge(x).sum()
+
+        def compute(self) -> Tensor:
+            return self.total
+
+    class Judged(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.judge = Judge()
+
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.log("judged", self.judge(self(batch[0])))
+
+    model, _, callback = fit(tmp_path, model=Judged())
+    assert_learned(model)
+    assert "judge.judge" in dict(callback.placement.left_in_float)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
+import torchmetrics
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -123,6 +125,55 @@ def test_tied_weights_share_one_quantizer_and_stay_tied() -> None:
     assert model[0].weight is model[1].weight
 
 
+class Tied(nn.Module):
+    """The first layer's weight is that of one in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.decoder, self.last = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False), nn.Linear(8, 8)
+        self.decoder.weight = self.embedding.weight
+
+
+def test_layers_tied_to_the_first_or_last_keep_8_bits_with_it() -> None:
+    layers = lfq.attach(Tied(), weight=4, activation=4).layers
+    assert [(p.weight.bits, p.activation and p.activation.bits) for p in layers] == [(8, None), (8, 4), (8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        (Tied(), {"rules": [lfq.Rule("decoder", weight=4)]}, "'embedding' and .*bits=4.* for 'decoder'"),
+        (Tied(), {"weight": 4, "rules": [lfq.Rule("embedding", weight=2)]}, "give both the same `weight`"),
+        (nn.Sequential(nn.Linear(4, 4), torch.compile(nn.Linear(4, 4))), {"compress_saved": True}, "eager execution"),
+    ],
+)
+def test_what_cannot_be_placed_changes_no_layer(model: nn.Module, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lfq.attach(model, **settings)
+    assert not lfq.quantizers(model)
+    assert not any(isinstance(m, QuantizedLayer) for m in model.modules())
+
+
+def test_channels_of_a_linears_input_are_its_last_dimension() -> None:
+    by_channel = lfq.QuantSpec(symmetric=False, granularity="per_channel")
+    model = nn.Sequential(nn.Linear(6, 6), nn.Unflatten(0, (-1, 5)), nn.Conv1d(5, 3, 1))
+    lfq.attach(model, activation=by_channel)
+    x = torch.randn(20, 6) * torch.logspace(-3, 0, 6)
+    lfq.calibrate(model, [x])
+    low, high = (getattr(x, end)(0).values.clamp(**to) for end, to in (("min", {"max": 0}), ("max", {"min": 0})))
+    torch.testing.assert_close(model[0].input_quantizer.scale, (high - low) / 255, rtol=0.5, atol=0)
+    model[0](torch.randn(4, 7, 6))
+    assert model[2].input_quantizer.scale.numel() == 5
+
+
+def test_an_input_whose_channels_lie_elsewhere_is_an_error_that_says_so() -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    lfq.attach(model, activation=lfq.QuantSpec(granularity="per_channel", axis=1))
+    for shape in ((4, 5, 6), (6,)):
+        with pytest.raises(ValueError, match=r"each of the 6 channels\. Found shape"):
+            lfq.calibrate(model, [torch.randn(*shape)])
+
+
 def test_attention_projections_are_left_in_float_and_named() -> None:
     placement = lfq.attach(nn.TransformerEncoderLayer(8, 2, 16))
     assert {p.name for p in placement.layers} == {"linear1", "linear2"}
@@ -147,10 +198,48 @@ def test_a_model_with_nothing_to_quantize_warns() -> None:
         lfq.attach(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)))
 
 
-def test_a_parametrized_weight_is_refused_with_the_remedy() -> None:
-    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)))
-    with pytest.raises(ValueError, match="remove_parametrizations"):
-        lfq.attach(model)
+def test_a_parametrized_weight_is_left_in_float_and_named_unless_a_rule_asks_for_it() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), parametrizations.spectral_norm(nn.Linear(3, 3)))
+    assert "remove_parametrizations" in dict(lfq.attach(model).left_in_float)["1"]
+    placement = lfq.attach(model, rules=[lfq.Rule("1", weight=None, activation=None)])
+    assert [p.name for p in placement.layers] == ["0"]
+    with pytest.raises(ValueError, match=r"left in float is 1 .*remove_parametrizations"):
+        lfq.attach(model, rules=[lfq.Rule("1", weight=4)])
+
+
+@pytest.mark.parametrize("option", [{"sparse": True}, {"max_norm": 1.0}])
+def test_an_embedding_whose_weights_cannot_be_quantized_is_left_in_float_and_named(option: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Embedding(10, 4, **option), nn.Linear(4, 2))
+    assert next(iter(option)) in dict(lfq.attach(model).left_in_float)["0"]
+    tokens = torch.randint(0, 10, (3,))
+    lfq.calibrate(model, [tokens])
+    lfq.set_phase(model, "learn")
+    model(tokens).sum().backward()
+
+
+def test_layers_inside_a_metric_are_left_in_float_and_named() -> None:
+    class Score(torchmetrics.Metric):
+        def __init__(self, shared: nn.Module) -> None:
+            super().__init__()
+            self.judge, self.shared = nn.Linear(4, 4), shared
+
+        def update(self, x: torch.Tensor) -> None:
+            pass
+
+        def compute(self) -> torch.Tensor:
+            return torch.zeros(())
+
+    model = nn.ModuleDict({"score": Score(shared := nn.Linear(4, 4)), "net": shared, "head": nn.Linear(4, 2)})
+    placement = lfq.attach(model)
+    assert {model.get_submodule(p.name) for p in placement.layers} == {model["net"], model["head"]}
+    assert "metric" in dict(placement.left_in_float)["score.judge"]
+
+
+def test_a_rule_may_go_by_any_name_of_a_shared_module() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"z": nn.Linear(4, 4), "a": shared, "b": shared, "c": nn.Linear(4, 4)})
+    for name in ("a", "b"):
+        assert lfq.attach(model, rules=[lfq.Rule(name, weight=3)]).layers[1].weight.bits == 3
 
 
 def test_an_unmaterialised_lazy_layer_is_refused_with_the_remedy() -> None:

@@ -90,8 +90,17 @@ class Observer(nn.Module):
         """What this observer wants to know of x, of the finite values alone."""
         if x.numel() == 0:
             return self.nothing()
+        self._check_channels(x)
         x = x.detach()
         return Statistics(self._extremes(rows_of(x, self.axis, self.group_size)), self.sums_of(x))
+
+    def _check_channels(self, x: Tensor) -> None:
+        axis = self.axis
+        if axis is not None and (not -x.ndim <= axis < x.ndim or x.shape[axis] != self.channels):
+            raise ValueError(
+                f"Dimension {axis} of `x` must have an entry for each of the {self.channels} channels. Found shape "
+                f"{tuple(x.shape)}: give `axis` the dimension of the channels, or use one scale per tensor."
+            )
 
     def sums_of(self, x: Tensor) -> Tensor:
         """The statistics of x that add up, of shape (channels, sums)."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lfq_lightning.placement.host import (
     QuantizedLayer,
+    check_compressible,
     hosts,
     plain_name,
     quantize_layer,
@@ -62,42 +63,41 @@ def attach(
         2      Linear  8 bit symmetric per_channel  float
     """
     placement = plan(model, weight, activation, rules)
-    apply(model, placement)
-    set_compressed(model, compress_saved)
+    apply(model, placement, compress_saved)
     return placement
 
 
-def apply(model: nn.Module, placement: Placement) -> None:
-    """Carry a placement out; a layer that already has these specifications keeps its quantizers and their state."""
+def apply(model: nn.Module, placement: Placement, compress_saved: bool = False) -> None:
+    """Carry a placement out; a layer that already has these specifications keeps its quantizers and their state.
+
+    Whatever can refuse does so before the first layer is changed.
+    """
+    check_compressible(model, compress_saved)
     modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     wanted = {id(modules[layer.name]): layer for layer in placement.layers}
-    fresh = []
+    replaced: set[nn.Module] = set()
+    shared: dict[int, LearnableFakeQuantize] = {}
     for name, layer in hosts(model).items():
         placed = wanted.get(id(layer))
         if placed is None or (placed.weight, placed.activation) != _specs(layer):
             _check_replaceable(name, layer, placed)
-            fresh.append(layer)
-    for layer in fresh:
-        restore_layer(layer)
-    shared: dict[int, LearnableFakeQuantize] = {
-        id(layer.weight): layer.weight_quantizer
-        for layer in hosts(model).values()
-        if layer.weight_quantizer is not None
-    }
+            replaced.add(layer)
+        elif layer.weight_quantizer is not None:
+            shared[id(layer.weight)] = layer.weight_quantizer
+    made = []
     for placed in placement.layers:
-        layer = modules[placed.name]
-        if not isinstance(layer, QuantizedLayer):
-            weight = shared.get(id(layer.weight))
-            if weight is None or placed.weight is None:
-                weight = _weight_quantizer(layer, placed.weight)
-            elif weight.spec != placed.weight:
-                raise ValueError(
-                    f"Layers that share one weight need one specification. Found {weight.spec!r} and {placed.weight!r} "
-                    f"for {placed.name!r}: make their rules agree."
-                )
-            if weight is not None:
-                shared[id(layer.weight)] = weight
-            quantize_layer(layer, weight, _activation_quantizer(layer, placed.activation))
+        module = modules[placed.name]
+        if module in replaced or not isinstance(module, QuantizedLayer):
+            weight = None
+            if placed.weight is not None:
+                weight = shared.get(id(module.weight)) or _weight_quantizer(module, placed.weight)
+                shared[id(module.weight)] = weight
+            made.append((module, weight, _activation_quantizer(module, placed.activation)))
+    for module in replaced:
+        restore_layer(module)
+    for module, weight, activation in made:
+        quantize_layer(module, weight, activation)
+    set_compressed(model, compress_saved)
 
 
 def _specs(layer: QuantizedLayer) -> tuple[QuantSpec | None, QuantSpec | None]:
@@ -115,9 +115,7 @@ def _check_replaceable(name: str, layer: QuantizedLayer, placed: PlacedLayer | N
             )
 
 
-def _weight_quantizer(layer: nn.Module, spec: QuantSpec | None) -> LearnableFakeQuantize | None:
-    if spec is None:
-        return None
+def _weight_quantizer(layer: nn.Module, spec: QuantSpec) -> LearnableFakeQuantize:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     axis = spec.axis if spec.axis is not None else int(isinstance(layer, TRANSPOSED))
@@ -132,10 +130,10 @@ def _weight_quantizer(layer: nn.Module, spec: QuantSpec | None) -> LearnableFake
 def _activation_quantizer(layer: nn.Module, spec: QuantSpec | None) -> LearnableFakeQuantize | None:
     if spec is None:
         return None
-    channels = input_channels(layer) if spec.granularity == "per_channel" else None
+    channels, axis = input_channels(layer) if spec.granularity == "per_channel" else (None, None)
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return LearnableFakeQuantize.from_spec(spec, channels, device=weight.device).start_off()
+    return LearnableFakeQuantize.from_spec(spec, channels, axis=axis, device=weight.device).start_off()
 
 
 def detach(model: nn.Module) -> None:

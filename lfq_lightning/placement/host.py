@@ -118,13 +118,18 @@ def hosts(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 def set_compressed(model: nn.Module, compress: bool) -> None:
     """Whether quantized layers rebuild in backward what they would otherwise keep for it."""
+    check_compressible(model, compress)
+    for layer in hosts(model).values():
+        layer.saved = Saved() if compress else None
+
+
+def check_compressible(model: nn.Module, compress: bool) -> None:
+    """Raise ValueError where nothing can be rebuilt, since a compiler decides what is kept."""
     if compress and any(isinstance(module, OptimizedModule) for module in model.modules()):
         raise ValueError(
             "`compress_saved` goes with eager execution. Found a model compiled by torch.compile, which decides by "
             "itself what is kept for backward: leave one of the two out."
         )
-    for layer in hosts(model).values():
-        layer.saved = Saved() if compress else None
 
 
 def plain_name(name: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torchmetrics import Metric
 
 from lfq_lightning.placement.host import QuantizedLayer, float_type, plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
@@ -17,18 +18,23 @@ QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Embed
 
 
 def candidates(model: nn.Module, rules: Iterable[Rule]) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers that can be quantized, and those with weights that cannot, with the reason."""
+    """The layers that can be quantized, and those with weights that cannot, with the reason; each by its first name."""
     asked = {rule.match for rule in rules if isinstance(rule.match, type)}
     found: dict[str, nn.Module] = {}
     left: dict[str, str] = {}
     inside: set[nn.Module] = set()
-    for path, module in model.named_modules():
+    metrics: tuple[str, ...] = ()
+    for module, (name, *others) in all_names(model).items():
         if isinstance(module, LearnableFakeQuantize):
             inside.update(module.modules())
+        if isinstance(module, Metric):
+            metrics += (f"{name}.",)
         if module in inside:
             continue
-        name, layer_type = plain_name(path), float_type(module)
+        layer_type = float_type(module)
         reason = _reason_against(module, layer_type, layer_type in asked)
+        if reason is None and all(any(n.startswith(metric) for metric in metrics) for n in (name, *others)):
+            reason = "it belongs to a metric, which computes by itself"
         if reason is None:
             found[name] = module
         elif reason:
@@ -36,11 +42,24 @@ def candidates(model: nn.Module, rules: Iterable[Rule]) -> tuple[dict[str, nn.Mo
     return found, left
 
 
+def all_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every dotted name of each module; a shared one has several."""
+    names: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(plain_name(path))
+    return names
+
+
 def _reason_against(module: nn.Module, layer_type: type[nn.Module], asked: bool) -> str | None:
     """None: it can be quantized. Empty: it has no weights to speak of. Else: the reason to name."""
+    parametrized = isinstance(module, QUANTIZABLE) and parametrize.is_parametrized(module, "weight")
+    if parametrized and not isinstance(module, QuantizedLayer):
+        return "a parametrized weight; `torch.nn.utils.parametrize.remove_parametrizations` makes it a plain one"
     if layer_type in QUANTIZABLE or is_lazy(module) or (asked and issubclass(layer_type, QUANTIZABLE)):
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             return "max_norm changes its weights in forward"
+        if isinstance(module, nn.Embedding) and module.sparse:
+            return "sparse=True gives its weights sparse gradients"
         return None
     if isinstance(module, nn.MultiheadAttention):
         return "attention reads its projections' weights directly"
@@ -48,11 +67,6 @@ def _reason_against(module: nn.Module, layer_type: type[nn.Module], asked: bool)
         return "attention reads these weights directly"
     if isinstance(module, nn.RNNBase):
         return "recurrent layers are not supported"
-    if isinstance(module, QUANTIZABLE) and parametrize.is_parametrized(module, "weight"):
-        raise ValueError(
-            f"A layer with a parametrized weight cannot be quantized. Found {type(module).__name__}: call "
-            "`torch.nn.utils.parametrize.remove_parametrizations` first, or attach before parametrizing."
-        )
     if isinstance(module, QUANTIZABLE):
         return f"a subclass of a supported type; a Rule({layer_type.__name__}, ...) with the type quantizes it"
     return ""
@@ -90,9 +104,12 @@ def check_quantizable(name: str, layer: nn.Module, weight: QuantSpec | None, act
             f"{name!r}: use 'per_channel' there."
         )
     if activation is not None and activation.axis is not None and activation.axis == 0:
-        raise ValueError(f"Dimension 0 of an activation is the batch. Found axis 0 for the input of {name!r}: use 1.")
+        raise ValueError(
+            f"Dimension 0 of an activation is the batch. Found axis 0 for the input of {name!r}: use "
+            f"{input_channels(layer)[1]}."
+        )
 
 
-def input_channels(layer: nn.Module) -> int:
-    """How many channels a layer's input has."""
-    return int(getattr(layer, "in_features", None) or layer.in_channels)  # type: ignore[arg-type]
+def input_channels(layer: nn.Module) -> tuple[int, int]:
+    """How many channels a layer's input has, and which dimension they are: the last of a Linear's, which may be any."""
+    return (layer.in_features, -1) if isinstance(layer, nn.Linear) else (int(layer.in_channels), 1)  # type: ignore[arg-type]

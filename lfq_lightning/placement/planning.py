@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 from torch import nn
 
-from lfq_lightning.placement.host import float_type, plain_name
-from lfq_lightning.placement.layers import candidates, check_quantizable, is_lazy
+from lfq_lightning.placement.host import float_type
+from lfq_lightning.placement.layers import all_names, candidates, check_quantizable, is_lazy
 from lfq_lightning.rules import Rule
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, weight_spec
 
@@ -55,11 +55,12 @@ def plan(
         if not isinstance(rule, Rule):
             raise TypeError(f"`rules` must hold Rule objects. Found {rule!r} of type {type(rule).__name__}.")
     found, left = candidates(model, rules)
+    names = all_names(model)
     if final:
-        _check_rules(rules, model, found)
+        _check_rules(rules, names, found, left)
     chosen: list[tuple[str, nn.Module, list[QuantSpec | None], list[bool]]] = []
     for name, layer in found.items():
-        decides = next((r for r in rules if r.matches(name, float_type(layer))), None)
+        decides = next((r for r in rules if _speaks_of(r, layer, names)), None)
         specs, ruled = list(defaults), [False, False]
         if decides is not None and decides.weight != "default":
             specs[0], ruled[0] = weight_spec(decides.weight), True
@@ -74,14 +75,20 @@ def plan(
             specs[1] = None
         if specs != [None, None]:
             chosen.append((name, layer, specs, ruled))
-    placed = []
-    for position, (name, layer, specs, ruled) in enumerate(chosen):
-        if position in (0, len(chosen) - 1):
-            specs = [s if r else _at_least_8_bits(s) for s, r in zip(specs, ruled, strict=True)]
+    ends = [layer for _, layer, _, _ in chosen[:1] + chosen[-1:]]
+    # Layers that are tied to the first or the last have its weight, and so its bits.
+    end_weights = {id(layer.weight) for _, layer, _, ruled in chosen if layer in ends and not ruled[0]}
+    placed: list[PlacedLayer] = []
+    weights: dict[int, PlacedLayer] = {}
+    for name, layer, specs, ruled in chosen:
+        at_end = id(layer.weight) in end_weights, layer in ends
+        specs = [_at_least_8_bits(s) if e and not r else s for s, r, e in zip(specs, ruled, at_end, strict=True)]
         if not final and is_lazy(layer):
             continue
         check_quantizable(name, layer, *specs)
         placed.append(PlacedLayer(name, float_type(layer).__name__, specs[0], specs[1]))
+        if specs[0] is not None:
+            _check_tied(weights.setdefault(id(layer.weight), placed[-1]), placed[-1])
     if final and not placed:
         warnings.warn(
             f"{type(model).__name__} has nothing to quantize: no layer of a supported type, or all were left in float.",
@@ -96,24 +103,51 @@ def _at_least_8_bits(spec: QuantSpec | None) -> QuantSpec | None:
     return spec.replace(bits=8)
 
 
-def _check_rules(rules: tuple[Rule, ...], model: nn.Module, found: dict[str, nn.Module]) -> None:
+def _check_tied(first: PlacedLayer, other: PlacedLayer) -> None:
+    if first.weight != other.weight:
+        raise ValueError(
+            f"Layers that share one weight need one specification for it. Found {first.weight!r} for {first.name!r} "
+            f"and {other.weight!r} for {other.name!r}: give both the same `weight`, each with a Rule."
+        )
+
+
+def _speaks_of(rule: Rule, module: nn.Module, names: Mapping[nn.Module, list[str]]) -> bool:
+    return any(rule.matches(name, float_type(module)) for name in names[module])
+
+
+def _check_rules(
+    rules: tuple[Rule, ...],
+    names: Mapping[nn.Module, list[str]],
+    found: Mapping[str, nn.Module],
+    left: Mapping[str, str],
+) -> None:
+    in_float = [module for module, (name, *_) in names.items() if name in left]
     free = dict(found)
     for rule in rules:
-        taken = [name for name, layer in free.items() if rule.matches(name, float_type(layer))]
-        if not taken:
-            raise ValueError(f"{rule!r} applies to nothing: {_why_unused(rule, model, found)}")
+        taken = [name for name, layer in free.items() if _speaks_of(rule, layer, names)]
+        asked = rule.weight, rule.activation
+        excludes = None in asked and all(value is None or value == "default" for value in asked)
+        if not taken and not (excludes and any(_speaks_of(rule, module, names) for module in in_float)):
+            raise ValueError(f"{rule!r} applies to nothing: {_why_unused(rule, names, found, left)}")
         for name in taken:
             del free[name]
 
 
-def _why_unused(rule: Rule, model: nn.Module, found: dict[str, nn.Module]) -> str:
-    shadowed = [name for name, layer in found.items() if rule.matches(name, float_type(layer))]
+def _why_unused(
+    rule: Rule, names: Mapping[nn.Module, list[str]], found: Mapping[str, nn.Module], left: Mapping[str, str]
+) -> str:
+    shadowed = [name for name, layer in found.items() if _speaks_of(rule, layer, names)]
     if shadowed:
         return f"an earlier rule already decides for {', '.join(shadowed)}. Put it before that rule."
-    modules = {plain_name(n): m for n, m in model.named_modules()}
-    other = [n for n, m in modules.items() if rule.matches(n, float_type(m)) and n]
+    other = [name for module, (name, *_) in names.items() if _speaks_of(rule, module, names) and name]
+    reasons = [f"{name} ({left[name]})" for name in other if name in left]
+    if reasons:
+        return f"left in float is {', '.join(reasons[:5])}. Remove the rule, or what stands in the way."
     if other:
         return f"{', '.join(other[:5])} has no floating weights of a kind that can be quantized. Remove the rule."
-    near = get_close_matches(rule.match, modules, n=3, cutoff=0.3) if isinstance(rule.match, str) else []
-    names = near or list(found)[:5]
-    return f"no module has that {'name' if isinstance(rule.match, str) else 'type'}. Near are {', '.join(names)}."
+    known = [name for several in names.values() for name in several]
+    near = get_close_matches(rule.match, known, n=3, cutoff=0.3) if isinstance(rule.match, str) else []
+    return (
+        f"no module has that {'name' if isinstance(rule.match, str) else 'type'}. "
+        f"Near are {', '.join(near or list(found)[:5])}."
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 
 from lfq_lightning.checkpoint import check_loadable, fit_to
+from lfq_lightning.placement.host import hosts, restore_layer
 from lfq_lightning.training.optimizer import hidden_qparams
 from lfq_lightning.training.wrapping import Wrappers
 
@@ -16,22 +17,30 @@ from lfq_lightning.training.wrapping import Wrappers
 def meet_quantizers(
     wrappers: Wrappers,
     model: L.LightningModule,
-    attach: Callable[[], None],
+    attach: Callable[[bool], None],
     arranged: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    """Wrap the module's hooks.
+    """Attach quantizers, and wrap the module's hooks.
 
     Args:
         wrappers: what takes them off again.
         model: the module.
-        attach: puts quantizers on the layers that `configure_model` made.
+        attach: puts quantizers on layers; called with False now and with True when `configure_model` has made the rest.
         arranged: what `configure_optimizers` runs in.
     """
+    before = set(hosts(model).values())
+    attach(False)
 
     def configure_model(original: Any) -> None:
         with hidden_qparams(model):  # `fully_shard` leaves them whole
             original()
-        attach()
+        try:
+            attach(True)
+        except Exception:
+            for layer in hosts(model).values():
+                if layer not in before:
+                    restore_layer(layer)
+            raise
 
     def configure_optimizers(original: Any) -> Any:
         with arranged():

@@ -127,7 +127,7 @@ class QuantizationAwareTraining(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over from the user's optimizers what concerns qparams; refuse what could not be exported."""
         if self.export is not None:
-            check_fit(trainer, pl_module)
+            check_fit(trainer, pl_module, self.export)
             self._last_batch = None
         self._wrappers.remove()
         self.qparam_optimizer = make_optimizer(trainer, pl_module, self.optimizer, self.lr_schedule)

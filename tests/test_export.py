@@ -206,3 +206,12 @@ def test_a_fit_ends_with_an_exported_file_and_an_unchanged_model(tmp_path: Path)
 def test_what_cannot_be_exported_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be exported to integers: the weight of 'first' has 16 bits"):
         fit(tmp_path, Net(), callback=qat(weight=16, export="model.onnx"))
+
+
+@pytest.mark.parametrize("path", ["/proc/nowhere/model.onnx", "/tmp"])
+def test_a_file_that_cannot_be_written_is_refused_before_training(tmp_path: Path, path: str) -> None:
+    model = Net()
+    weight = model.first.weight.clone()
+    with pytest.raises(ValueError, match=f"`export` must name a file that can be written. Found `{path}`"):
+        fit(tmp_path, model, callback=qat(export=path))
+    assert torch.equal(model.first.weight, weight)

@@ -41,7 +41,7 @@ COLLAPSED = {
     "zero point not finite": ([replace(HEALTHY, zero_point_min=math.nan)], "not finite"),
     "saturated": ([replace(HEALTHY, saturation=0.97)] * 3, "clamps 97%"),
     "pinned": (
-        [HEALTHY] + [replace(HEALTHY, zero_point_min=15, zero_point_mean=15, zero_point_max=15)] * 20,
+        [HEALTHY] + [replace(HEALTHY, zero_point_min=15, zero_point_mean=15, zero_point_max=15, saturation=0.4)] * 20,
         "15, an end",
     ),
 }
@@ -58,6 +58,7 @@ def test_each_kind_of_collapse_is_seen_when_it_is_certain(kind: str) -> None:
 WELL = {
     "dead channel": [replace(HEALTHY, scale_min=FLOOR)] * 30,  # a channel of zeros, from the first row on
     "after relu": [replace(HEALTHY, zero_point_min=0, zero_point_mean=0, zero_point_max=0)] * 30,
+    "moved there by a relu": [HEALTHY] + [replace(HEALTHY, zero_point_min=0, zero_point_mean=0, zero_point_max=0)] * 30,
     "one batch": [HEALTHY, replace(HEALTHY, saturation=0.97), HEALTHY] * 10,
     "nothing measured": [replace(HEALTHY, saturation=math.nan)] * 30,
     "not learning": [replace(HEALTHY, phase="observe", saturation=1.0)] * 30,

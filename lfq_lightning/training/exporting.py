@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -26,15 +27,16 @@ from lfq_lightning.placement import detach
 from lfq_lightning.placement.host import quantizers
 
 
-def check_fit(trainer: L.Trainer, model: L.LightningModule) -> None:
+def check_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path) -> None:
     """Refuse, before training, a fit whose model could not be exported when it ends.
 
     Raises:
         ImportError: if onnx, onnxscript or onnxruntime is missing.
         ValueError: for settings that integer formats do not hold, a module without `forward`, sharded weights, or
-            hyper-parameters that no checkpoint gives back safely.
+            hyper-parameters that no checkpoint gives back safely, or a file that cannot be written.
     """
     require_onnx()
+    _check_writable(trainer, _target(trainer, path))
     check_exportable(model)
     if type(model).forward is L.LightningModule.forward:
         raise ValueError(
@@ -55,6 +57,23 @@ def check_fit(trainer: L.Trainer, model: L.LightningModule) -> None:
             f"hyper-parameters {', '.join(unreadable)}, whose classes must be run to be read: keep them out with "
             "`self.save_hyperparameters(ignore=[...])`."
         )
+
+
+def _target(trainer: L.Trainer, path: str | Path) -> Path:
+    return Path(trainer.log_dir or trainer.default_root_dir, path)  # every rank takes part in the first
+
+
+def _check_writable(trainer: L.Trainer, where: Path) -> None:
+    if not trainer.is_global_zero:
+        return
+    try:
+        where.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=where.parent):
+            found = "a directory" if where.is_dir() else ""
+    except OSError as error:
+        found = str(error)
+    if found:
+        raise ValueError(f"`export` must name a file that can be written. Found `{where}` ({found}): choose another.")
 
 
 def check_batch(model: L.LightningModule, batch: Any) -> None:
@@ -89,7 +108,7 @@ def export_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path, b
         ):
             break
         rank_zero_warn(f"{saved} is from before quantization and is not exported: see `lfq_lightning.while_learning`.")
-    where = Path(trainer.log_dir or trainer.default_root_dir, path)
+    where = _target(trainer, path)
     parity = export_onnx(exported, _inputs(model, batch), where)
     rank_zero_info(f"Exported {saved or 'the model'} to {where}.\n{parity}")
     return parity

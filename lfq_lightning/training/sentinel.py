@@ -23,8 +23,8 @@ _FLOOR = torch.finfo(torch.float32).eps * (1 + 1e-6)
 _SHRUNK = 1e-3
 # What a quantizer clamps is lost; zeros after a ReLU never count as clamped.
 _SATURATED, _SATURATED_FOR = 0.75, 3
-# ReLU's zero points rest at an end from the start; only one that moved there and stayed is suspicious.
-_PINNED_FOR = 20
+# After a ReLU a zero point belongs at an end. One is suspicious that moved there, stayed, and clamps what lies beyond.
+_PINNED_FOR, _BEYOND = 20, 0.1
 
 _REMEDY = (
     "Lower the learning rate of scales and zero points (`optimizer`), observe for longer (`schedule`), give the layer "
@@ -36,8 +36,8 @@ class Sentinel:
     """Finds collapsed quantizers in the rows of a trajectory, and reacts to each.
 
     Collapsed is a quantizer whose scale or zero point is not finite, and, while it learns, one whose scale fell to its
-    floor or to a thousandth, which clamps most of what it is given, or whose zero point moved to an end of the range
-    and stays there.
+    floor or to a thousandth, which clamps most of what it is given, or whose zero point moved to an end of the range,
+    stays there, and lies where a good part of what it is given does not.
 
     Args:
         reaction: "warn" names it once; "reinit" also estimates its qparams anew; "raise" ends the run.
@@ -89,10 +89,12 @@ class Sentinel:
         if self._lasts(name, "saturated", row.saturation > _SATURATED, _SATURATED_FOR):
             return f"it clamps {row.saturation:.0%} of what it is given"
         at_end = row.zero_point_max <= quantizer.quant_min or row.zero_point_min >= quantizer.quant_max
-        pinned = at_end and not quantizer.symmetric
+        pinned = at_end and not quantizer.symmetric and row.saturation >= _BEYOND
         self._streaks.setdefault(name, {}).setdefault("pinned", -math.inf if pinned else 0)
         if self._lasts(name, "pinned", pinned, _PINNED_FOR):
-            return f"its zero point went to {row.zero_point_mean:g}, an end of the range, and stays there"
+            return (
+                f"its zero point went to {row.zero_point_mean:g}, an end of the range, and clamps {row.saturation:.0%}"
+            )
         return ""
 
     def _lasts(self, name: str, what: str, holds: bool, records: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from lfq_lightning.phases import gathering, go_on, merge_statistics
 from lfq_lightning.placement.host import quantizers
+from lfq_lightning.running import in_eval_mode, run
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None) -> None:
@@ -48,25 +49,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Mo
         raise ValueError("`batches` must hold at least one batch. Found none: an iterator may have been used up.")
     before = {quantizer: quantizer.switches for quantizer in found.values()}
     go_on(model, "observe")
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with gathering(model), torch.no_grad():
+        with in_eval_mode(model), gathering(model), torch.no_grad():
             for batch in itertools.chain([first], batches):
-                (forward or _forward)(model, batch)
+                (forward or run)(model, batch)
                 for name, met in merge_statistics(model).items():
                     found[name].warn_non_finite(met, name)
     except BaseException:
         for quantizer, switches in before.items():
             quantizer.fake_quant_enabled, quantizer.static_enabled, quantizer.learning_enabled = switches
         raise
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     go_on(model, "estimate")
-
-
-def _forward(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)

@@ -122,8 +122,8 @@ def test_a_weight_starts_over_from_itself() -> None:
 
 def test_an_input_that_starts_over_at_an_end_of_its_range_is_not_suspicious_there() -> None:
     model, sentinel = learned(), Sentinel("reinit")
-    at_end = replace(HEALTHY, zero_point_min=0, zero_point_mean=0, zero_point_max=0)
-    with pytest.warns(UserWarning, match="stays there"):
+    at_end = replace(HEALTHY, zero_point_min=0, zero_point_mean=0, zero_point_max=0, saturation=0.4)
+    with pytest.warns(UserWarning, match="an end of the range"):
         started_over = [sentinel.react(model, sentinel.collapsed(model, [row])) for row in [HEALTHY] + [at_end] * 60]
     assert [len(found) for found in started_over] == [0] * 20 + [1] + [0] * 40
 

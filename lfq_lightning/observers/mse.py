@@ -13,6 +13,7 @@ from lfq_lightning.ops import power_of_two_below
 # Shares of the whole range: a quarter of an octave apart, then a sixteenth around the best of those.
 _COARSE = 2.0 ** (torch.arange(-20, 1, dtype=torch.float32, device="cpu") / 4)
 _FINE = 2.0 ** (torch.arange(-4, 5, dtype=torch.float32, device="cpu") / 16)
+_LARGEST = torch.finfo(torch.float32).max
 _AT_ONCE = 1 << 21  # elements of one step of the search
 
 
@@ -54,7 +55,9 @@ class MSEObserver(HistogramObserver):
         for shares in (_COARSE.to(low.device), _FINE.to(low.device)):
             # An affine range may be narrowed at either end, each by its own share.
             pairs = shares.expand(2, -1) if self.symmetric else torch.cartesian_prod(shares, shares).T
-            lows, highs = pairs[0][:, None] * low, pairs[1][:, None] * high
+            # Finite, where a share above 1 of the largest numbers is not.
+            lows = (pairs[0][:, None] * low).clamp(min=-_LARGEST)
+            highs = (pairs[1][:, None] * high).clamp(max=_LARGEST)
             step = max(1, _AT_ONCE // max(points.counts.numel(), 1))
             parts = zip(lows.split(step), highs.split(step), strict=True)
             best = torch.cat([self._errors(points, unit, *part) for part in parts]).argmin(0, keepdim=True)

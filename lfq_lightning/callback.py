@@ -142,8 +142,8 @@ class QuantizationAwareTraining(L.Callback):
         self._schedule_in_force, steps = settle_schedule(trainer, pl_module, self.schedule, before.get("schedule"))
         self._recorder.open(trainer, steps, before.get("recorder", {}))
         self._sentinel.load_state_dict(before.get("sentinel", {}))
-        show_phase(self._arranged, trainer, pl_module)
         self._lead = leading_quantizer(pl_module)
+        show_phase(self._arranged, trainer, self._lead)
         self._enter_phase(trainer, pl_module)
 
     def _take_up(self) -> bool:

@@ -34,8 +34,8 @@ CASES = [
 
 @pytest.mark.parametrize(("network", "setting"), CASES)
 def test_onnx_runtime_gives_the_answers_of_a_trained_network(tmp_path: Path, network: str, setting: str) -> None:
-    model = trained(network, *SETTINGS[setting])
-    assert accuracy(model, network) > (0.4 if setting.startswith("w2") else 0.85)
+    model = trained(network, *SETTINGS[setting], epochs=3 if setting.startswith("w2") else 1)
+    assert accuracy(model, network) > (0.6 if setting.startswith("w2") else 0.85)
     if network in ("residual", "separable"):
         norms = [m.weight for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         assert all((gamma < 0).any() and (gamma == 0).any() for gamma in norms)

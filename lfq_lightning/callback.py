@@ -28,6 +28,7 @@ from lfq_lightning.training.run_phases import enter_phase, show_phase, start_ove
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.sharding import check_strategy
 from lfq_lightning.training.user_optimizer import UserOptimizers, arranged_qparams, check_choice, make_optimizer
+from lfq_lightning.training.weight_steps import WeightSteps
 from lfq_lightning.training.wrapping import Wrappers
 
 
@@ -94,12 +95,12 @@ class QuantizationAwareTraining(L.Callback):
         self.reobserve, self.compress_saved = reobserve, compress_saved
         self.record_every_n_steps, self.export = record_every_n_steps, export
 
-        self._recorder = Recorder(record_every_n_steps)
-        self._sentinel = Sentinel(on_collapse)
+        self._recorder, self._sentinel = Recorder(record_every_n_steps), Sentinel(on_collapse)
         self.placement: Placement | None = None
         self.parity: Parity | None = None
         self._last_batch: Any = None
         self.qparam_optimizer: QParamOptimizer | UserOptimizers | None = None
+        self._weight_steps = WeightSteps()
         self._schedule_in_force: PhaseSchedule | None = self.schedule
         self._lead: LearnableFakeQuantize | None = None  # the one whose phase is the model's in this run
         self._restored: dict[str, Any] = {}
@@ -131,6 +132,7 @@ class QuantizationAwareTraining(L.Callback):
             self._last_batch = None
         self._wrappers.remove()
         self.qparam_optimizer = make_optimizer(trainer, pl_module, self.optimizer, self.lr_schedule)
+        self._weight_steps.follow(pl_module, trainer.optimizers)
         if not self._take_up() and self.reobserve:
             start_over(pl_module)
         set_gathering(pl_module, False)
@@ -163,6 +165,7 @@ class QuantizationAwareTraining(L.Callback):
     ) -> None:
         """Gather statistics from this batch's forward passes, and measure them where a record is due."""
         open_epoch(trainer)
+        self._weight_steps.forget()
         self._enter_phase(trainer, pl_module)
         assert self.qparam_optimizer is not None
         self._recorder.log_epoch(trainer, pl_module, self.qparam_optimizer.learning_rates)
@@ -190,9 +193,10 @@ class QuantizationAwareTraining(L.Callback):
         self._recorder.after_epoch(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Let no user's optimizer move qparams outside `learn`."""
+        """Let no user's optimizer move qparams outside `learn`, and note where it moves weights of few bits from."""
         if isinstance(self.qparam_optimizer, UserOptimizers):
             self.qparam_optimizer.keep_still()
+        self._weight_steps.remember(optimizer)
 
     def _enter_phase(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._schedule_in_force is not None
@@ -221,11 +225,10 @@ class QuantizationAwareTraining(L.Callback):
 
     def _let_go(self, pl_module: L.LightningModule) -> None:
         self._recorder.close()
-        self._wrappers.remove()
-        self._arranged.remove()
+        for attached in (self._wrappers, self._arranged, self._weight_steps, self.qparam_optimizer):
+            if attached is not None:
+                attached.remove()
         set_gathering(pl_module, None)
-        if self.qparam_optimizer is not None:
-            self.qparam_optimizer.remove()
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -53,6 +53,9 @@ class QuantSpec:
             et al. 2020); "power_of_two": log2 s, and the scale used is 2^round(log2 s), for hardware that shifts. An
             optimizer of your own, without the callback, steps s itself in each.
         learn_zero_point: whether an affine quantizer's zero point learns (LSQ+), or stays as it was estimated.
+        lr_factor: multiplies the steps that the optimizer takes on a weight while it is quantized, under the callback.
+            "bits": 2^(4 - bits) below 4 bits, else 1. A code changes when its weight has crossed half a quantization
+            step, which is longer the fewer the bits; with this factor codes of 2 bits change as readily as those of 4.
 
     Raises:
         TypeError: if a value has the wrong type.
@@ -77,6 +80,7 @@ class QuantSpec:
     saturation: Saturation = "lsq"
     scale_domain: ScaleDomain = "linear"
     learn_zero_point: bool = True
+    lr_factor: float | Literal["bits"] = "bits"
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int):
@@ -92,12 +96,18 @@ class QuantSpec:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}. Found {getattr(self, name)!r}.")
         self._check_granularity()
         self._check_range()
-        if self.grad_factor != "lsq":
-            if isinstance(self.grad_factor, bool) or not isinstance(self.grad_factor, (int, float, str)):
-                raise TypeError(f'`grad_factor` must be "lsq" or a number. Found {self.grad_factor!r}.')
-            if isinstance(self.grad_factor, str) or not 0 < self.grad_factor < math.inf:
-                raise ValueError(f'`grad_factor` must be "lsq" or a positive number. Found {self.grad_factor!r}.')
-            object.__setattr__(self, "grad_factor", float(self.grad_factor))
+        for name, word in (("grad_factor", "lsq"), ("lr_factor", "bits")):
+            self._check_factor(name, word)
+
+    def _check_factor(self, name: str, word: str) -> None:
+        value = getattr(self, name)
+        if value == word:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise TypeError(f'`{name}` must be "{word}" or a number. Found {value!r}.')
+        if isinstance(value, str) or not 0 < value < math.inf:
+            raise ValueError(f'`{name}` must be "{word}" or a positive number. Found {value!r}.')
+        object.__setattr__(self, name, float(value))
 
     def _check_granularity(self) -> None:
         for name in ("axis", "group_size"):
@@ -138,6 +148,10 @@ class QuantSpec:
         if self.symmetric and (signed if self.signed is None else self.signed):
             return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         return 0, 2**self.bits - 1
+
+    def lr_factor_at(self, bits: int) -> float:
+        """By how much a weight's steps are multiplied while it has so many bits."""
+        return 2.0 ** max(4 - bits, 0) if self.lr_factor == "bits" else float(self.lr_factor)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, as `QuantSpec(**values)` takes them."""
@@ -196,6 +210,8 @@ def activation_spec(value: SpecLike) -> QuantSpec | None:
     spec = _as_spec(value, "activation")
     if spec is not None and spec.granularity == "per_group":
         raise ValueError(f"An activation is quantized per tensor or per channel. Found {spec!r}.")
+    if spec is not None and spec.lr_factor != "bits":
+        raise ValueError(f"`lr_factor` goes with a weight, which an optimizer steps. Found {spec!r} for an activation.")
     return spec
 
 

@@ -28,6 +28,7 @@ from lfq_lightning.techniques.batch_norm import reestimate_batch_norm
 from tests.runs import Net, fit, images, qat
 
 SCHEDULE = lfq.PhaseSchedule(observe=0, estimate=1, learn=2)
+TWO_BITS = [lfq.Rule("second", weight=2)]  # a weight whose steps are lengthened on every rank
 STILL = partial(torch.optim.SGD, lr=0.0)
 
 
@@ -161,7 +162,7 @@ def data(ranks: int, uneven: bool = False, batches: int = 8) -> DataLoader[Any]:
 
 
 def run(directory: Path, model: type[L.LightningModule] = NormFree, ranks: int = 2, **options: Any) -> Any:
-    callback = options.pop("callback", None) or qat(schedule=SCHEDULE, record_every_n_steps=1)
+    callback = options.pop("callback", None) or qat(schedule=SCHEDULE, record_every_n_steps=1, rules=TWO_BITS)
     options = {
         "devices": ranks,
         "strategy": "ddp" if ranks > 1 else "auto",
@@ -181,7 +182,7 @@ def fifty(directory: Path, ranks: int, **options: Any) -> Any:
     """Fifty steps, through observing and estimating to learning."""
     schedule = lfq.PhaseSchedule(observe=0, estimate=10, learn=20, unit="step")
     options = {"data": data(ranks, batches=50), "callbacks": [Equal()], **options}
-    return run(directory, ranks=ranks, callback=qat(schedule=schedule), max_epochs=1, **options)
+    return run(directory, ranks=ranks, callback=qat(schedule=schedule, rules=TWO_BITS), max_epochs=1, **options)
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Tensor]:

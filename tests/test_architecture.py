@@ -47,7 +47,7 @@ FLOORS = [
     ["export.comparing", "export.fold", "export.packing"],
     ["export.to_onnx", "export.to_pt2"],
     ["export"],
-    ["training.loggers", "training.slots", "training.sentinel", "training.sharding"],
+    ["training.loggers", "training.slots", "training.sentinel", "training.sharding", "training.weight_steps"],
     ["training.optimizer"],
     ["training.neighbours", "training.recorder", "training.resuming", "training.run_length"],
     ["training.user_optimizer"],

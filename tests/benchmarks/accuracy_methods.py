@@ -146,5 +146,6 @@ VARIANTS: dict[str, Method] = {
     "ours, inputs percentile": partial(ours, activation={"observer": "percentile"}),
     "ours, ranges min-max": partial(ours, weight={"observer": "minmax"}, activation={"observer": "moving_average"}),
     "ours, narrow weights": partial(ours, narrow=True),
+    "ours, steps not lengthened": partial(ours, weight={"lr_factor": 1.0}),
     "ours, exclusive saturation": partial(ours, weight=EXCLUSIVE, activation=EXCLUSIVE),
 }

@@ -103,6 +103,7 @@ def _images(block: str, widths: list[int], learning_rate: float, depth: int = 1)
 TASKS = {
     "residual": _images("residual", [16, 32], 3e-3),
     "separable": _images("separable", [32, 64], 3e-3, depth=2),
+    "separable_fast": _images("separable", [32, 64], 1.2e-2, depth=2),
     "shallow_separable": _images("separable", [32, 64], 3e-3),
     "transformer": Task(LanguageModel, source_code, "bits per byte", bits_per_byte, False, 3, 64, 3e-3),
 }

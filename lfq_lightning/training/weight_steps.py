@@ -1,0 +1,84 @@
+"""Longer steps for weights of few bits, whose codes would hardly change otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lfq_lightning.placement.host import QuantizedLayer, hosts
+from lfq_lightning.quantizer import LearnableFakeQuantize
+
+_Moved = tuple[float, list[Tensor], list[Tensor]]  # a factor, weights, and what they were before the step
+
+
+class WeightSteps:
+    """Multiplies what a step of the user's optimizers does to each quantized weight by its `QuantSpec.lr_factor`.
+
+    Any optimizer will do: learning rates, parameter groups, schedulers and optimizer states stay as they are. A weight
+    is lengthened while it is quantized, and no other is touched or copied.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[tuple[QuantizedLayer, LearnableFakeQuantize]] = []
+        self._before: dict[Optimizer, list[_Moved]] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def follow(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Lengthen the steps of these optimizers from now on, where the model has weights of few bits."""
+        self.remove()
+        factors: dict[int, float] = {}  # by bits
+        for layer in hosts(model).values():
+            spec = None if layer.weight_quantizer is None else layer.weight_quantizer.spec
+            if layer.weight_quantizer is not None and spec is not None and spec.lr_factor_at(spec.bits) != 1.0:
+                self._layers.append((layer, layer.weight_quantizer))
+                factors[spec.bits] = spec.lr_factor_at(spec.bits)
+        for optimizer in optimizers if self._layers else ():
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        for bits, factor in factors.items():
+            rank_zero_info(f"Weights of {bits} bits move {factor:g} times as far a step (`QuantSpec.lr_factor`).")
+
+    @torch.no_grad()
+    def remember(self, optimizer: Optimizer) -> None:
+        """Keep the weights that the optimizer is about to step; the first call before a step counts."""
+        if not self._layers or optimizer in self._before:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        moving: dict[float, dict[int, Tensor]] = {}
+        for layer, quantizer in self._layers:
+            weight = layer.weight
+            if quantizer.fake_quant_enabled and weight.grad is not None and id(weight) in held:
+                assert quantizer.spec is not None
+                moving.setdefault(quantizer.spec.lr_factor_at(quantizer.bitwidth), {})[id(weight)] = weight
+        self._before[optimizer] = [
+            (factor, list(weights.values()), [weight.detach().clone() for weight in weights.values()])
+            for factor, weights in moving.items()
+        ]
+
+    def forget(self) -> None:
+        """Drop what was kept for a step that a gradient scaler left out."""
+        self._before.clear()
+
+    def remove(self) -> None:
+        """Let go of the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._layers = [], []
+        self.forget()
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:  # within a closure, gradients are yet to come, and memory is dear
+            self.remember(optimizer)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for factor, weights, before in self._before.pop(optimizer, ()):
+            torch._foreach_sub_(before, weights)
+            torch._foreach_add_(weights, before, alpha=1.0 - factor)

@@ -1,0 +1,256 @@
+"""Weights of few bits take longer steps than their optimizer gives, and nothing else moves otherwise than it would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, Adam, AdamW
+
+import lfq_lightning as lfq
+from lfq_lightning.training.weight_steps import WeightSteps
+from tests.runs import BATCHES, Net, every_epoch, fit, qat
+from tests.test_precision import scaled
+
+FIRST = 2  # the first optimizer step with quantized weights, of three
+SCHEDULE = lfq.PhaseSchedule(0, 1, FIRST, unit="step")
+WEIGHTS = ("first.weight", "second.weight", "head.weight")
+
+
+class Watched(Net):
+    """The net with any optimizer, stepped automatically or by hand; keeps what each step adds to each parameter."""
+
+    def __init__(self, make: Callable[..., Any] = SGD, by_hand: bool = False) -> None:
+        super().__init__()
+        self.make = make
+        self.steps: list[dict[str, Tensor]] = []
+        self.automatic_optimization = not by_hand
+
+    def configure_optimizers(self) -> Any:
+        return self.make(self.parameters())
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        if self.automatic_optimization:
+            return super().training_step(batch, batch_idx)
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+        return None
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.before = {name: p.detach().clone() for name, p in self.named_parameters()}
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.steps.append({name: p.detach() - self.before[name] for name, p in self.named_parameters()})
+
+
+def low_bits(weight: Any = 2, **options: Any) -> lfq.QuantizationAwareTraining:
+    rules = [lfq.Rule("*", weight=weight)]  # the ends too
+    return qat(weight=8, activation=None, rules=rules, **{"schedule": SCHEDULE, **options})
+
+
+def spec(bits: int = 2, **fields: Any) -> lfq.QuantSpec:
+    return lfq.QuantSpec(bits=bits, granularity="per_channel", **fields)
+
+
+def steps(directory: Path, weight: Any, model: Watched | None = None, **options: Any) -> list[dict[str, Tensor]]:
+    """What the first steps of a run add to each parameter."""
+    torch.manual_seed(3)
+    model = Watched() if model is None else model
+    callback = options.pop("callback", None) or low_bits(weight)
+    fit(directory, model, callback=callback, max_steps=FIRST + 1, max_epochs=1, limit_val_batches=0, **options)
+    return model.steps
+
+
+def compared(directory: Path, make: Callable[[], Watched], weight: Any, **options: Any) -> list[dict[str, float]]:
+    """By how much each parameter moves further than with a factor of 1, in each step."""
+    torch.manual_seed(3)
+    plain = steps(directory / "plain", spec(lr_factor=1), make(), **options)
+    torch.manual_seed(3)
+    found = steps(directory / "found", weight, make(), **options)
+    return [
+        {n: float((a[n] * b[n]).sum() / (b[n] * b[n]).sum()) for n in b if b[n].any()}
+        for a, b in zip(found, plain, strict=True)
+    ]
+
+
+OPTIMIZERS = {
+    "SGD": SGD,
+    "momentum and decay": partial(SGD, lr=0.01, momentum=0.9, weight_decay=0.1),
+    "Adam": partial(Adam, lr=1e-3),
+    "fused AdamW": partial(AdamW, lr=1e-3, weight_decay=0.1, fused=True),
+    "LBFGS": partial(LBFGS, lr=0.01, max_iter=3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weights_of_two_bits_take_four_times_the_step_of_any_optimizer_once_quantized(
+    tmp_path: Path, name: str
+) -> None:
+    *earlier, last = compared(tmp_path, partial(Watched, OPTIMIZERS[name]), 2)
+    # Estimates of the first step are made after it: the second is the first that is quantized.
+    assert earlier[0] == pytest.approx(dict.fromkeys(earlier[0], 1.0))
+    assert earlier[1] == {n: pytest.approx(4.0 if n in WEIGHTS else 1.0, rel=1e-3) for n in earlier[1]}
+    assert set(WEIGHTS) < set(last)
+
+
+def test_steps_by_hand_are_lengthened_too(tmp_path: Path) -> None:
+    found = compared(tmp_path, partial(Watched, by_hand=True), 2)[1]
+    assert {n: found[n] for n in WEIGHTS} == pytest.approx(dict.fromkeys(WEIGHTS, 4.0), rel=1e-3)
+
+
+def test_a_step_without_lightning_is_lengthened_too() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    lfq.attach(model, weight=spec(), activation=None, rules=[lfq.Rule("*", weight=2)])
+    lfq.calibrate(model, [torch.randn(8, 4)])
+    lfq.set_phase(model, "learn")
+    optimizer, owner = SGD(model.parameters(), lr=0.1), WeightSteps()
+    owner.follow(model, [optimizer])
+    model(torch.randn(8, 4)).square().sum().backward()
+    before = [p.detach().clone() for p in model[0].parameters(recurse=False)]
+    optimizer.step()
+    for parameter, was, factor in zip(model[0].parameters(recurse=False), before, (4.0, 1.0), strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.detach() - was, -0.1 * factor * parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weight", "factor"),
+    [(spec(lr_factor=3), 3.0), (spec(lr_factor=0.5), 0.5), (spec(quant_min=-1, quant_max=1), 4.0)],
+    ids=["3", "0.5", "ternary"],
+)
+def test_the_factor_is_a_setting(tmp_path: Path, weight: lfq.QuantSpec, factor: float) -> None:
+    torch.manual_seed(3)
+    plain = steps(tmp_path / "plain", weight.replace(lr_factor=1), Watched())[1]
+    torch.manual_seed(3)
+    found = steps(tmp_path / "found", weight, Watched())[1]
+    for name in WEIGHTS:
+        torch.testing.assert_close(found[name], factor * plain[name], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(("bits", "factor"), [(2, 4.0), (3, 2.0), (4, 1.0), (8, 1.0), (16, 1.0)])
+def test_fewer_bits_than_four_double_the_step_for_each_bit_less(bits: int, factor: float) -> None:
+    assert spec(bits).lr_factor_at(bits) == factor
+
+
+def test_optimizers_of_four_bits_and_more_are_left_alone(tmp_path: Path) -> None:
+    class Looks(Watched):
+        def on_train_batch_start(self, *_: Any) -> None:
+            super().on_train_batch_start()
+            self.hooked = bool(self.optimizers().optimizer._optimizer_step_pre_hooks)
+
+    hooked = {}
+    for bits in (4, 3):
+        torch.manual_seed(3)
+        model = Looks()
+        steps(tmp_path, bits, model)
+        hooked[bits] = model.hooked
+        assert not model.optimizers().optimizer._optimizer_step_pre_hooks
+    assert hooked == {4: False, 3: True}
+
+
+def test_steps_grow_as_bits_are_annealed(tmp_path: Path) -> None:
+    last = []
+    for factor in (1, "bits"):
+        torch.manual_seed(3)
+        model = Watched()
+        callbacks = [lfq.BitAnnealing({0: 8, 1: 2})]
+        options = {"max_epochs": 2, "max_steps": BATCHES + 1, "limit_val_batches": 0}
+        fit(tmp_path, model, callback=low_bits(spec(lr_factor=factor)), callbacks=callbacks, **options)
+        last.append([step["second.weight"] for step in model.steps])
+    (*plain, plain_at_2), (*found, found_at_2) = last
+    assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))  # an epoch of 8 bits
+    torch.testing.assert_close(found_at_2, 4 * plain_at_2, rtol=1e-3, atol=1e-6)
+
+
+def test_a_tied_weight_is_lengthened_once(tmp_path: Path) -> None:
+    class Tied(Watched):
+        def __init__(self) -> None:
+            super().__init__()
+            self.third = nn.Conv2d(4, 4, 3, padding=1)
+            self.fourth = nn.Conv2d(4, 4, 3, padding=1)
+            self.fourth.weight = self.third.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.fourth(self.third(torch.relu(self.norm(self.first(x)))))
+            return self.head(torch.relu(self.second(x)).flatten(1))
+
+    assert compared(tmp_path, Tied, 2)[1]["third.weight"] == pytest.approx(4.0, rel=1e-3)
+
+
+def test_a_frozen_weight_and_another_optimizers_weight_stay(tmp_path: Path) -> None:
+    class TwoOptimizers(Watched):
+        """The second optimizer steps between the first one's gradients and its step."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.first.weight.requires_grad_(False)
+
+        def configure_optimizers(self) -> Any:
+            return SGD(self.second.parameters(), lr=0.01), SGD(self.head.parameters(), lr=0.01)
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.manual_backward(Net.training_step(self, batch, batch_idx))
+            for optimizer in self.optimizers():
+                optimizer.step()
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+
+    torch.manual_seed(3)
+    model = TwoOptimizers()
+    start = model.first.weight.clone()
+    torch.manual_seed(3)
+    found = compared(tmp_path, TwoOptimizers, 2)
+    assert {n for n in found[1] if "quantizer" not in n} == {"second.weight", "second.bias", "head.weight", "head.bias"}
+    assert found[1]["second.weight"] == pytest.approx(4.0, rel=1e-3)
+    assert found[1]["head.weight"] == pytest.approx(4.0, rel=1e-3)
+    assert found[1]["head.bias"] == pytest.approx(1.0)
+    assert torch.equal(model.first.weight, start)
+
+
+def test_a_step_that_the_scaler_skips_moves_nothing_and_the_next_is_whole(tmp_path: Path) -> None:
+    class Overflows(Watched):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss * torch.inf if batch_idx == 1 else loss
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 2:  # what others do to weights between two steps is no step
+                self.second.weight.data.add_(0.01)
+            super().on_train_batch_start()
+
+    skipped, whole = compared(tmp_path, Overflows, 2, **scaled())[1:3]
+    assert not skipped
+    assert whole["second.weight"] == pytest.approx(4.0, rel=1e-3)
+
+
+def test_a_run_of_two_bits_resumes_bit_equal(tmp_path: Path) -> None:
+    def options() -> dict[str, Any]:
+        schedule = lfq.PhaseSchedule(0, 1, 2)
+        return {"callback": low_bits(schedule=schedule), "callbacks": [every_epoch(tmp_path)], "limit_val_batches": 0}
+
+    whole, _, _ = fit(tmp_path / "whole", **options(), max_epochs=4)
+    resumed, _, _ = fit(tmp_path / "resumed", **options(), max_epochs=4, ckpt_path=tmp_path / "epoch=2.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_the_run_says_that_steps_are_longer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        steps(tmp_path, 2)
+    assert "Weights of 2 bits move 4 times as far a step (`QuantSpec.lr_factor`)." in caplog.text
+
+
+def test_an_input_has_no_steps_to_lengthen() -> None:
+    activation = lfq.QuantSpec(bits=2, symmetric=False, lr_factor=2.0)
+    with pytest.raises(ValueError, match="`lr_factor` goes with a weight"):
+        lfq.QuantizationAwareTraining(weight=2, activation=activation)
+    with pytest.raises(ValueError, match="`lr_factor` goes with a weight"):
+        L.Trainer(callbacks=[qat(rules=[lfq.Rule("*", activation=activation)])], logger=False)

@@ -106,19 +106,22 @@ def test_steps_by_hand_are_lengthened_too(tmp_path: Path) -> None:
     assert {n: found[n] for n in WEIGHTS} == pytest.approx(dict.fromkeys(WEIGHTS, 4.0), rel=1e-3)
 
 
-def test_a_step_without_lightning_is_lengthened_too() -> None:
+def test_each_step_without_lightning_is_lengthened_too() -> None:
     model = nn.Sequential(nn.Linear(4, 3))
     lfq.attach(model, weight=spec(), activation=None, rules=[lfq.Rule("*", weight=2)])
     lfq.calibrate(model, [torch.randn(8, 4)])
     lfq.set_phase(model, "learn")
     optimizer, owner = SGD(model.parameters(), lr=0.1), WeightSteps()
     owner.follow(model, [optimizer])
-    model(torch.randn(8, 4)).square().sum().backward()
-    before = [p.detach().clone() for p in model[0].parameters(recurse=False)]
-    optimizer.step()
-    for parameter, was, factor in zip(model[0].parameters(recurse=False), before, (4.0, 1.0), strict=True):
-        assert parameter.grad is not None
-        torch.testing.assert_close(parameter.detach() - was, -0.1 * factor * parameter.grad, rtol=1e-4, atol=1e-6)
+    own = list(model[0].parameters(recurse=False))
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().sum().backward()
+        before = [parameter.detach().clone() for parameter in own]
+        optimizer.step()
+        for parameter, was, factor in zip(own, before, (4.0, 1.0), strict=True):
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.detach() - was, -0.1 * factor * parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

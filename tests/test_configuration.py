@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import MissingMandatoryValue, OmegaConf
 
 import lfq_lightning as lfq
+from lfq_lightning.spec import weight_spec
 
 ROOT = Path(__file__).parents[1]
 CONF, LFQ = ROOT / "conf", ROOT / "lfq_lightning/conf/lfq"
@@ -65,7 +66,10 @@ def test_the_recipes_of_lsq_differ_as_the_paper_says(
     data: str, experiment: str, bits: int, rate: float, decay: float, epochs: int
 ) -> None:
     config = composed(f"experiment={data}_resnet18_{experiment}")
-    assert (config.quant.weight, config.quant.activation) == (bits, bits)
+    callback = instantiate(config.quant)
+    spec = weight_spec(callback.weight)
+    assert (spec.bits, callback.activation) == (bits, bits)
+    assert spec.lr_factor_at(bits) == 1.0  # the rate is the paper's
     assert dict(config.quantized.model) == {"learning_rate": rate, "weight_decay": decay}
     assert config.quantized.trainer.max_epochs == epochs
 

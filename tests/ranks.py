@@ -255,7 +255,7 @@ TECHNIQUES: dict[str, Callable[[Path], Any]] = {
     "frozen weights": lambda d: run(
         d,
         Net,
-        callbacks=[lfq.BitAnnealing({0: 8, 3: 4}), lfq.OscillationControl(dampen=0.1, freeze=0.02)],
+        callbacks=[lfq.BitAnnealing({0: 8, 3: 2}), lfq.OscillationControl(dampen=0.1, freeze=0.02)],
         max_epochs=5,
         limit_val_batches=1,
     ),

@@ -176,12 +176,30 @@ def test_a_module_without_forward_is_refused_before_it_trains_unless_told_how_to
     assert run(forward=lambda module, batch: Net.forward(module, batch[0])).global_step > 0
 
 
+def test_a_module_without_batch_norm_is_named(tmp_path: Path) -> None:
+    class Normless(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.Identity()
+
+    with pytest.warns(UserWarning, match="BatchNormStatistics has nothing to do: Normless has no BatchNorm"):
+        fit(tmp_path, Normless(), callbacks=[lfq.BatchNormStatistics(freeze=1)])
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"freeze": "end"}, {"reestimate": "later"}, {"freeze": 1, "batches": 0}, {"freeze": 1, "loader": {}}],
+    ("options", "words"),
+    [
+        ({}, "Give `freeze` or `reestimate` an epoch or a phase"),
+        ({"freeze": "end"}, "`freeze` must be an epoch, counted from 0, or one of off, .*, freeze. Found 'end'"),
+        ({"reestimate": "ends"}, "`reestimate` must be an epoch, .* freeze, end. Found 'ends'"),
+        ({"reestimate": -1}, "`reestimate` must be an epoch, .* Found -1"),
+        ({"freeze": True}, "`freeze` must be an epoch, .* Found True"),
+        ({"freeze": 1, "batches": 0}, "`batches` must be at least 1. Found 0"),
+        ({"freeze": 1, "loader": {}}, "`loader` must give batches. Found a mapping"),
+    ],
 )
-def test_wrong_arguments_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"Found|phase"):
+def test_wrong_arguments_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
         lfq.BatchNormStatistics(**options)
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lfq_lightning.phases import model_phase
-from lfq_lightning.schedule import PHASES, check_phase
+from lfq_lightning.schedule import PHASES
 from lfq_lightning.techniques.batch_norm import batch_norms, reestimate_batch_norm
 from lfq_lightning.techniques.order import check_order
 from lfq_lightning.techniques.served import Served
@@ -62,10 +63,8 @@ class BatchNormStatistics(L.Callback):
         loader: Iterable[Any] | None = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
-        if isinstance(freeze, str):
-            check_phase(freeze)
-        if isinstance(reestimate, str) and reestimate != "end":
-            check_phase(reestimate)
+        _check_moment("freeze", freeze, PHASES)
+        _check_moment("reestimate", reestimate, (*PHASES, "end"))
         if freeze is None and reestimate is None:
             raise ValueError("Give `freeze` or `reestimate` an epoch or a phase. Found neither.")
         if batches < 1:
@@ -88,6 +87,8 @@ class BatchNormStatistics(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that the module can be run, and the training loader used beside training, before anything is trained."""
+        if not batch_norms(pl_module):
+            rank_zero_warn(f"BatchNormStatistics has nothing to do: {type(pl_module).__name__} has no BatchNorm.")
         if self.reestimate is None:
             return
         combined = _training_loaders(trainer)
@@ -162,6 +163,12 @@ class BatchNormStatistics(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what `state_dict` gave."""
         self._done = state_dict["done"]
+
+
+def _check_moment(name: str, value: object, words: Sequence[str]) -> None:
+    if value is None or value in words or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return
+    raise ValueError(f"`{name}` must be an epoch, counted from 0, or one of {', '.join(words)}. Found {value!r}.")
 
 
 def _training_loaders(trainer: L.Trainer) -> CombinedLoader:

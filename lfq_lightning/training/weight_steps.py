@@ -32,16 +32,16 @@ class WeightSteps:
     def follow(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Lengthen the steps of these optimizers from now on, where the model has weights of few bits."""
         self.remove()
-        factors: dict[int, float] = {}  # by bits
+        lengthened: set[tuple[int, float]] = set()
         for layer in hosts(model).values():
             spec = None if layer.weight_quantizer is None else layer.weight_quantizer.spec
             if layer.weight_quantizer is not None and spec is not None and spec.lr_factor_at(spec.bits) != 1.0:
                 self._layers.append((layer, layer.weight_quantizer))
-                factors[spec.bits] = spec.lr_factor_at(spec.bits)
+                lengthened.add((spec.bits, spec.lr_factor_at(spec.bits)))
         for optimizer in optimizers if self._layers else ():
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
-        for bits, factor in factors.items():
+        for bits, factor in sorted(lengthened):
             rank_zero_info(f"Weights of {bits} bits move {factor:g} times as far a step (`QuantSpec.lr_factor`).")
 
     @torch.no_grad()

@@ -91,19 +91,19 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_weights_of_two_bits_take_four_times_the_step_of_any_optimizer_once_quantized(
+def test_weights_of_two_bits_take_eight_times_the_step_of_any_optimizer_once_quantized(
     tmp_path: Path, name: str
 ) -> None:
     *earlier, last = compared(tmp_path, partial(Watched, OPTIMIZERS[name]), 2)
     # Estimates of the first step are made after it: the second is the first that is quantized.
     assert earlier[0] == pytest.approx(dict.fromkeys(earlier[0], 1.0))
-    assert earlier[1] == {n: pytest.approx(4.0 if n in WEIGHTS else 1.0, rel=1e-3) for n in earlier[1]}
+    assert earlier[1] == {n: pytest.approx(8.0 if n in WEIGHTS else 1.0, rel=1e-3) for n in earlier[1]}
     assert set(WEIGHTS) < set(last)
 
 
 def test_steps_by_hand_are_lengthened_too(tmp_path: Path) -> None:
     found = compared(tmp_path, partial(Watched, by_hand=True), 2)[1]
-    assert {n: found[n] for n in WEIGHTS} == pytest.approx(dict.fromkeys(WEIGHTS, 4.0), rel=1e-3)
+    assert {n: found[n] for n in WEIGHTS} == pytest.approx(dict.fromkeys(WEIGHTS, 8.0), rel=1e-3)
 
 
 def test_each_step_without_lightning_is_lengthened_too() -> None:
@@ -119,14 +119,14 @@ def test_each_step_without_lightning_is_lengthened_too() -> None:
         model(torch.randn(8, 4)).square().sum().backward()
         before = [parameter.detach().clone() for parameter in own]
         optimizer.step()
-        for parameter, was, factor in zip(own, before, (4.0, 1.0), strict=True):
+        for parameter, was, factor in zip(own, before, (8.0, 1.0), strict=True):
             assert parameter.grad is not None
             torch.testing.assert_close(parameter.detach() - was, -0.1 * factor * parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("weight", "factor"),
-    [(spec(lr_factor=3), 3.0), (spec(lr_factor=0.5), 0.5), (spec(quant_min=-1, quant_max=1), 4.0)],
+    [(spec(lr_factor=3), 3.0), (spec(lr_factor=0.5), 0.5), (spec(quant_min=-1, quant_max=1), 8.0)],
     ids=["3", "0.5", "ternary"],
 )
 def test_the_factor_is_a_setting(tmp_path: Path, weight: lfq.QuantSpec, factor: float) -> None:
@@ -138,8 +138,8 @@ def test_the_factor_is_a_setting(tmp_path: Path, weight: lfq.QuantSpec, factor: 
         torch.testing.assert_close(found[name], factor * plain[name], rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize(("bits", "factor"), [(2, 4.0), (3, 2.0), (4, 1.0), (8, 1.0), (16, 1.0)])
-def test_fewer_bits_than_four_double_the_step_for_each_bit_less(bits: int, factor: float) -> None:
+@pytest.mark.parametrize(("bits", "factor"), [(2, 8.0), (3, 4.0), (4, 1.0), (8, 1.0), (16, 1.0)])
+def test_below_four_bits_each_bit_less_doubles_the_step(bits: int, factor: float) -> None:
     assert spec(bits).lr_factor_at(bits) == factor
 
 
@@ -170,7 +170,7 @@ def test_steps_grow_as_bits_are_annealed(tmp_path: Path) -> None:
         last.append([step["second.weight"] for step in model.steps])
     (*plain, plain_at_2), (*found, found_at_2) = last
     assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))  # an epoch of 8 bits
-    torch.testing.assert_close(found_at_2, 4 * plain_at_2, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found_at_2, 8 * plain_at_2, rtol=1e-3, atol=1e-6)
 
 
 def test_a_tied_weight_is_lengthened_once(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_tied_weight_is_lengthened_once(tmp_path: Path) -> None:
             x = self.fourth(self.third(torch.relu(self.norm(self.first(x)))))
             return self.head(torch.relu(self.second(x)).flatten(1))
 
-    assert compared(tmp_path, Tied, 2)[1]["third.weight"] == pytest.approx(4.0, rel=1e-3)
+    assert compared(tmp_path, Tied, 2)[1]["third.weight"] == pytest.approx(8.0, rel=1e-3)
 
 
 def test_a_frozen_weight_and_another_optimizers_weight_stay(tmp_path: Path) -> None:
@@ -213,8 +213,8 @@ def test_a_frozen_weight_and_another_optimizers_weight_stay(tmp_path: Path) -> N
     torch.manual_seed(3)
     found = compared(tmp_path, TwoOptimizers, 2)
     assert {n for n in found[1] if "quantizer" not in n} == {"second.weight", "second.bias", "head.weight", "head.bias"}
-    assert found[1]["second.weight"] == pytest.approx(4.0, rel=1e-3)
-    assert found[1]["head.weight"] == pytest.approx(4.0, rel=1e-3)
+    assert found[1]["second.weight"] == pytest.approx(8.0, rel=1e-3)
+    assert found[1]["head.weight"] == pytest.approx(8.0, rel=1e-3)
     assert found[1]["head.bias"] == pytest.approx(1.0)
     assert torch.equal(model.first.weight, start)
 
@@ -232,7 +232,7 @@ def test_a_step_that_the_scaler_skips_moves_nothing_and_the_next_is_whole(tmp_pa
 
     skipped, whole = compared(tmp_path, Overflows, 2, **scaled())[1:3]
     assert not skipped
-    assert whole["second.weight"] == pytest.approx(4.0, rel=1e-3)
+    assert whole["second.weight"] == pytest.approx(8.0, rel=1e-3)
 
 
 def test_a_run_of_two_bits_resumes_bit_equal(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_run_of_two_bits_resumes_bit_equal(tmp_path: Path) -> None:
 def test_the_run_says_that_steps_are_longer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         steps(tmp_path, 2)
-    assert "Weights of 2 bits move 4 times as far a step (`QuantSpec.lr_factor`)." in caplog.text
+    assert "Weights of 2 bits move 8 times as far a step (`QuantSpec.lr_factor`)." in caplog.text
 
 
 def test_an_input_has_no_steps_to_lengthen() -> None:

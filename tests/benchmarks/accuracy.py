@@ -3,6 +3,7 @@
 python -m tests.benchmarks.accuracy --seeds 10            # minutes to hours; goes on where it was stopped
 python -m tests.benchmarks.accuracy --tasks residual --cells W2A2 --methods ours torch.ao --seeds 3
 python -m tests.benchmarks.accuracy --report --folder tests/benchmarks/results    # what was measured for the README
+python -m tests.benchmarks.accuracy --report --folder tests/benchmarks/results/fresh    # seeds that chose no default
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def measure(task_name: str, method: str, cell: str, seed: int, folder: Path) -> 
 
 
 def runs(arguments: argparse.Namespace) -> Iterator[Key]:
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for task in arguments.tasks:
             yield task, "", FLOAT, seed
             for cell in arguments.cells:
@@ -159,6 +160,7 @@ def _paired(a: dict[int, float], b: dict[int, float]) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS | VARIANTS))

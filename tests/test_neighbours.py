@@ -136,6 +136,27 @@ def test_a_checkpoint_of_averages_holds_the_phase_and_the_estimates_of_the_run(t
     assert torch.equal(part.second.input_quantizer.scale, whole.second.input_quantizer.scale)
 
 
+@pytest.mark.filterwarnings(*EXPECTED)
+def test_a_float_run_with_averages_goes_on_quantized_from_its_weights_and_its_averages(tmp_path: Path) -> None:
+    averaging = EMAWeightAveraging(decay=0.9)
+    fit(tmp_path, callback=averaging, callbacks=[every_epoch(tmp_path)], max_epochs=2)
+    saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+    found: dict[str, Tensor] = {}
+
+    class Note(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            found["current"] = pl_module.second.weight.detach().clone()
+            found["average"] = again._average_model.module.second.weight.detach().clone()
+
+    again = EMAWeightAveraging(decay=0.9)
+    more = {"callback": qat(schedule=lfq.PhaseSchedule(2, 3, 4)), "max_epochs": 5}
+    more |= {"callbacks": [again, Note(), every_epoch(tmp_path)], "ckpt_path": tmp_path / "epoch=1.ckpt"}
+    model, _, _ = fit(tmp_path / "b", **more)
+    assert torch.equal(found["current"], saved["current_model_state"]["second.weight"])
+    assert torch.equal(found["average"], saved["state_dict"]["second.weight"])
+    assert_learned(model)
+
+
 # ---- callbacks that change the model ------------------------------------------------------------------------------
 
 

@@ -266,6 +266,20 @@ def test_optimizer_and_schedule_are_arguments(tmp_path: Path) -> None:
     assert callback.qparam_optimizer.learning_rates == [0.5 * 0.5**8]
 
 
+def test_under_one_cycle_qparams_come_to_their_own_rate_at_its_peak() -> None:
+    model = learned(Net())
+    with hidden_qparams(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=10)
+    qparams_optimizer, rates = QParamOptimizer(model, [optimizer]), []
+    for _ in range(10):
+        rates += qparams_optimizer.learning_rates
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(1e-3 / 25)
+    assert max(rates) == pytest.approx(1e-3)
+
+
 def test_a_factory_that_makes_no_optimizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="must be a callable that makes a torch optimizer"):
         fit(tmp_path, callback=qat(optimizer=list))

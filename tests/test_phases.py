@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
+from lfq_lightning.phases import gathering, merge_statistics
 from tests.runs import Net, images
 
 X = images().tensors[0]
@@ -188,3 +189,21 @@ def test_non_finite_values_are_kept_out_of_ranges_with_one_warning(model: Net) -
     observer = model.first.input_quantizer.observer
     assert observer.maximum.isfinite().all()
     assert observer.maximum == bad[bad.isfinite()].max()
+
+
+def test_the_sign_of_codes_is_decided_by_the_first_batch_of_estimate_and_again_on_leaving_it() -> None:
+    def see(x: Tensor) -> tuple[int, int]:
+        with gathering(layer):
+            layer(x)
+            merge_statistics(layer)
+        return layer[0].input_quantizer.code_range
+
+    for first, then in ((X.abs(), X), (X, X.abs())):
+        layer = nn.Sequential(nn.Conv2d(1, 4, 3))
+        lfq.attach(layer, weight=None, activation=lfq.QuantSpec(bits=8))
+        lfq.set_phase(layer, "estimate")
+        decided = (-128, 127) if bool((first < 0).any()) else (0, 255)
+        assert see(first) == decided
+        assert see(then) == decided  # to look again would wait for the device in every batch
+        lfq.set_phase(layer, "learn")
+        assert layer[0].input_quantizer.code_range == (-128, 127)

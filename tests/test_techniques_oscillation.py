@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 import lfq_lightning as lfq
@@ -137,6 +138,32 @@ def test_dampening_pulls_weights_to_their_grid_and_measuring_changes_nothing(tmp
     assert distances[2] < 0.7 * distances[0]
     assert_same_run(runs[1], runs[0])
     assert "lfq/oscillating" in runs[1][1].callback_metrics
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_under_a_gradient_scaler_dampening_is_as_strong_as_without(tmp_path: Path, fused: bool) -> None:
+    class Still(Net):
+        """Its loss moves nothing, so that dampening alone does; a fused optimizer unscales gradients in its step."""
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * 1e-6
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.05, fused=fused)
+
+    def moved(scale: float) -> Tensor:
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        plugin = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+        torch.manual_seed(3)
+        model = Still()
+        start = model.second.weight.detach().clone()
+        fit(tmp_path, model, callbacks=[lfq.OscillationControl(dampen=1.0)], plugins=plugin, limit_val_batches=0)
+        return model.second.weight.detach() - start
+
+    plain, scaled = moved(1.0), moved(1024.0)
+    assert plain.abs().max() > 3e-3
+    same = torch.isclose(scaled, plain, rtol=1e-2, atol=1e-4)
+    assert same.float().mean() > 0.95  # a weight between two codes may go to either
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

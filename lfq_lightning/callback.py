@@ -18,7 +18,7 @@ from lfq_lightning.rules import Rule, as_rules
 from lfq_lightning.schedule import OBSERVING, PhaseSchedule
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, made, weight_spec
 from lfq_lightning.training.exporting import check_batch, check_fit, export_fit
-from lfq_lightning.training.module_hooks import meet_quantizers
+from lfq_lightning.training.module_hooks import add_note, meet_quantizers, note_on_checkpoints
 from lfq_lightning.training.neighbours import arrange, check_neighbours, require_gradients
 from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, ScheduleFactory
 from lfq_lightning.training.recorder import Recorder
@@ -119,6 +119,7 @@ class QuantizationAwareTraining(L.Callback):
         attach = partial(self._attach, pl_module)
         meet_quantizers(self._wrappers, pl_module, attach, partial(arranged_qparams, pl_module, self.optimizer))
         arrange(self._arranged, trainer, pl_module)
+        note_on_checkpoints(self._arranged, pl_module)
 
     def _attach(self, pl_module: L.LightningModule, final: bool) -> None:
         self.placement = plan(pl_module, self.weight, self.activation, self.rules, final)
@@ -240,6 +241,10 @@ class QuantizationAwareTraining(L.Callback):
         if self.qparam_optimizer is not None:
             state["qparam_optimizer"] = self.qparam_optimizer.state_dict()
         return state
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Tell whoever loads it into a float model what to do."""
+        add_note(checkpoint)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until the fit has made what it belongs to."""

@@ -1,4 +1,4 @@
-"""What a quantized state dict holds, and loading it anywhere."""
+"""Loading states of float and quantized models, into each other and anywhere."""
 
 from __future__ import annotations
 
@@ -12,82 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.placement import PlacedLayer, Placement, apply
-from lfq_lightning.placement.host import INPUT, WEIGHT, plain_name, quantizers
+from lfq_lightning.placement.host import plain_name
+from lfq_lightning.quantizer.saved import described
 from lfq_lightning.reading import read_checkpoint
 from lfq_lightning.spec import QuantSpec
+from lfq_lightning.state_dicts import Descriptions, descriptions, fit_to, spec_of, under_own_names, without_quantizers
 
 Module = TypeVar("Module", bound=L.LightningModule)
-Manifest = dict[str, QuantSpec]
-
-_EXTRA = "._extra_state"
-
-
-def manifest(state_dict: Mapping[str, Any]) -> Manifest:
-    """The specification of each quantizer in a state dict, by the quantizer's dotted name; empty for a float model.
-
-    It needs no file of its own: each quantizer's extra state holds its specification, so the plain state dict, a
-    checkpoint with `save_weights_only=True` and a full checkpoint all say what they are.
-    """
-    found = {}
-    for key, value in state_dict.items():
-        name = plain_name(key.removesuffix(_EXTRA))
-        if key.endswith(_EXTRA) and _is_quantizer(name) and isinstance(value, Mapping) and value.get("spec"):
-            try:
-                found[name] = QuantSpec(**value["spec"])
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"A checkpoint must say how {name} quantizes. Found {value['spec']}, which is no QuantSpec here "
-                    f"({error}): load it with the version of lfq_lightning that saved it."
-                ) from error
-    return found
-
-
-def _is_quantizer(name: str) -> bool:
-    return name.rpartition(".")[2] in (WEIGHT, INPUT)
-
-
-def _belongs_to_quantizer(key: str) -> bool:
-    return any(part in (WEIGHT, INPUT) for part in key.split("."))
-
-
-def without_quantizers(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The float model's part of a state dict."""
-    return {key: value for key, value in state_dict.items() if not _belongs_to_quantizer(key)}
-
-
-def fit_to(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict that loads strictly into a model, from a float or quantized one.
-
-    A float state dict takes the model's own quantizers along; quantizers that a float model has no place for are left
-    out; keys are compared without what torch.compile puts into them.
-
-    Raises:
-        ValueError: if both are quantized and differently (both are shown).
-    """
-    own_names = {plain_name(key): key for key in model.state_dict()}
-    state_dict = {own_names.get(plain_name(key), key): value for key, value in state_dict.items()}
-    here = {n: q.spec for n, q in quantizers(model).items()}
-    saved = manifest(state_dict)
-    if not here:
-        return without_quantizers(state_dict)
-    if not saved:
-        own = {key: value for key, value in model.state_dict().items() if _belongs_to_quantizer(key)}
-        return {**state_dict, **own}
-    # A shared quantizer has a name for each of its layers in a state dict, and one in the model.
-    every = {plain_name(k.removesuffix(_EXTRA)) for k in model.state_dict() if k.endswith(_EXTRA)}
-    differences = [
-        f"{name}: the checkpoint has {saved.get(name, 'float')}, the model has {here.get(name, 'float')}"
-        for name in sorted(saved.keys() | here.keys())
-        if saved.get(name) != here.get(name) and not (name in every and name in saved and name not in here)
-    ]
-    if differences:
-        shown = "\n  ".join(differences[:10] + ["..."] * (len(differences) > 10))
-        raise ValueError(
-            "A checkpoint must be quantized as the model is. Found these differences:\n  "
-            f"{shown}\nGive the callback (or `attach`) the settings that the checkpoint was trained with, or start "
-            "from its float weights with `lfq_lightning.load_state_dict` into a model before `attach`."
-        )
-    return dict(state_dict)
 
 
 def load_state_dict(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
@@ -139,16 +70,8 @@ def _check_fits(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     own = model.state_dict()
     problems = [f"missing {key}" for key in own if key not in state_dict]
     problems += [f"unexpected {key}" for key in state_dict if key not in own]
-    problems += [
-        f"{key} is no tensor but {type(state_dict[key]).__name__}"
-        for key, value in own.items()
-        if isinstance(value, Tensor) and not isinstance(state_dict.get(key, value), Tensor)
-    ]
-    problems += [
-        f"{key} has shape {tuple(state_dict[key].shape)} for {tuple(value.shape)}"
-        for key, value in own.items()
-        if hasattr(value, "shape") and hasattr(state_dict.get(key), "shape") and state_dict[key].shape != value.shape
-    ]
+    misfits = ((key, _misfit(value, state_dict[key])) for key, value in own.items() if key in state_dict)
+    problems += [f"{key} {found}" for key, found in misfits if found]
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError(
@@ -157,23 +80,47 @@ def _check_fits(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         )
 
 
-def attach_manifest(model: nn.Module, specs: Manifest) -> None:
-    """Quantize a model as a checkpoint was."""
-    layers: dict[str, dict[str, QuantSpec]] = {}
-    for name, spec in specs.items():
-        host, _, role = name.rpartition(".")
-        layers.setdefault(host, {})[role] = spec
-    modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+def _misfit(own: Any, other: Any) -> str:
+    if described(own) is not None:  # its length is of no matter: a file may be older
+        return "" if described(other) is not None else "describes no quantizer"
+    if isinstance(own, Tensor) and not isinstance(other, Tensor):
+        return f"is no tensor but {type(other).__name__}"
+    if hasattr(own, "shape") and hasattr(other, "shape") and own.shape != other.shape:
+        return f"has shape {tuple(other.shape)} for {tuple(own.shape)}"
+    return ""
+
+
+def attach_as_saved(model: nn.Module, saved: Descriptions, strict: bool = True) -> None:
+    """Quantize a model as a checkpoint was.
+
+    Args:
+        model: whose own code has placed the quantizers of users already.
+        saved: what the checkpoint says.
+        strict: False leaves out layers that the model has not.
+
+    Raises:
+        ValueError: if it has not all layers, and strict.
+    """
+    layers: dict[str, dict[str, QuantSpec | None]] = {}
+    for name, description in saved.items():
+        if description.role is not None:
+            layers.setdefault(name.rpartition(".")[0], {})[description.role] = spec_of(name, description)
+    modules = {
+        plain_name(name): module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(getattr(module, "weight", None), Tensor)
+    }
     missing = [name for name in layers if name not in modules]
-    if missing:
+    if missing and strict:
         raise ValueError(
             f"The checkpoint quantizes layers that the model has not. Found {', '.join(missing[:5])}: build the model "
             "with the arguments that it was saved with."
         )
     placed: dict[int, PlacedLayer] = {}
     for name, by_role in layers.items():
-        layer = PlacedLayer(name, type(modules[name]).__name__, by_role.get(WEIGHT), by_role.get(INPUT))
-        placed.setdefault(id(modules[name]), layer)
+        if name in modules:
+            layer = PlacedLayer(name, type(modules[name]).__name__, by_role.get("weight"), by_role.get("input"))
+            placed.setdefault(id(modules[name]), layer)
     apply(model, Placement(tuple(placed.values())))
 
 
@@ -197,7 +144,8 @@ def load_from_checkpoint(
         **init_args: constructor arguments that are not among the checkpoint's hyper-parameters.
 
     Returns:
-        The module in eval mode with its quantizers, in the phase that it was saved in.
+        The module with its quantizers, in the phase that they were saved in, and in the mode that Lightning's own
+        leaves it in, which is train mode: call `eval()` before it is used.
 
     Raises:
         ValueError: if the file is no checkpoint or does not fit the class.
@@ -211,17 +159,18 @@ def load_from_checkpoint(
             f"{path} must be saved by a Lightning Trainer. Found the keys {', '.join(map(str, checkpoint))}: build the "
             "model, and use `load_state_dict`."
         )
-    saved = checkpoint["state_dict"]
+    state = checkpoint["state_dict"]
+    saved = descriptions(state)
     as_float = io.BytesIO()
-    torch.save({**checkpoint, "state_dict": without_quantizers(saved)}, as_float)
+    torch.save({**checkpoint, "state_dict": without_quantizers(state, only_placed=True)}, as_float)
     as_float.seek(0)
     how = {"map_location": map_location, "strict": strict, "weights_only": weights_only}
     model = module_class.load_from_checkpoint(as_float, **how, **init_args)
-    specs = manifest(saved)
-    if specs:
-        attach_manifest(model, specs)
-        fitted, strict = fit_to(model, saved), model.strict_loading if strict is None else strict
+    if saved:
+        strict = model.strict_loading if strict is None else strict
+        attach_as_saved(model, saved, strict)
+        fitted = fit_to(model, state) if strict else under_own_names(model.state_dict(), state)
         if strict:
             check_loadable(model, {"state_dict": fitted})
         model.load_state_dict(fitted, strict=strict)
-    return model.eval()
+    return model

@@ -44,7 +44,7 @@ def test_a_sharded_run_resumes_bit_equal_from_its_sharded_checkpoint(runs: Any) 
 
 def test_the_whole_checkpoint_of_a_sharded_run_loads_into_one_process(runs: Any) -> None:
     expected = state(runs, "whole")
-    model = lfq.load_from_checkpoint(NormFree, runs[0] / "whole/epoch=4.ckpt")
+    model = lfq.load_from_checkpoint(NormFree, runs[0] / "whole/epoch=4.ckpt").eval()
     found = model.state_dict()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert model(torch.randn(2, 1, 8, 8)).isfinite().all()

@@ -255,7 +255,7 @@ def test_a_run_learns_resumes_bit_equal_and_loads_without_the_callback(domain: s
         tmp_path / "resumed", ckpt_path=tmp_path / "epoch=2.ckpt", callbacks=[every_epoch(tmp_path / "resumed")]
     )
     loaded = lfq.load_from_checkpoint(Net, tmp_path / "epoch=3.ckpt")
-    assert_bit_equal(loaded(X), model.eval()(X))
+    assert_bit_equal(loaded.eval()(X), model.eval()(X))
     for name, quantizer in lfq.quantizers(model).items():
         assert not torch.equal(quantizer.scale, quantizer.scale_reference)
         for other in (resumed, loaded):
@@ -344,7 +344,7 @@ def test_a_fixed_zero_point_stays_as_estimated_while_the_scale_learns(tmp_path: 
     assert first.zero_point != 0  # its inputs are signed
     assert_bit_equal(first.zero_point, first.observer.calculate_qparams()[1])
     loaded = lfq.load_from_checkpoint(Net, tmp_path / "epoch=2.ckpt")
-    assert_bit_equal(loaded(X), model.eval()(X))
+    assert_bit_equal(loaded.eval()(X), model.eval()(X))
     learning = Net()
     lfq.attach(learning, 4, 4)
     assert set(learning.state_dict()) == set(model.state_dict())

@@ -83,7 +83,7 @@ def test_a_compiled_lightning_module_trains_under_its_own_names(tmp_path: Path) 
     assert not any("_orig_mod" in name for name in names_in(tmp_path, model, callback))
     made.save_checkpoint(tmp_path / "x.ckpt")
     again = lfq.load_from_checkpoint(Net, tmp_path / "x.ckpt")
-    assert torch.equal(again(X), made.lightning_module.eval()(X))
+    assert torch.equal(again.eval()(X), made.lightning_module.eval()(X))
 
 
 # ---- layers -------------------------------------------------------------------------------------------------------

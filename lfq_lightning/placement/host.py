@@ -98,6 +98,10 @@ def quantize_layer(
 ) -> None:
     """Turn a layer into a quantized one in place."""
     layer.__class__ = quantized_type(type(layer))  # type: ignore[arg-type]
+    if weight is not None:
+        weight.role = "weight"
+    if activation is not None:
+        activation.role = "input"
     layer.add_module(WEIGHT, weight)
     layer.add_module(INPUT, activation)
     layer.__dict__["_slow_path_hook"] = layer.register_forward_pre_hook(KeepSlowPath())

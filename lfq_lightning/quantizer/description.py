@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from torch import Tensor, nn
 
 from lfq_lightning.observers import Observer
+from lfq_lightning.quantizer.saved import NOTE, Description, Role, described
 from lfq_lightning.quantizer.switches import Switches
 from lfq_lightning.spec import QuantSpec
 
@@ -16,7 +17,9 @@ from lfq_lightning.spec import QuantSpec
 class Described(Switches, nn.Module):
     """A module whose phase, range and specification travel with its state dict, and whose tensors stay float32."""
 
+    role: Role | None = None  # what it quantizes of a layer that `attach` put it on
     spec: QuantSpec | None
+    scale: Tensor
     quant_min: int
     quant_max: int
     axis: int | None
@@ -27,26 +30,51 @@ class Described(Switches, nn.Module):
     estimated: bool
     learned: bool
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Phase, range and specification, as plain values; together these are a checkpoint's manifest."""
-        return {
-            "phase": self.phase,
-            "switches": self.switches,
-            "estimated": self.estimated,
-            "learned": self.learned,
-            "quant_min": self.quant_min,
-            "quant_max": self.quant_max,
-            "axis": self.axis,
-            "spec": None if self.spec is None else self.spec.to_dict(),
-        }
+    def describe(self) -> Description:
+        """Phase, range and specification, as plain values; of all quantizers together, a checkpoint's manifest."""
+        fake_quant, static, learning = self.switches
+        spec = None if self.spec is None else self.spec.to_dict()
+        ends, switches = (self.quant_min, self.quant_max), (fake_quant, static, learning)
+        return Description(switches, self.estimated, self.learned, *ends, self.axis, self.is_weight, self.role, spec)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take up what `get_extra_state` gave."""
-        self.fake_quant_enabled, self.static_enabled, self.learning_enabled = state["switches"]
-        self.estimated, self.learned = state["estimated"], state["learned"]
-        self.quant_min, self.quant_max = state["quant_min"], state["quant_max"]
+    def get_extra_state(self) -> Tensor:
+        """What `describe` says, as a tensor."""
+        device = self.scale.device
+        return self.describe().to_tensor(None if device.type == "meta" else device)
+
+    def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
+        """Take up what `get_extra_state` gave; what it was made with, and where it stands, stay as they are here.
+
+        Raises:
+            ValueError: if it is another.
+        """
+        if isinstance(state, Tensor) and state.is_meta:
+            return  # shapes alone, as for a state that is filled later
+        found = described(state)
+        if found is None:
+            raise ValueError(
+                f"A quantizer's extra state must be what `state_dict()` gave. Found {_shown(state)}: load a state dict "
+                "whose quantizers have the same settings, or average only such."
+            )
+        self.fake_quant_enabled, self.static_enabled, self.learning_enabled = found.switches
+        self.estimated, self.learned = found.estimated, found.learned
+        self.quant_min, self.quant_max = found.quant_min, found.quant_max
         if isinstance(self.observer, Observer):
             self.observer.quant_min, self.observer.quant_max = self.quant_min, self.quant_max
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        unexpected_keys[:] = [key for key in unexpected_keys if not key.endswith(NOTE)]  # it is for other models
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move devices with the model, and stay float32 through `.half()`, `.bfloat16()` and `.double()`."""
@@ -75,3 +103,7 @@ class Described(Switches, nn.Module):
     def extra_repr(self) -> str:
         """A label such as `w4 symmetric per_channel(0) learn`."""
         return f"{'w' if self.is_weight else 'a'}{self.bitwidth} {self.kind} {self.phase}"
+
+
+def _shown(state: object) -> str:
+    return f"a tensor of shape {tuple(state.shape)}" if isinstance(state, Tensor) else f"{state!r:.80}"

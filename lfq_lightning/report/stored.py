@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lfq_lightning.checkpoint import manifest, without_quantizers
-from lfq_lightning.placement.host import INPUT, WEIGHT, plain_name, quantize_layer
+from lfq_lightning.placement.host import plain_name, quantize_layer
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.spec import QuantSpec
+from lfq_lightning.quantizer.saved import Description
+from lfq_lightning.state_dicts import descriptions, spec_of, without_quantizers
 
 
 def stored_model(state_dict: Mapping[str, Any]) -> nn.Module:
@@ -23,8 +23,8 @@ def stored_model(state_dict: Mapping[str, Any]) -> nn.Module:
         ValueError: if it has no quantizers.
     """
     state_dict = {plain_name(key): value for key, value in state_dict.items()}
-    specs = manifest(state_dict)
-    if not specs:
+    saved = descriptions(state_dict)
+    if not saved:
         raise ValueError(
             "A report is about a quantized model. Found a checkpoint without quantizers: pass one that a fit with "
             "`QuantizationAwareTraining` has saved."
@@ -34,17 +34,24 @@ def stored_model(state_dict: Mapping[str, Any]) -> nn.Module:
         if isinstance(value, Tensor):
             owner, _, name = key.rpartition(".")
             _module(root, owner)._buffers[name] = value
+    layers: dict[str, dict[str | None, LearnableFakeQuantize]] = {}
+    for name, description in saved.items():
+        made = _quantizer(name, description, state_dict)
+        owner, _, leaf = name.rpartition(".")
+        if description.role is None and made is not None:
+            _module(root, owner)._modules[leaf] = made
+        elif made is not None:
+            layers.setdefault(owner, {})[description.role] = made
     shared: dict[int, tuple[nn.Parameter, LearnableFakeQuantize | None]] = {}
-    for name in dict.fromkeys(quantizer.rpartition(".")[0] for quantizer in specs):
+    for name, by_role in layers.items():
         layer = _module(root, name)
         weight = _weight(layer)
         if weight is None:
             continue
-        made = _quantizer(f"{name}.{WEIGHT}", specs, state_dict)
         # Tied weights are one tensor in the file too.
-        parameter, made = shared.setdefault(weight.data_ptr(), (nn.Parameter(weight, requires_grad=False), made))
-        layer._parameters["weight"] = parameter
-        quantize_layer(layer, made, _quantizer(f"{name}.{INPUT}", specs, state_dict))
+        kept = nn.Parameter(weight, requires_grad=False), by_role.get("weight")
+        layer._parameters["weight"], made = shared.setdefault(weight.data_ptr(), kept)
+        quantize_layer(layer, made, by_role.get("input"))
     return root
 
 
@@ -63,15 +70,19 @@ def _weight(layer: nn.Module) -> Tensor | None:
     return tensors.pop("weight", None)
 
 
-def _quantizer(
-    name: str, specs: Mapping[str, QuantSpec], state_dict: Mapping[str, Any]
-) -> LearnableFakeQuantize | None:
-    if name not in specs:
-        return None
-    spec = specs[name]
+def _quantizer(name: str, description: Description, state_dict: Mapping[str, Any]) -> LearnableFakeQuantize | None:
+    spec = spec_of(name, description)
+    if spec is None:
+        return None  # made without one, by the user's own code
     state = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
-    channels = None if spec.granularity == "per_tensor" else state["scale"].numel()
-    axis = state["_extra_state"].get("axis")
-    made = LearnableFakeQuantize.from_spec(spec, channels, weight=name.endswith(WEIGHT), axis=axis)
-    made.load_state_dict(state)
+    try:
+        channels = None if spec.granularity == "per_tensor" else state["scale"].numel()
+        weight, axis = description.is_weight, description.axis
+        made = LearnableFakeQuantize.from_spec(spec, channels, weight=weight, axis=axis)
+        made.load_state_dict(state)
+    except (KeyError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"A checkpoint must hold all of a quantizer. Found another state for {name} ({error}): load it with the "
+            "version of lfq_lightning that saved it."
+        ) from error
     return made

@@ -123,7 +123,9 @@ def _model(
         if model is not None:
             raise ValueError("A class needs a checkpoint to be loaded from. Found none in the run: pass a model.")
         return None
-    return stored_model(checkpoint["state_dict"]) if model is None else load_from_checkpoint(model, path)
+    if model is None:
+        return stored_model(checkpoint["state_dict"])
+    return load_from_checkpoint(model, path).eval()
 
 
 def _first_batch(model: nn.Module | None, dataloader: Iterable[Any] | None) -> Any:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning as L
+import torch
 
-from lfq_lightning.checkpoint import check_loadable, fit_to
+from lfq_lightning.checkpoint import check_loadable
 from lfq_lightning.placement.host import hosts, restore_layer
+from lfq_lightning.quantizer.saved import NOTE
+from lfq_lightning.state_dicts import descriptions, fit_to
 from lfq_lightning.training.optimizer import hidden_qparams
 from lfq_lightning.training.wrapping import Wrappers
 
@@ -56,3 +60,31 @@ def meet_quantizers(
     wrappers.around(model, "configure_model", configure_model)
     wrappers.around(model, "configure_optimizers", configure_optimizers)
     wrappers.around(model, "on_load_checkpoint", on_load_checkpoint)
+
+
+def note_on_checkpoints(wrappers: Wrappers, model: L.LightningModule) -> None:
+    """Have every checkpoint of this module begin with `NOTE`, also those that ask no callback (weights only)."""
+    wrappers.put(model, "on_save_checkpoint", _Noting(model.on_save_checkpoint))
+
+
+class _Noting:
+    """A module's `on_save_checkpoint` that adds the note; it is pickled and copied with the module."""
+
+    def __init__(self, original: Callable[[dict[str, Any]], None]) -> None:
+        self.original = original
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        self.original(checkpoint)
+        add_note(checkpoint)
+
+
+def add_note(checkpoint: dict[str, Any]) -> None:
+    """Let the state dict of a quantized model begin with `NOTE`.
+
+    A plain `MyModule.load_from_checkpoint` runs none of our code. What can speak there is a key that it does not know.
+    """
+    state_dict = checkpoint.get("state_dict")
+    if isinstance(state_dict, Mapping) and NOTE not in state_dict and descriptions(state_dict):
+        noted = OrderedDict([(NOTE, torch.zeros(0)), *state_dict.items()])
+        noted.__dict__.update(getattr(state_dict, "__dict__", {}))  # the versions of modules
+        checkpoint["state_dict"] = noted

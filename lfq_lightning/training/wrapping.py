@@ -22,8 +22,12 @@ class Wrappers:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             return wrapper(original, *args, **kwargs)
 
+        self.put(target, name, wrapped)
+
+    def put(self, target: Any, name: str, replacement: Callable[..., Any]) -> None:
+        """Have `target.name` be this, for instance an object that can be pickled with the target."""
         self._wrapped.append((target, name, target.__dict__.get(name, _NOTHING)))
-        object.__setattr__(target, name, wrapped)
+        object.__setattr__(target, name, replacement)
 
     def remove(self) -> None:
         """Restore every wrapped method."""

@@ -1,0 +1,105 @@
+"""What a state dict says of a quantizer beside its tensors, as one tensor, and how it is read again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Role = Literal["weight", "input"]
+
+# The first key of a quantized checkpoint. A model without quantizers does not know it, and torch names it first.
+NOTE = "quantized by lfq_lightning: use lfq_lightning.load_from_checkpoint, or QuantizationAwareTraining as a callback"
+
+_MARK = '{"quantizer": "lfq_lightning"'
+_NUMBERS = 9
+
+
+@dataclass(frozen=True)
+class Description:
+    """A quantizer's phase, range and specification, which are together what a checkpoint needs to be made anew.
+
+    Args:
+        switches: fake_quant_enabled, static_enabled and learning_enabled.
+        estimated: whether the qparams were ever set from the observer.
+        learned: whether the qparams have begun to learn.
+        quant_min: smallest integer code.
+        quant_max: largest integer code.
+        axis: the dimension with one scale per index, or None.
+        is_weight: whether it was made for a weight.
+        role: what it quantizes of the layer that `attach` put it on; None for one that the user has placed.
+        spec: the fields of its QuantSpec, or None without one.
+    """
+
+    switches: tuple[bool, bool, bool]
+    estimated: bool
+    learned: bool
+    quant_min: int
+    quant_max: int
+    axis: int | None
+    is_weight: bool
+    role: Role | None
+    spec: dict[str, Any] | None
+
+    def to_tensor(self, device: torch.device | None = None) -> Tensor:
+        """Float32, of a size that does not change while a model trains: nine numbers, then text in ASCII.
+
+        What changes in training is numbers, and all are whole and small, so that loops over a state dict may treat
+        this entry as they treat weights: clone it, cast it, average it. A mean of equal entries is that entry again;
+        of different phases it is one of them.
+        """
+        ends = (*divmod(self.quant_min, 256), *divmod(self.quant_max, 256))
+        constants = {"axis": self.axis, "is_weight": self.is_weight, "role": self.role, "spec": self.spec}
+        text = f"{_MARK}, {json.dumps(constants)[1:]}"
+        numbers = [*self.switches, self.estimated, self.learned, *ends, *text.encode("ascii")]
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+def described(value: Any) -> Description | None:
+    """What an extra state says; None where it is not that of a quantizer.
+
+    Args:
+        value: what `Description.to_tensor` made, in any floating dtype and on any device; or, of earlier files, a
+            mapping, which does not know the role.
+    """
+    if isinstance(value, Mapping):
+        known = "switches" in value and "quant_max" in value
+        return _of_numbers(_listed(value), value) if known else None
+    if not isinstance(value, Tensor) or value.is_meta or value.ndim != 1 or value.numel() <= _NUMBERS + len(_MARK):
+        return None
+    if _text(value[_NUMBERS : _NUMBERS + len(_MARK)]) != _MARK:
+        return None
+    try:
+        constants = json.loads(_text(value[_NUMBERS:]))
+        return _of_numbers([round(number) for number in value[:_NUMBERS].tolist()], constants)
+    except (ValueError, OverflowError):  # no JSON, or no number
+        return None
+
+
+def _of_numbers(numbers: list[int], constants: Mapping[str, Any]) -> Description:
+    fake_quant, static, learning, estimated, learned = (bool(number) for number in numbers[:5])
+    return Description(
+        (fake_quant, static, learning),
+        estimated,
+        learned,
+        quant_min=256 * numbers[5] + numbers[6],
+        quant_max=256 * numbers[7] + numbers[8],
+        axis=constants.get("axis"),
+        is_weight=bool(constants.get("is_weight")),
+        role=constants.get("role"),
+        spec=constants.get("spec"),
+    )
+
+
+def _listed(state: Mapping[str, Any]) -> list[int]:
+    """The numbers of a mapping."""
+    ends = (*divmod(state["quant_min"], 256), *divmod(state["quant_max"], 256))
+    return [*state["switches"], state["estimated"], state["learned"], *ends]
+
+
+def _text(codes: Tensor) -> str:
+    return bytes(codes.detach().float().nan_to_num().round().clamp(0, 127).to(torch.uint8).tolist()).decode("ascii")

@@ -1,0 +1,135 @@
+"""What a state dict holds of quantizers, and the state dict that fits a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lfq_lightning.placement.host import INPUT, WEIGHT, plain_name
+from lfq_lightning.quantizer.saved import NOTE, Description, Role, described
+from lfq_lightning.spec import QuantSpec
+
+Descriptions = dict[str, Description]
+
+_EXTRA = "._extra_state"
+_ROLES: dict[str, Role] = {WEIGHT: "weight", INPUT: "input"}
+
+
+def descriptions(state_dict: Mapping[str, Any]) -> Descriptions:
+    """What a state dict says of each quantizer, by the quantizer's dotted name; empty for a float model.
+
+    It needs no file of its own: each quantizer's extra state describes it, so the plain state dict, a checkpoint with
+    `save_weights_only=True` and a full checkpoint all say what they are. Names play no part, but in files from before
+    roles were saved.
+    """
+    found = {}
+    for key, value in state_dict.items():
+        description = described(value) if key.endswith(_EXTRA) else None
+        if description is not None:
+            name = plain_name(key.removesuffix(_EXTRA))
+            if isinstance(value, Mapping):
+                role = _ROLES.get(name.rpartition(".")[2])
+                description = replace(description, role=role, is_weight=role == "weight")
+            found[name] = description
+    return found
+
+
+def spec_of(name: str, description: Description) -> QuantSpec | None:
+    """The specification of a quantizer in a state dict; None for one that was made without.
+
+    Raises:
+        ValueError: if it is none here.
+    """
+    if description.spec is None:
+        return None
+    try:
+        return QuantSpec(**description.spec)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"A checkpoint must say how {name} quantizes. Found {description.spec}, which is no QuantSpec here "
+            f"({error}): load it with the version of lfq_lightning that saved it."
+        ) from error
+
+
+def belonging(names: Iterable[str]) -> Callable[[str], bool]:
+    """Whether a key of a state dict belongs to one of these quantizers."""
+    known = set(names)
+
+    def belongs(key: str) -> bool:
+        path = plain_name(key)
+        while path:
+            path = path.rpartition(".")[0]
+            if path in known:
+                return True
+        return False
+
+    return belongs
+
+
+def without_quantizers(state_dict: Mapping[str, Any], only_placed: bool = False) -> dict[str, Any]:
+    """The float model's part of a state dict.
+
+    Args:
+        state_dict: of any model.
+        only_placed: keep the quantizers that the user has placed, which are part of the model's own code.
+    """
+    left_out = [name for name, d in descriptions(state_dict).items() if d.role is not None or not only_placed]
+    belongs = belonging(left_out)
+    return {key: value for key, value in state_dict.items() if key != NOTE and not belongs(key)}
+
+
+def under_own_names(own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict under the keys of another, which may differ by what torch.compile puts into them."""
+    own_names = {plain_name(key): key for key in own}
+    return {own_names.get(plain_name(key), key): value for key, value in state_dict.items() if key != NOTE}
+
+
+def fit_to(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict that loads strictly into a model, from a float or quantized one.
+
+    A float state dict takes the model's own quantizers along; quantizers that a float model has no place for are left
+    out; keys are compared without what torch.compile puts into them. Quantizers that `attach` put on layers and those
+    that the user has placed count apart.
+
+    Raises:
+        ValueError: if both are quantized and differently (both are shown).
+    """
+    own = model.state_dict()
+    fitted = under_own_names(own, state_dict)
+    here, saved = descriptions(own), descriptions(fitted)
+    differences: list[str] = []
+    for placed in (True, False):
+        mine, theirs = (
+            {name: d for name, d in found.items() if (d.role is not None) is placed} for found in (here, saved)
+        )
+        if not mine:
+            belongs = belonging(theirs)
+            fitted = {key: value for key, value in fitted.items() if not belongs(key)}
+        elif not theirs:
+            belongs = belonging(mine)
+            fitted |= {key: value for key, value in own.items() if belongs(key)}
+        else:
+            differences += _differences(mine, theirs)
+    if differences:
+        shown = "\n  ".join(differences[:10] + ["..."] * (len(differences) > 10))
+        raise ValueError(
+            "A checkpoint must be quantized as the model is. Found these differences:\n  "
+            f"{shown}\nGive the callback (or `attach`) the settings that the checkpoint was trained with, or start "
+            "from its float weights with `lfq_lightning.load_state_dict` into a model before `attach`."
+        )
+    return fitted
+
+
+def _differences(mine: Descriptions, theirs: Descriptions) -> list[str]:
+    specs = [
+        {name: spec_of(name, description) or "no QuantSpec" for name, description in found.items()}
+        for found in (mine, theirs)
+    ]
+    return [
+        f"{name}: the checkpoint has {specs[1].get(name, 'float')}, the model has {specs[0].get(name, 'float')}"
+        for name in sorted(mine.keys() | theirs.keys())
+        if specs[0].get(name) != specs[1].get(name)
+    ]

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lfq_lightning.checking import check_batches, check_function, check_model
 from lfq_lightning.phases import gathering, go_on, merge_statistics
 from lfq_lightning.placement.host import quantizers
-from lfq_lightning.running import in_eval_mode, run
+from lfq_lightning.running import in_eval_mode, run_by
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None) -> None:
@@ -22,10 +23,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Mo
     Args:
         model: a model that `attach` was called on; its training modes are restored.
         batches: what the model is run on, for instance a DataLoader.
-        forward: how to run the model on one batch. By default a mapping is passed as keywords, of a tuple or list the
-            first entry is passed, and anything else is passed as it is.
+        forward: how to run the model on one batch. By default a mapping is passed as keywords, of a tuple or list as
+            many entries as `forward` must be given, and anything else as it is.
 
     Raises:
+        TypeError: if an argument is of another kind.
         ValueError: if there are no quantizers, all have learned already, or `batches` is empty.
 
     Example:
@@ -36,7 +38,12 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Mo
         >>> lfq.quantizers(model)["0.weight_quantizer"].phase
         'estimate'
     """
+    check_model(model)
+    check_batches("batches", batches)
+    check_function("forward", forward, "the model and a batch")
     found = quantizers(model)
+    if not found:
+        raise ValueError("A model is calibrated by its quantizers. Found none: call `lfq_lightning.attach` first.")
     learned = [name for name, quantizer in found.items() if quantizer.learned]
     if learned and len(learned) == len(found):
         raise ValueError(
@@ -52,7 +59,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Mo
     try:
         with in_eval_mode(model), gathering(model), torch.no_grad():
             for batch in itertools.chain([first], batches):
-                (forward or run)(model, batch)
+                run_by(forward, model, batch)
                 for name, met in merge_statistics(model).items():
                     found[name].warn_non_finite(met, name)
     except BaseException:

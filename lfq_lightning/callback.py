@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +10,14 @@ from typing import Any, Literal
 import lightning as L
 from torch.optim import Optimizer
 
+from lfq_lightning.checking import check_flags, check_path
 from lfq_lightning.export.parity import Parity
 from lfq_lightning.phases import leading_quantizer, set_gathering
 from lfq_lightning.placement import Placement, apply, plan
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.rules import Rule, as_rules
 from lfq_lightning.schedule import OBSERVING, PhaseSchedule
-from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, made, weight_spec
+from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, as_schedule, weight_spec
 from lfq_lightning.training.exporting import check_batch, check_fit, export_fit
 from lfq_lightning.training.module_hooks import add_note, meet_quantizers, note_on_checkpoints
 from lfq_lightning.training.neighbours import arrange, check_neighbours, require_gradients
@@ -27,7 +28,7 @@ from lfq_lightning.training.run_length import check_configured_length, has_learn
 from lfq_lightning.training.run_phases import enter_phase, show_phase, start_over, take_in_batch, warn_if_unlearned
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.sharding import check_strategy
-from lfq_lightning.training.user_optimizer import UserOptimizers, arranged_qparams, check_choice, make_optimizer
+from lfq_lightning.training.user_optimizer import UserOptimizers, arranged_qparams, check_makers, make_optimizer
 from lfq_lightning.training.weight_steps import WeightSteps
 from lfq_lightning.training.wrapping import Wrappers
 
@@ -83,14 +84,13 @@ class QuantizationAwareTraining(L.Callback):
         on_collapse: Reaction = "warn",
         export: str | Path | None = None,
     ) -> None:
+        check_flags(reobserve=reobserve, compress_saved=compress_saved)
+        check_path("export", export, needed=False)
         self.weight: SpecLike = weight if isinstance(weight, int) else weight_spec(weight)
         self.activation: SpecLike = activation if isinstance(activation, int) else activation_spec(activation)
         weight_spec(self.weight), activation_spec(self.activation)
-        self.rules = as_rules(rules)
-        self.schedule = made("schedule", PhaseSchedule, schedule) if isinstance(schedule, Mapping) else schedule
-        if self.schedule is not None and not isinstance(self.schedule, PhaseSchedule):
-            raise TypeError(f"`schedule` must be a PhaseSchedule or None. Found {schedule!r}.")
-        check_choice(optimizer, lr_schedule)
+        self.rules, self.schedule = as_rules(rules), as_schedule(schedule)
+        check_makers(optimizer, lr_schedule)
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.reobserve, self.compress_saved = reobserve, compress_saved
         self.record_every_n_steps, self.export = record_every_n_steps, export

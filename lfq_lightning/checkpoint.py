@@ -11,10 +11,12 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lfq_lightning.checking import check_flags, check_model, in_words
 from lfq_lightning.placement import PlacedLayer, Placement, apply
 from lfq_lightning.placement.host import plain_name
 from lfq_lightning.quantizer.saved import described
 from lfq_lightning.reading import read_checkpoint
+from lfq_lightning.running import explained
 from lfq_lightning.spec import QuantSpec
 from lfq_lightning.state_dicts import Descriptions, descriptions, fit_to, spec_of, under_own_names, without_quantizers
 
@@ -40,11 +42,12 @@ def load_state_dict(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         >>> _ = lfq.attach(model)
         >>> lfq.load_state_dict(model, trained)
     """
+    check_model(model)
     state_dict = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
     if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
         raise ValueError(
             "`checkpoint` must be a state dict or a Lightning checkpoint. Found "
-            f"{type(checkpoint).__name__}: pass what `torch.load` or `model.state_dict()` gave."
+            f"{in_words(checkpoint)}: pass what `torch.load` or `model.state_dict()` gave."
         )
     fitted = fit_to(model, state_dict)
     _check_fits(model, fitted)
@@ -153,6 +156,12 @@ def load_from_checkpoint(
     Example:
         >>> model = lfq.load_from_checkpoint(MyModule, "best.ckpt")  # doctest: +SKIP
     """
+    if not (isinstance(module_class, type) and issubclass(module_class, L.LightningModule)):
+        raise TypeError(
+            f"`module_class` must be a LightningModule's class. Found {in_words(module_class)}: pass its class."
+        )
+    given = {"strict": strict, "weights_only": weights_only}
+    check_flags(**{name: flag for name, flag in given.items() if flag is not None})
     checkpoint = read_checkpoint(path, map_location, weights_only)
     if "pytorch-lightning_version" not in checkpoint:
         raise ValueError(
@@ -165,7 +174,8 @@ def load_from_checkpoint(
     torch.save({**checkpoint, "state_dict": without_quantizers(state, only_placed=True)}, as_float)
     as_float.seek(0)
     how = {"map_location": map_location, "strict": strict, "weights_only": weights_only}
-    model = module_class.load_from_checkpoint(as_float, **how, **init_args)
+    with explained(f"{module_class.__name__} is made from its hyper-parameters and `init_args`", init_args, "by name"):
+        model = module_class.load_from_checkpoint(as_float, **how, **init_args)
     if saved:
         strict = model.strict_loading if strict is None else strict
         attach_as_saved(model, saved, strict)

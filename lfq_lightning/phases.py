@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lfq_lightning.checking import check_model
 from lfq_lightning.observers import Observer, Statistics
 from lfq_lightning.placement.host import hosts, qparams, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
@@ -54,6 +55,7 @@ def go_on(model: nn.Module, phase: Phase) -> None:
 
 
 def _switch(model: nn.Module, phase: Phase, keep_learning: bool) -> None:
+    check_model(model)
     check_phase(phase)
     found = quantizers(model)
     if not found:

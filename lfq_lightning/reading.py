@@ -9,6 +9,8 @@ from typing import IO, Any
 
 import torch
 
+from lfq_lightning.checking import check_path, in_words
+
 
 def read_checkpoint(
     path: str | Path | IO[bytes], map_location: Any = None, weights_only: bool | None = None
@@ -19,10 +21,13 @@ def read_checkpoint(
         FileNotFoundError: if there is no such file.
         ValueError: if it cannot be read, or has none.
     """
+    if not (hasattr(path, "read") and hasattr(path, "seek")):
+        check_path("path", path)
+    _check_location(map_location)
     try:
         checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=weights_only)
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"`path` must be a checkpoint. Found nothing at `{path}`: check the path.") from error
     except Exception as error:  # torch.load has no common error for a file that is no checkpoint
         objects = _untrusted(path)
         if objects:
@@ -39,6 +44,18 @@ def read_checkpoint(
     if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
         raise ValueError(f"{path} must be a Lightning checkpoint. Found no `state_dict` in it: use `load_state_dict`.")
     return checkpoint
+
+
+def _check_location(location: Any) -> None:
+    if location is None or callable(location) or isinstance(location, (torch.device, Mapping)):
+        return
+    try:
+        torch.device(location)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"`map_location` must be a device, a mapping or a function. Found {in_words(location)}: leave it "
+            "out for the CPU."
+        ) from error
 
 
 def _untrusted(path: str | Path | IO[bytes]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, final
 
 from torch import nn
 
+from lfq_lightning.checking import in_words
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, made, plain_object, weight_spec
 
 
@@ -76,14 +77,21 @@ class Rule:
         return f"Rule({', '.join([match, *(f'{k}={v!r}' for k, v in given if v != 'default')])})"
 
 
+def check_listed(values: object) -> None:
+    """Raise TypeError unless it is several rules, or none; a mapping would be read as its keys."""
+    if isinstance(values, (Rule, Mapping, str)) or not isinstance(values, Iterable):
+        raise TypeError(f"`rules` must be a list of rules, even of one. Found {in_words(values)}: put it in brackets.")
+
+
 def as_rules(values: Iterable[Rule | Mapping[str, Any]]) -> tuple[Rule, ...]:
     """Rules, or mappings of their fields."""
-    if isinstance(values, (Rule, Mapping, str)):
-        raise TypeError(f"`rules` must be a list of rules, even of one. Found {values!r}: put it in brackets.")
+    check_listed(values)
     rules = []
     for number, value in enumerate(values):
         key = f"rules[{number}]"
         if not isinstance(value, (Rule, Mapping)):
-            raise TypeError(f"`{key}` must be a Rule or a mapping of its fields. Found {value!r}.")
+            raise TypeError(
+                f"`{key}` must be a Rule or a mapping of its fields. Found {in_words(value)}: write Rule(...)."
+            )
         rules.append(value if isinstance(value, Rule) else made(key, Rule, value))
     return tuple(rules)

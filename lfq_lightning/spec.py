@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, final, get_args
 
+from lfq_lightning.checking import in_words
 from lfq_lightning.ops import Saturation, check_range
+from lfq_lightning.schedule import PhaseSchedule
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "lsq", "lsq+"]
@@ -227,3 +229,11 @@ def _as_spec(value: Any, role: str) -> QuantSpec | None:
         f"`{role}` must be a number of bits, a QuantSpec, a mapping of its fields, or None for float. "
         f"Found {value!r} of type {type(value).__name__}{remedy}."
     )
+
+
+def as_schedule(value: object) -> PhaseSchedule | None:
+    """A schedule, or a mapping of its fields."""
+    schedule = made("schedule", PhaseSchedule, value) if isinstance(value, Mapping) else value
+    if schedule is not None and not isinstance(schedule, PhaseSchedule):
+        raise TypeError(f"`schedule` must be a PhaseSchedule or None. Found {in_words(schedule)}.")
+    return schedule

@@ -14,8 +14,8 @@ PACKAGE = ROOT / "lfq_lightning"
 
 # A file imports only from rows above its own.
 FLOORS = [
-    ["schedule", "records.trajectory", "records.tables", "training.wrapping", "ops.layout", "running"],
-    ["records.curves"],
+    ["checking", "schedule", "records.trajectory", "records.tables", "training.wrapping", "ops.layout"],
+    ["running", "reading", "records.curves"],
     ["records.plot", "records.comparison", "records.history", "ops.reference", "ops.native", "ops.triton_kernels"],
     ["records.plot_comparison", "ops.triton_backward", "ops.power_of_two"],
     ["ops.triton"],
@@ -51,12 +51,12 @@ FLOORS = [
     ["training.optimizer"],
     ["training.neighbours", "training.recorder", "training.resuming", "training.run_length"],
     ["training.user_optimizer"],
-    ["reading", "state_dicts"],
+    ["state_dicts"],
     ["checkpoint", "training.run_phases"],
     ["training.exporting", "training.module_hooks"],
     ["training"],
     ["callback"],
-    ["techniques.batch_norm", "techniques.order", "techniques.oscillation", "techniques.served"],
+    ["techniques.batch_norm", "techniques.order", "techniques.oscillation", "techniques.served", "techniques.teacher"],
     [
         "techniques.batch_norm_statistics",
         "techniques.bit_annealing",

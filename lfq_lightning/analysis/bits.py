@@ -12,7 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lfq_lightning.analysis.sensitivity import Sensitivity, SensitivityRow
-from lfq_lightning.rules import Rule
+from lfq_lightning.checking import check_path, check_whole, in_words
+from lfq_lightning.rules import Rule, as_rules
 from lfq_lightning.spec import QuantSpec, weight_spec
 
 
@@ -45,6 +46,12 @@ def propose_bits(sensitivity: Sensitivity, budget_bytes: int) -> list[Rule]:
         >>> len(lfq.propose_bits(found, budget_bytes=1000))
         2
     """
+    if not isinstance(sensitivity, Sensitivity):
+        raise TypeError(
+            "`sensitivity` must be what `lfq_lightning.sensitivity` gave. Found "
+            f"{in_words(sensitivity)}: call that function with `bits` first."
+        )
+    check_whole("budget_bytes", budget_bytes)
     layers: dict[tuple[str, ...], list[SensitivityRow]] = {}
     for row in sensitivity.rows:
         if row.spec is None:
@@ -134,8 +141,9 @@ def save_rules(rules: Iterable[Rule], path: Path | str) -> None:
         >>> lfq.load_rules(path)
         [Rule('head', weight=8)]
     """
+    check_path("path", path, written=True)
     path = Path(path)
-    values = [rule.to_dict() for rule in rules]
+    values = [rule.to_dict() for rule in as_rules(rules)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(OmegaConf.to_yaml({"rules": values}))
 
@@ -150,18 +158,19 @@ def load_rules(path: Path | str) -> list[Rule]:
         FileNotFoundError: if there is none.
         ValueError: if it does not hold rules.
     """
+    check_path("path", path)
+    if not Path(path).exists():
+        raise FileNotFoundError(f"`path` must be a file of rules. Found nothing at `{path}`: `save_rules` writes one.")
     try:
         found = OmegaConf.to_container(OmegaConf.load(path))
-    except FileNotFoundError:
-        raise
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"`{path}` must be YAML with the key `rules`. Found a file that is none ({error}).") from error
     rules = found.get("rules") if isinstance(found, Mapping) else None
     if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
-        raise ValueError(f"`{path}` must hold a list under the key `rules`. Found {found!r:.100}.")
+        raise ValueError(f"`{path}` must hold a list under the key `rules`. Found {in_words(found)}.")
     try:
-        return [Rule(**rule) for rule in rules]
-    except TypeError as error:
+        return list(as_rules(rules))
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"`{path}` must hold rules with match, weight and activation. Found another ({error})."
         ) from None

@@ -15,7 +15,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lfq_lightning.running import in_eval_mode
+from lfq_lightning.checking import check_batches, check_flags, check_function, in_words
+from lfq_lightning.running import explained, in_eval_mode, inputs_of, run, run_by
 
 Evaluation = Callable[[], float]
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
@@ -33,6 +34,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def is_higher_better(metric: MetricLike, given: bool | None) -> bool:
     """What was given, or what a torchmetrics.Metric says of itself."""
+    if given is not None:
+        check_flags(higher_is_better=given)
     found = getattr(metric, "higher_is_better", None) if given is None else given
     if found is None:
         raise ValueError(
@@ -52,12 +55,14 @@ def evaluation(model: nn.Module, dataloader: Iterable[Any], metric: MetricLike, 
             averaged over samples; or the name of a value that a LightningModule logs in `validation_step`.
         forward: from model and batch to outputs and targets; by default a batch is a pair of inputs and targets.
     """
+    check_batches("dataloader", dataloader)
+    check_function("forward", forward, "the model and a batch")
     if isinstance(dataloader, Iterator):
         raise ValueError("`dataloader` is read once for each layer. Found an iterator: pass a DataLoader or a list.")
     if isinstance(metric, str):
-        run = _by_validation(model, dataloader, metric)
+        measure = _by_validation(model, dataloader, metric)
     elif callable(metric):  # a torchmetrics.Metric is
-        run = _by_batches(model, dataloader, metric, forward or _pair)
+        measure = _by_batches(model, dataloader, metric, forward)
     else:
         raise TypeError(
             "`metric` must be a torchmetrics.Metric, a function of outputs and targets, or the name of a logged value. "
@@ -69,7 +74,7 @@ def evaluation(model: nn.Module, dataloader: Iterable[Any], metric: MetricLike, 
         value = float("nan")
         with isolate_rng(), evaluating(model):
             try:
-                value = run()
+                value = measure()
             except BaseException as error:  # passed on below: past an error, `isolate_rng` restores nothing
                 failed = error
         if failed is not None:
@@ -79,7 +84,7 @@ def evaluation(model: nn.Module, dataloader: Iterable[Any], metric: MetricLike, 
     return evaluate
 
 
-def _by_batches(model: nn.Module, dataloader: Iterable[Any], metric: Any, forward: Forward) -> Evaluation:
+def _by_batches(model: nn.Module, dataloader: Iterable[Any], metric: Any, forward: Forward | None) -> Evaluation:
     first = next((p for p in model.parameters()), None)
     device = torch.device("cpu") if first is None else first.device
     copied = metric.clone().to(device) if isinstance(metric, Metric) else None
@@ -89,13 +94,14 @@ def _by_batches(model: nn.Module, dataloader: Iterable[Any], metric: Any, forwar
         if copied is not None:
             copied.reset()
         for batch in dataloader:
-            outputs, targets = forward(model, move_data_to_device(batch, device))
+            outputs, targets = _outputs_and_targets(forward, model, move_data_to_device(batch, device))
             size = extract_batch_size(batch)
             count += size
-            if copied is None:
-                total += size * _number(metric, metric(outputs, targets))
-            else:
-                copied.update(outputs, targets)
+            with explained("`metric` is called with outputs and targets", (outputs, targets), "or choose another"):
+                if copied is None:
+                    total += size * _number(metric, metric(outputs, targets))
+                else:
+                    copied.update(outputs, targets)
         if count == 0:
             raise ValueError("`dataloader` must hold at least one batch. Found none.")
         return total / count if copied is None else _number(metric, copied.compute())
@@ -129,13 +135,20 @@ def _by_validation(model: nn.Module, dataloader: Iterable[Any], name: str) -> Ev
     return run
 
 
-def _pair(model: nn.Module, batch: Any) -> tuple[Any, Any]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TypeError(
-            f"A batch must be a pair of inputs and targets. Found {type(batch).__name__}: pass `forward`, a function "
-            "from model and batch to outputs and targets."
-        )
-    return model(batch[0]), batch[1]
+def _outputs_and_targets(forward: Forward | None, model: nn.Module, batch: Any) -> tuple[Any, Any]:
+    """What `forward` gives, or of a batch of inputs and targets the model's outputs and the targets."""
+    if forward is None:
+        inputs = len(inputs_of(model, batch)[0]) if isinstance(batch, (tuple, list)) else 0
+        if not inputs or len(batch) != inputs + 1:
+            raise TypeError(
+                f"A batch must be a pair of inputs and targets. Found {in_words(batch)}: pass `forward`, a "
+                "function from model and batch to outputs and targets."
+            )
+        return run(model, batch), batch[-1]
+    given = run_by(forward, model, batch)
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise TypeError(f"`forward` must give outputs and targets. Found {in_words(given)}: return a pair.")
+    return given[0], given[1]
 
 
 def _number(metric: Any, value: Any) -> float:

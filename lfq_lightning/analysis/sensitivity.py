@@ -10,11 +10,12 @@ from typing import Any
 from torch import nn
 
 from lfq_lightning.analysis.evaluating import Forward, MetricLike, evaluation, is_higher_better
+from lfq_lightning.checking import check_model, in_words
 from lfq_lightning.placement import attach, detach
 from lfq_lightning.placement.host import WEIGHT, QuantizedLayer, hosts, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.summary import packed_bytes
-from lfq_lightning.records.tables import aligned
+from lfq_lightning.records.tables import aligned, terminal_width
 from lfq_lightning.spec import QuantSpec
 
 
@@ -57,7 +58,8 @@ class Sensitivity:
             (", ".join(r.layers), str(r.bits or ""), f"{r.weight_bytes:,}", f"{r.metric:.6g}", f"{r.drop:.3g}")
             for r in self.rows
         ]
-        return f"{aligned(header, cells, (False, True, True, True, True))}\nin float: {self.float_metric:.6g}"
+        notes = [f"in float: {self.float_metric:.6g}"]
+        return aligned(header, cells, (False, True, True, True, True), notes, terminal_width())
 
 
 def sensitivity(
@@ -100,11 +102,14 @@ def sensitivity(
         >>> [(row.layers, row.bits) for row in found.rows]
         [(('0',), 8), (('0',), 2), (('2',), 8), (('2',), 2)]
     """
+    check_model(model)
+    evaluate = evaluation(model, dataloader, metric, forward)
     better = is_higher_better(metric, higher_is_better)
+    if bits is not None and not isinstance(bits, Iterable):
+        raise TypeError(f"`bits` must be a list of widths. Found {in_words(bits)}: put it in brackets.")
     widths = None if bits is None else sorted({QuantSpec(bits=width).bits for width in bits}, reverse=True)
     if widths == []:
         raise ValueError("`bits` must name at least one width. Found none: use (2, 3, 4, 8), or leave it out.")
-    evaluate = evaluation(model, dataloader, metric, forward)
     with _attached(model, needed=widths is not None), _restored(model):
         _check_ranges(model, widths)
         for quantizer in quantizers(model).values():

@@ -8,6 +8,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from lfq_lightning.checking import check_model
 from lfq_lightning.export.exportable import check_estimated
 from lfq_lightning.placement.host import hosts, restore_layer, whole_weight
 from lfq_lightning.placement.layers import TRANSPOSED
@@ -41,6 +42,7 @@ def freeze(model: nn.Module) -> nn.Module:
         >>> type(frozen[0]).__name__, torch.equal(frozen(x), model.eval()(x))
         ('Linear', True)
     """
+    check_model(model)
     check_estimated(model)
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     weights: dict[int, nn.Parameter] = {}  # layers that share a quantizer share its weight

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from lfq_lightning.checking import in_words
+from lfq_lightning.running import example_of
 
-def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword inputs from one input, a tuple, or a mapping, as Lightning's example arrays are."""
-    example_inputs = _told_apart(example_inputs)
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
+
+def arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs from an example or a batch, of which `torch.export` can make an input each."""
+    args, kwargs = _told_apart(example_of(model, example_inputs))
+    return args, kwargs
 
 
 def _told_apart(inputs: Any) -> Any:
@@ -34,6 +35,22 @@ def _told_apart(inputs: Any) -> Any:
 def on_cpu(inputs: Any) -> Any:
     """The same inputs where ONNX Runtime computes, whichever device the model is on."""
     return tree_map_only(Tensor, lambda x: x.detach().cpu(), inputs)
+
+
+def check_dynamic_axes(axes: object) -> None:
+    """Raise TypeError unless it says whether dimensions may vary, or names those that may."""
+    names = axes.items() if isinstance(axes, Mapping) else ()
+    sound = all(
+        isinstance(name, str)
+        and isinstance(dimensions, Mapping)
+        and all(isinstance(index, int) and isinstance(word, str) for index, word in dimensions.items())
+        for name, dimensions in names
+    )
+    if not isinstance(axes, (bool, Mapping)) or not sound:
+        raise TypeError(
+            "`dynamic_axes` must be True, False, or names of dimensions by number, by argument. Found "
+            f'{in_words(axes)}: {{"x": {{0: "batch"}}}} is an example.'
+        )
 
 
 def traced(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lfq_lightning.records.tables import aligned, terminal_width
+
 
 @dataclass(frozen=True)
 class QuantizerParity:
@@ -85,11 +87,9 @@ class Parity:
         return self.file_bytes / self.float_file_bytes
 
     def __str__(self) -> str:
-        width = max([len(row.quantizer) for row in self.quantizers] + [20])
-        lines = [f"{'quantizer':{width}}  {'codes':>9}  {'equal':>9}  largest difference"]
-        lines.append("-" * len(lines[0]))
-        lines += [f"{r.quantizer:{width}}  {r.codes:9,}  {r.equal:9.4%}  {r.largest:18d}" for r in self.quantizers]
-        rest = {
+        header = ("quantizer", "codes", "equal", "largest difference")
+        rows = [(r.quantizer, f"{r.codes:,}", f"{r.equal:.4%}", str(r.largest)) for r in self.quantizers]
+        notes = {
             "inputs compared": f"{self.inputs:,}",
             "output differs by": str(self.plain),
             "with optimizations": str(self.optimized),
@@ -97,4 +97,5 @@ class Parity:
             "file": f"{self.file_bytes:,} bytes, {self.size:.3f} of the float file",
             "agrees": "yes" if self.agrees else f"no: {'; '.join(self.problems)}",
         }
-        return "\n".join([*lines, "", *(f"{name:20}  {value}" for name, value in rest.items())])
+        said = ["", *(f"{name:20}  {value}" for name, value in notes.items())]
+        return aligned(header, rows, (False, True, True, True), said, terminal_width())

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lfq_lightning.checking import check_batches, check_model, check_path, check_share, check_whole
+from lfq_lightning.export.exportable import check_estimated
 from lfq_lightning.export.fold import fold_batch_norm
-from lfq_lightning.export.inputs import arguments, on_cpu, traced
+from lfq_lightning.export.inputs import arguments, check_dynamic_axes, on_cpu, traced
 from lfq_lightning.export.integers import IntegerWeight, integer_copy, keep_biases_exact
 from lfq_lightning.export.packing import pack
 from lfq_lightning.placement import detach
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from lfq_lightning.export.parity import Parity
 
+OPSETS = range(18, 26)  # that torch's exporter writes as they are asked for; for one below it writes 18
 _REMEDY = 'install the extra: `pip install "lfq_lightning[export]"`'
 
 
@@ -49,11 +52,12 @@ def export_onnx(
 
     Args:
         model: a model with quantizers whose qparams are set; it is not changed.
-        example_inputs: one input, a tuple of positional inputs, or a mapping of keyword inputs.
+        example_inputs: one input, a tuple of positional inputs, a mapping of keyword inputs, or a batch of inputs and
+            targets as a DataLoader gives it, of which as many entries are taken as `forward` must be given.
         path: the file to write.
         dynamic_axes: by argument name of `forward`, the dimensions that may vary and their names. True: the first
             dimension of every tensor in which it is as long as in the first; False: none.
-        opset: of ONNX; packed 4 bits and groups need 21.
+        opset: of ONNX, 18 to 25; packed 4 bits and groups need 21.
         batches: more inputs to compare on, as a DataLoader gives them: of a tuple or list as many entries count as
             there are example inputs, of a mapping the keywords that are among them.
         tolerance: the share of a quantizer's integer codes that may differ. Layers sum in float, and ONNX Runtime in
@@ -79,14 +83,22 @@ def export_onnx(
         >>> lfq.export_onnx(model, torch.randn(8, 4), "/tmp/model.onnx").agrees
         True
     """
+    check_model(model)
+    check_path("path", path, written=True)
+    check_whole("opset", opset, OPSETS.start, OPSETS.stop - 1)
+    check_batches("batches", batches)
+    check_share("tolerance", tolerance)
+    check_share("optimized_tolerance", optimized_tolerance)
     if on_mismatch not in ("raise", "warn"):
         raise ValueError(f'`on_mismatch` must be "raise" or "warn". Found {on_mismatch!r}.')
+    check_dynamic_axes(dynamic_axes)
+    check_estimated(model)
     require_onnx()
     import onnx
 
     from lfq_lightning.export.comparing import codes_by_quantizer, compare
 
-    args, kwargs = on_cpu(arguments(example_inputs))
+    args, kwargs = on_cpu(arguments(model, example_inputs))
     integers = integer_copy(model).cpu()
     _check_opset(integers, opset)
     folded = fold_batch_norm(integers, args, kwargs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from lfq_lightning.checking import check_flags, check_model, check_path
 from lfq_lightning.export.fold import fold_batch_norm
 from lfq_lightning.export.inputs import arguments
 from lfq_lightning.export.integers import integer_copy
@@ -30,7 +31,8 @@ def export_pt2(
 
     Args:
         model: a model with quantizers whose qparams are set; it is not changed.
-        example_inputs: one input, a tuple of positional inputs, or a mapping of keyword inputs.
+        example_inputs: one input, a tuple of positional inputs, a mapping of keyword inputs, or a batch of inputs and
+            targets as a DataLoader gives it, of which as many entries are taken as `forward` must be given.
         path: where to save the program, by convention `.pt2`; None saves nothing.
         dynamic_shapes: as `torch.export.export` takes them.
         fold: fold BatchNorms into weights; exact in the integers, but no longer equal to eager in the last float bits.
@@ -53,7 +55,10 @@ def export_pt2(
         >>> torch.equal(program.module()(x), model.eval()(x))
         True
     """
-    args, kwargs = arguments(example_inputs)
+    check_model(model)
+    check_path("path", path, written=True, needed=False)
+    check_flags(fold=fold, signed=signed)
+    args, kwargs = arguments(model, example_inputs)
     integers = integer_copy(model, signed)
     if fold:
         fold_batch_norm(integers, args, kwargs)

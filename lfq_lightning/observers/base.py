@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lfq_lightning.checking import check_flags, check_whole
 from lfq_lightning.ops import check_range, nearest_power_of_two, power_of_two_above
 
 _EPS = torch.finfo(torch.float32).eps
@@ -65,6 +66,12 @@ class Observer(nn.Module):
     ) -> None:
         super().__init__()
         check_range(quant_min, quant_max)
+        check_flags(symmetric=symmetric, whole=whole, power_of_two=power_of_two)
+        if axis is not None:
+            check_whole("axis", axis, -64, 63)
+        if group_size is not None:
+            check_whole("group_size", group_size, 1)
+        check_whole("channels", channels, 1)
         self.quant_min, self.quant_max = quant_min, quant_max
         self.symmetric, self.axis, self.group_size = symmetric, axis, group_size
         self.whole, self.power_of_two = whole, power_of_two

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lfq_lightning.checking import check_number
 from lfq_lightning.observers.base import Observer, Statistics
 
 
@@ -24,6 +25,7 @@ class MovingAverageObserver(Observer):
 
     def __init__(self, *args: Any, averaging_constant: float = 0.01, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_number("averaging_constant", averaging_constant)
         if not 0.0 < averaging_constant <= 1.0:
             raise ValueError(f"`averaging_constant` must be in (0, 1]. Found {averaging_constant}.")
         self.averaging_constant = averaging_constant

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from lfq_lightning.checking import check_flags, check_model
 from lfq_lightning.placement.host import (
     QuantizedLayer,
     check_compressible,
@@ -62,6 +63,8 @@ def attach(
         1      Linear  4 bit symmetric per_channel  float
         2      Linear  8 bit symmetric per_channel  float
     """
+    check_model(model)
+    check_flags(compress_saved=compress_saved)
     placement = plan(model, weight, activation, rules)
     apply(model, placement, compress_saved)
     return placement
@@ -150,5 +153,6 @@ def detach(model: nn.Module) -> None:
         >>> type(model[0]).__name__, list(model.state_dict())
         ('Linear', ['0.weight', '0.bias'])
     """
+    check_model(model)
     for layer in hosts(model).values():
         restore_layer(layer)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.distributed.tensor import DTensor
 
+from lfq_lightning.checking import check_model
 from lfq_lightning.placement.computing import Compute, computation
 from lfq_lightning.placement.saving import Quantized, Saved, compressed
 from lfq_lightning.quantizer import LearnableFakeQuantize
@@ -157,6 +158,7 @@ def quantizers(model: nn.Module) -> dict[str, LearnableFakeQuantize]:
         >>> list(lfq.quantizers(model))
         ['0.weight_quantizer', '0.input_quantizer']
     """
+    check_model(model)
     return {
         plain_name(name): module for name, module in model.named_modules() if isinstance(module, LearnableFakeQuantize)
     }

@@ -9,9 +9,11 @@ from difflib import get_close_matches
 
 from torch import nn
 
+from lfq_lightning.checking import check_model
 from lfq_lightning.placement.host import float_type
 from lfq_lightning.placement.layers import all_names, candidates, check_quantizable, is_lazy
-from lfq_lightning.rules import Rule
+from lfq_lightning.records.tables import aligned, terminal_width
+from lfq_lightning.rules import Rule, check_listed
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, weight_spec
 
 
@@ -33,23 +35,25 @@ class Placement:
     left_in_float: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        rows = [("layer", "type", "weight", "input")]
+        rows = []
         for layer in self.layers:
             weight, activation = (s.label if s else "float" for s in (layer.weight, layer.activation))
             rows.append((layer.name, layer.type_name, weight, activation))
-        rows += [(name, "", "float", f"float: {reason}") for name, reason in self.left_in_float]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([lines[0], "-" * sum(widths, 6), *lines[1:]])
+        rows += [(name, "", "float", "float") for name, _ in self.left_in_float]
+        why: dict[str, list[str]] = {}
+        for name, reason in self.left_in_float:
+            why.setdefault(reason, []).append(name)
+        notes = [f"left in float, as {reason}: {', '.join(names)}" for reason, names in why.items()]
+        return aligned(("layer", "type", "weight", "input"), rows, (False,) * 4, notes, terminal_width())
 
 
 def plan(
     model: nn.Module, weight: SpecLike, activation: SpecLike, rules: Iterable[Rule], final: bool = True
 ) -> Placement:
     """What `attach` would place; with `final` False, rules may match nothing yet and layers may still be missing."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module. Found {type(model).__name__}.")
+    check_model(model)
     defaults = weight_spec(weight), activation_spec(activation)
+    check_listed(rules)
     rules = tuple(rules)
     for rule in rules:
         if not isinstance(rule, Rule):

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lfq_lightning.checking import check_flags, check_number
 from lfq_lightning.observers import OBSERVERS, check_observer
 from lfq_lightning.ops import FakeQuantize, Unchanged, check_range, effective, nearest_power_of_two, saturation
 from lfq_lightning.quantizer.description import Described
@@ -65,6 +66,7 @@ class LearnableFakeQuantize(Described, Observing):
     ) -> None:
         super().__init__()
         check_range(quant_min, quant_max)
+        check_flags(learn_zero_point=learn_zero_point)
         _check_start(scale, zero_point, channel_len, grad_factor)
         check_observer(observer, quant_min, quant_max, channel_len)
         for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
@@ -226,6 +228,10 @@ def _check_start(scale: float, zero_point: float, channel_len: int, grad_factor:
         raise ValueError(
             f"`channel_len` must be the number of channels, or -1 for one scale in all. Found {channel_len!r}."
         )
+    for name, value in (("scale", scale), ("zero_point", zero_point)):
+        check_number(name, value)
+    if not isinstance(grad_factor, str):
+        check_number("grad_factor", grad_factor)
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"`scale` must be positive and finite. Found {scale}.")
     if not math.isfinite(zero_point):

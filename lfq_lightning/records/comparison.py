@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from omegaconf import OmegaConf
 
+from lfq_lightning.records.tables import aligned, terminal_width
+
 
 class Run(NamedTuple):
     """One job of a sweep: the overrides that made it but the seed, its seed, and its metrics.json by section."""
@@ -59,20 +61,13 @@ class Comparison:
     skipped: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
-        table = [("method", "seeds", "bytes", self.metric, "front")]
+        header = ("method", "seeds", "bytes", self.metric, "front")
+        rows = []
         for m in self.methods:
             spread = "" if math.isnan(m.deviation) else f" ± {m.deviation:.4f}"
-            table.append((m.name, str(len(m.values)), f"{m.size:,.0f}", f"{m.mean:.4f}{spread}", "*" * m.on_front))
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        left = (True, False, False, True, True)
-        lines = [
-            "  ".join(
-                cell.ljust(w) if to_left else cell.rjust(w) for cell, w, to_left in zip(row, widths, left, strict=True)
-            ).rstrip()
-            for row in table
-        ]
+            rows.append((m.name, str(len(m.values)), f"{m.size:,.0f}", f"{m.mean:.4f}{spread}", "*" * m.on_front))
         notes = [f"without metrics.json, left out: {path}" for path in self.skipped]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])
+        return aligned(header, rows, (False, True, True, False, False), notes, terminal_width())
 
 
 def compare(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lfq_lightning.checking import check_path
 from lfq_lightning.records.curves import (
     KINDS,
     PALETTE,
@@ -50,6 +51,8 @@ def plot_trajectories(run_directory: Path | str, path: Path | str | None = None)
         >>> plot_trajectories("lightning_logs/version_0")  # doctest: +SKIP
         PosixPath('lightning_logs/version_0/trajectories.png')
     """
+    check_path("run_directory", run_directory)
+    check_path("path", path, written=True, needed=False)
     source = _trajectory_in(Path(run_directory))
     target = source.with_name("trajectories.png") if path is None else Path(path)
     rows = read_trajectory(source)
@@ -60,9 +63,19 @@ def plot_trajectories(run_directory: Path | str, path: Path | str | None = None)
             f"one in `{source}`: let the run reach the phase estimate first."
         )
     figure = _draw(rows, panels)
+    check_format(figure, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=160, format=target.suffix[1:] or "png")
     return target
+
+
+def check_format(figure: Figure, path: Path) -> None:
+    """Raise ValueError unless matplotlib writes pictures of the kind that a path's suffix names; none is a PNG."""
+    known = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in ("", *known):
+        raise ValueError(
+            f"`path` must end as a picture does. Found {path.name!r}: use one of {', '.join(f'.{k}' for k in known)}."
+        )
 
 
 def _trajectory_in(source: Path) -> Path:

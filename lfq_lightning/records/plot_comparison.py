@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfq_lightning.records.comparison import Comparison, Method
+from lfq_lightning.records.plot import check_format
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +38,7 @@ def plot_comparison(comparison: Comparison, path: Path | str) -> Path:
         ) from error
     target = Path(path)
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    check_format(figure, target)
     axes = figure.subplots()
     front = [m for m in comparison.methods if m.on_front]
     # Steps: between two methods there is none, and bytes short of the next buy no more than the one before.

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.audio import signal_noise_ratio
 
+from lfq_lightning.checking import check_model
 from lfq_lightning.placement.host import hosts, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.records.tables import aligned, show
-from lfq_lightning.running import in_eval_mode, run
+from lfq_lightning.records.tables import aligned, show, terminal_width
+from lfq_lightning.running import in_eval_mode, run_by
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,18 @@ class SummaryRow:
 
 @dataclass(frozen=True, repr=False)
 class Summary:
-    """Every quantizer of a model, and the bytes of the quantized layers' weights; prints as a table.
+    """Every quantizer of a model, and the bytes of the quantized layers' weights and of all parameters, as a table.
 
     `weight_bytes` counts packed integer codes with a float32 scale, and a zero point where it is affine;
-    `float_weight_bytes` the same weights in float32.
+    `float_weight_bytes` the same weights in float32. `parameter_bytes` and `float_parameter_bytes` count the model's
+    other parameters too (biases, norms, layers left in float), in float32; buffers are in neither.
     """
 
     rows: tuple[SummaryRow, ...]
     weight_bytes: int
     float_weight_bytes: int
+    parameter_bytes: int
+    float_parameter_bytes: int
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """The rows as plain dictionaries."""
@@ -57,10 +61,11 @@ class Summary:
 
     @property
     def _size(self) -> str:
-        return f"weights of quantized layers: {self.float_weight_bytes:,} -> {self.weight_bytes:,} bytes"
+        weights = f"weights of quantized layers: {self.float_weight_bytes:,} -> {self.weight_bytes:,} bytes"
+        return f"{weights}; all parameters: {self.float_parameter_bytes:,} -> {self.parameter_bytes:,} bytes"
 
     def __str__(self) -> str:
-        return f"{aligned(*self.table())}\n{self._size}"
+        return aligned(*self.table(), [self._size], terminal_width())
 
     def __repr__(self) -> str:  # a notebook shows what a call returns, and the table stands above it already
         return f"<Summary of {len(self.rows)} quantizers, {self._size}>"
@@ -102,8 +107,9 @@ def summarize(model: nn.Module, batch: Any = None) -> Summary:
 
     Args:
         model: a model that `attach` was called on; it is run in eval mode on `batch`, and its modes are restored.
-        batch: one input for the model (a mapping is passed as keywords, of a tuple or list the first entry is passed);
-            without one, nothing is measured about the layers' inputs.
+        batch: one input for the model, or a batch as a DataLoader gives it: a mapping is passed as keywords, of a tuple
+            or list as many entries as `forward` must be given. Without one, nothing is measured about the layers'
+            inputs.
 
     Returns:
         The rows as plain values; `to_dicts()` gives dictionaries.
@@ -121,8 +127,9 @@ def summarize(model: nn.Module, batch: Any = None) -> Summary:
         ------------------------------------------------------------------------------------------
         0.weight_quantizer     8  symmetric per_channel(0)  0.004         0.0       0.00%     50.0
         0.input_quantizer      8  affine per_tensor         0.004         0.0
-        weights of quantized layers: 32 -> 16 bytes
+        weights of quantized layers: 32 -> 16 bytes; all parameters: 40 -> 24 bytes
     """
+    check_model(model)
     summary = describe(model, batch)
     summary.show()
     return summary
@@ -135,7 +142,7 @@ def describe(model: nn.Module, batch: Any = None, forward: Callable[[nn.Module, 
         raise ValueError("The model has no quantizers to describe: call `lfq_lightning.attach` first.")
     captures = {name: _Capture() for name in found}
     if batch is not None:
-        _run(model, batch, forward or run, {found[name]: capture for name, capture in captures.items()})
+        _run(model, batch, forward, {found[name]: capture for name, capture in captures.items()})
     packed = full = 0
     known: set[LearnableFakeQuantize] = set()
     for layer in hosts(model).values():
@@ -158,14 +165,22 @@ def describe(model: nn.Module, batch: Any = None, forward: Callable[[nn.Module, 
         )
         for name, q in found.items()
     )
-    return Summary(rows, packed, full)
+    others = _other_parameters(model)
+    return Summary(rows, packed, full, packed + others, full + others)
+
+
+def _other_parameters(model: nn.Module) -> int:
+    """Bytes in float32 of every parameter that is neither a quantized weight nor a quantizer's."""
+    quantized = {id(layer.weight) for layer in hosts(model).values() if layer.weight_quantizer is not None}
+    quantized |= {id(p) for quantizer in quantizers(model).values() for p in quantizer.parameters()}
+    return sum(4 * p.numel() for p in model.parameters() if id(p) not in quantized)
 
 
 def _run(model: nn.Module, batch: Any, forward: Any, captures: dict[LearnableFakeQuantize, _Capture]) -> None:
     handles = [quantizer.register_forward_hook(capture) for quantizer, capture in captures.items()]
     try:
         with in_eval_mode(model), torch.no_grad():
-            forward(model, batch)
+            run_by(forward, model, batch)
     finally:
         for handle in handles:
             handle.remove()

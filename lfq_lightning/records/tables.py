@@ -1,39 +1,123 @@
-"""Plain tables for the terminal, in colour where rich is installed and someone is looking."""
+"""Plain tables for the terminal, never wider than it, in colour where rich is installed and someone is looking."""
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 
+_GAP = "  "
+# What a column of text keeps: the first, which holds names, gives way before the others do.
+_SHORTEST_NAME, _SHORTEST_TEXT = 16, 8
 
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], to_the_right: Sequence[bool]) -> str:
-    """Columns as wide as their widest cell, the header underlined."""
-    table = [header, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+
+def terminal_width() -> int | None:
+    """The columns of the terminal that is printed to; None where there is none, as in a file or a notebook."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def aligned(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    to_the_right: Sequence[bool],
+    notes: Iterable[str] = (),
+    width: int | None = None,
+) -> str:
+    """Columns as wide as their widest cell, the header underlined, and notes below.
+
+    Args:
+        header: a title for each column.
+        rows: their cells.
+        to_the_right: which columns are aligned to the right, as numbers are. These are never shortened.
+        notes: lines of text, wrapped between words.
+        width: what no line exceeds: names lose their middle then, and titles stand in two lines. None for no limit.
+    """
+    header, rows = _fitted(header, rows, to_the_right, width)
+    titles = [title.split("\n") for title in header]
+    height = max(map(len, titles))
+    top = [[([""] * (height - len(title)) + title)[line] for title in titles] for line in range(height)]
+    widths = _widths(header, rows)
     lines = [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, to_the_right, strict=True)
+        _GAP.join(
+            cell.rjust(wide) if right else cell.ljust(wide)
+            for cell, wide, right in zip(row, widths, to_the_right, strict=True)
         ).rstrip()
-        for row in table
+        for row in [*top, *rows]
     ]
-    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+    rule = "-" * (sum(widths) + len(_GAP) * (len(widths) - 1))
+    return "\n".join([*lines[:height], rule, *lines[height:], *(_wrapped(note, width) for note in notes)])
 
 
-def show(header: Sequence[str], rows: Sequence[Sequence[str]], to_the_right: Sequence[bool], last_line: str) -> None:
-    """Print a table: by rich in a terminal, where it is installed, and else as plain text, which no width cuts."""
-    if not sys.stdout.isatty() or find_spec("rich") is None:
-        print(f"{aligned(header, rows, to_the_right)}\n{last_line}")
+def show(header: Sequence[str], rows: Sequence[Sequence[str]], to_the_right: Sequence[bool], note: str) -> None:
+    """Print a table: by rich in a terminal, where it is installed, and else as plain text."""
+    width = terminal_width()
+    if width is None or find_spec("rich") is None:
+        print(aligned(header, rows, to_the_right, [note], width))
         return
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, caption=escape(last_line), caption_justify="left")
+    header, rows = _fitted(header, rows, to_the_right, width - 1)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name, right in zip(header, to_the_right, strict=True):
-        table.add_column(escape(name), justify="right" if right else "left", overflow="fold")
+        table.add_column(escape(name), justify="right" if right else "left", no_wrap=True, vertical="bottom")
     for row in rows:
         table.add_row(*map(escape, row))
-    Console().print(table)
+    console = Console(width=width)
+    console.print(table)
+    console.print(escape(note), style="italic", highlight=False)
+
+
+def shortened(names: Sequence[str], width: int) -> list[str]:
+    """Names in at most so many characters, each long one without its middle, cut where most of them stay distinct."""
+    if all(len(name) <= width for name in names):
+        return list(names)
+    names = [name.removesuffix("_quantizer") for name in names]  # in a column of quantizers, the least telling part
+    kept = width - 1
+
+    def cut(name: str, head: int) -> str:
+        return name if len(name) <= width else f"{name[:head]}…{name[len(name) - kept + head :]}"
+
+    head = max(
+        range(1, kept), key=lambda head: (len({cut(name, head) for name in names}), -abs(2 * head - kept)), default=0
+    )
+    return [cut(name, head) for name in names]
+
+
+def _fitted(
+    header: Sequence[str], rows: Iterable[Sequence[str]], to_the_right: Sequence[bool], width: int | None
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows that fit the width, if columns of text can give way so far."""
+    titles, cells = list(header), [list(row) for row in rows]
+    room = None if width is None else width - len(_GAP) * (len(titles) - 1)
+    if room is None or sum(_widths(titles, cells)) <= room:
+        return titles, cells
+    titles = [title.replace(" ", "\n") for title in titles]
+    widths = _widths(titles, cells)
+    texts = [index for index, right in enumerate(to_the_right) if not right]
+    for shrinking, shortest in ((texts[:1], _SHORTEST_NAME), (texts, _SHORTEST_TEXT)):
+        while sum(widths) > room:
+            widest = max(shrinking, key=lambda index: widths[index], default=None)
+            if widest is None or widths[widest] <= shortest:
+                break
+            widths[widest] -= 1
+    for index in texts:
+        column = shortened([row[index] for row in cells], widths[index])
+        for row, cell in zip(cells, column, strict=True):
+            row[index] = cell
+    return titles, cells
+
+
+def _widths(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    titles = [max(map(len, title.split("\n"))) for title in header]
+    return [max([title, *(len(row[index]) for row in rows)]) for index, title in enumerate(titles)]
+
+
+def _wrapped(note: str, width: int | None) -> str:
+    if width is None or len(note) <= width:
+        return note
+    return textwrap.fill(note, width, subsequent_indent=_GAP, break_long_words=False, break_on_hyphens=False)

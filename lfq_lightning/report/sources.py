@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lfq_lightning.checking import check_path
 from lfq_lightning.records.trajectory import FILE_NAME
 
 
@@ -29,6 +30,7 @@ def find_run(source: Path | str) -> Run:
         FileNotFoundError: if there is nothing there.
         ValueError: if there are several runs in the directory.
     """
+    check_path("source", source)
     source = Path(source)
     if source.is_file():
         if source.name == FILE_NAME:

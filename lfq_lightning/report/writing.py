@@ -15,6 +15,7 @@ from torch import nn
 
 from lfq_lightning.analysis.evaluating import Forward, MetricLike
 from lfq_lightning.analysis.sensitivity import Sensitivity, sensitivity
+from lfq_lightning.checking import check_batches, check_flags, check_function, check_path, in_words
 from lfq_lightning.checkpoint import load_from_checkpoint
 from lfq_lightning.placement.host import first_quantizer
 from lfq_lightning.reading import read_checkpoint
@@ -83,6 +84,19 @@ def write_report(
         raise ImportError(
             f'A report draws with plotly. Found none ({error}): install it with `pip install "lfq_lightning[report]"`.'
         ) from error
+    check_path("source", source)
+    check_path("path", path, written=True, needed=False)
+    if model is not None and not isinstance(model, nn.Module) and not _is_module_class(model):
+        raise TypeError(
+            f"`model` must be a model, or a LightningModule's class. Found {in_words(model)}: leave it out."
+        )
+    if dataloader is not None:
+        check_batches("dataloader", dataloader)
+    if metric is not None and not isinstance(metric, str):
+        check_function("metric", metric, "outputs and targets")
+    if higher_is_better is not None:
+        check_flags(higher_is_better=higher_is_better)
+    check_function("forward", forward, "the model and a batch")
     if (dataloader is not None and model is None) or (metric is not None and dataloader is None):
         raise ValueError(
             "A metric needs a `dataloader`, and a dataloader needs the `model` that it is for. Found "
@@ -110,6 +124,10 @@ def write_report(
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, encoding="utf-8")
     return target
+
+
+def _is_module_class(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, L.LightningModule)
 
 
 def _model(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lfq_lightning.running import in_eval_mode, run
+from lfq_lightning.running import in_eval_mode, run_by
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -56,8 +56,8 @@ def reestimate_batch_norm(
     Args:
         model: any module; without BatchNorm nothing happens.
         batches: what it is run on.
-        forward: how to run the model on one batch. By default a mapping is passed as keywords, of a tuple or list the
-            first entry is passed, and anything else is passed as it is.
+        forward: how to run the model on one batch. By default a mapping is passed as keywords, of a tuple or list as
+            many entries as `forward` must be given, and anything else as it is.
         total: the sum of a flat tensor over all ranks, where each rank has its own batches.
 
     Raises:
@@ -78,7 +78,7 @@ def reestimate_batch_norm(
             if count == 0:
                 for norm in norms:
                     norm.reset_running_stats()
-            (forward or run)(model, batch)
+            run_by(forward, model, batch)
             count += 1
         if count == 0:
             raise ValueError("`batches` must hold at least one batch. Found none: an iterator may have been used up.")

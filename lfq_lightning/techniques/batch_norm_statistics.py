@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lfq_lightning.checking import check_batches, check_function, check_whole, in_words
 from lfq_lightning.phases import model_phase
 from lfq_lightning.schedule import PHASES
 from lfq_lightning.techniques.batch_norm import batch_norms, reestimate_batch_norm
@@ -67,12 +68,10 @@ class BatchNormStatistics(L.Callback):
         _check_moment("reestimate", reestimate, (*PHASES, "end"))
         if freeze is None and reestimate is None:
             raise ValueError("Give `freeze` or `reestimate` an epoch or a phase. Found neither.")
-        if batches < 1:
-            raise ValueError(f"`batches` must be at least 1. Found {batches}.")
-        if isinstance(loader, Mapping):
-            raise ValueError(
-                f"`loader` must give batches. Found a mapping with the keys {', '.join(map(str, loader))}."
-            )
+        check_whole("batches", batches, 1)
+        if loader is not None:
+            check_batches("loader", loader)
+        check_function("forward", forward, "the module and a batch")
         self.freeze, self.reestimate, self.batches = freeze, reestimate, batches
         self.loader, self.forward = loader, forward
         self._served = Served()
@@ -166,9 +165,16 @@ class BatchNormStatistics(L.Callback):
 
 
 def _check_moment(name: str, value: object, words: Sequence[str]) -> None:
-    if value is None or value in words or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+    if (
+        value is None
+        or (isinstance(value, str) and value in words)
+        or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+    ):
         return
-    raise ValueError(f"`{name}` must be an epoch, counted from 0, or one of {', '.join(words)}. Found {value!r}.")
+    raise ValueError(
+        f"`{name}` must be an epoch, counted from 0, or one of {', '.join(words)}. Found {in_words(value)}: leave "
+        "it out."
+    )
 
 
 def _training_loaders(trainer: L.Trainer) -> CombinedLoader:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lfq_lightning.checking import check_whole, in_words
 from lfq_lightning.observers import Observer
 from lfq_lightning.phases import forget_compiled_code
 from lfq_lightning.placement.host import hosts, quantizers, whole_weight
@@ -88,6 +89,14 @@ def change_range(quantizer: LearnableFakeQuantize, new: tuple[int, int], weight:
     quantizer.project_()
 
 
+def _whole(value: object) -> int:
+    if isinstance(value, str) and value.isdecimal():  # a key in YAML may be a text
+        return int(value)
+    check_whole("bits", value)
+    assert isinstance(value, int)
+    return value
+
+
 class BitAnnealing(L.Callback):
     """Lowers the bits of every quantizer in stages, each of which starts from what the one before has learned.
 
@@ -113,8 +122,10 @@ class BitAnnealing(L.Callback):
 
     def __init__(self, bits: Mapping[int, int]) -> None:
         if not isinstance(bits, Mapping):
-            raise TypeError(f"`bits` must map first epochs to bits, as {{0: 8, 5: 4, 10: 2}} does. Found {bits!r}.")
-        self.bits = {int(epoch): int(value) for epoch, value in bits.items()}
+            raise TypeError(
+                f"`bits` must map first epochs to bits, as {{0: 8, 5: 4, 10: 2}} does. Found {in_words(bits)}."
+            )
+        self.bits = {_whole(epoch): _whole(value) for epoch, value in bits.items()}
         epochs, values = list(self.bits), list(self.bits.values())
         if epochs[:1] != [0] or epochs != sorted(epochs) or values != sorted(set(values), reverse=True):
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,15 +10,16 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from lfq_lightning.checking import check_number, check_path, check_text
 from lfq_lightning.checkpoint import load_state_dict
-from lfq_lightning.placement import detach
 from lfq_lightning.placement.host import quantizers
 from lfq_lightning.reading import read_checkpoint
 from lfq_lightning.techniques.served import Served
+from lfq_lightning.techniques.teacher import Calls, float_copy
 from lfq_lightning.training.wrapping import Wrappers
 
 
@@ -45,18 +45,6 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
     own = functional.log_softmax(student.float().reshape(-1, classes) / temperature, dim=1)
     target = functional.log_softmax(teacher.float().reshape(-1, classes) / temperature, dim=1)
     return functional.kl_div(own, target, reduction="batchmean", log_target=True) * temperature**2
-
-
-class _Calls:
-    """A forward hook that keeps what a module was called with and gave, while it is open."""
-
-    def __init__(self) -> None:
-        self.open = False
-        self.kept: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.open:
-            self.kept.append((args, kwargs, output))
 
 
 class Distillation(L.Callback):
@@ -96,6 +84,10 @@ class Distillation(L.Callback):
         output_of: str | None = None,
         teacher: str | Path | None = None,
     ) -> None:
+        check_number("weight", weight)
+        check_number("temperature", temperature)
+        check_text("output_of", output_of)
+        check_path("teacher", teacher, needed=False)
         if not 0.0 < weight <= 1.0:
             raise ValueError(f"`weight` must be in (0, 1]. Found {weight}.")
         if not 0.0 < temperature < math.inf:
@@ -117,7 +109,7 @@ class Distillation(L.Callback):
         self._let_go()
         _check_served(trainer, pl_module, self.output_of)
         self._copy = self._make_teacher(pl_module)
-        calls = {name: _Calls() for name in {"", self.output_of or ""}}
+        calls = {name: Calls() for name in {"", self.output_of or ""}}
         for name, call in calls.items():
             handle = pl_module.get_submodule(name).register_forward_hook(call, with_kwargs=True)
             self._handles.append(handle)
@@ -155,7 +147,7 @@ class Distillation(L.Callback):
         self._restored = None
         return made
 
-    def _combine(self, module: L.LightningModule, given: Any, calls: Mapping[str, _Calls]) -> Any:
+    def _combine(self, module: L.LightningModule, given: Any, calls: Mapping[str, Calls]) -> Any:
         loss = given.get("loss") if isinstance(given, Mapping) else given
         if loss is None:
             return given
@@ -165,7 +157,7 @@ class Distillation(L.Callback):
         combined = (1.0 - self.weight) * loss + self.weight * distance
         return {**given, "loss": combined} if isinstance(given, Mapping) else combined
 
-    def _outputs(self, calls: Mapping[str, _Calls]) -> tuple[Tensor, Tensor]:
+    def _outputs(self, calls: Mapping[str, Calls]) -> tuple[Tensor, Tensor]:
         """The student's scores, and the teacher's for the same arguments."""
         named = self.output_of or ""
         kept = calls[named].kept
@@ -187,7 +179,7 @@ class Distillation(L.Callback):
     @torch.no_grad()
     def _ask_teacher(self, outer: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         assert self._copy is not None
-        answer = _Calls()
+        answer = Calls()
         answer.open = True
         with self._copy.get_submodule(self.output_of or "").register_forward_hook(answer, with_kwargs=True):
             self._copy.get_submodule(outer)(*args, **kwargs)
@@ -216,17 +208,6 @@ class Distillation(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's teacher until the fit starts."""
         self._restored = state_dict["teacher"]
-
-
-def float_copy(module: L.LightningModule) -> L.LightningModule:
-    """A copy of a module without quantizers, gradients and Trainer, in eval mode."""
-    trainer, module._trainer = module._trainer, None
-    try:
-        made = copy.deepcopy(module)
-    finally:
-        module._trainer = trainer
-    detach(made)
-    return made.requires_grad_(False).eval()
 
 
 def _is_scores(output: Any) -> bool:

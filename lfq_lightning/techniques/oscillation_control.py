@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lfq_lightning.checking import check_number, in_words
 from lfq_lightning.placement.host import QuantizedLayer, hosts, plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.techniques.order import check_order
@@ -63,6 +64,7 @@ class OscillationControl(L.Callback):
         momentum: float = 0.01,
     ) -> None:
         self.dampen, self.freeze = _value("dampen", dampen), _value("freeze", freeze)
+        check_number("momentum", momentum)
         if not 0.0 < momentum <= 1.0:
             raise ValueError(f"`momentum` must be in (0, 1]. Found {momentum}.")
         self.momentum = momentum
@@ -165,10 +167,18 @@ class OscillationControl(L.Callback):
 
 
 def _value(name: str, given: float | Sequence[float] | None) -> Annealed | None:
-    pair = (given,) if isinstance(given, (int, float)) else () if given is None else tuple(map(float, given))
-    if given is not None and (len(pair) not in (1, 2) or not all(0.0 <= v < math.inf for v in pair)):
-        raise ValueError(f"`{name}` must be one number, or a pair to anneal, from 0 on. Found {given!r}.")
-    return None if given is None else float(pair[0]) if len(pair) == 1 else (float(pair[0]), float(pair[1]))
+    if given is None:
+        return None
+    pair = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    for number in pair:
+        check_number(name, number)
+    values = [float(number) for number in pair if isinstance(number, (int, float))]
+    if len(values) not in (1, 2) or not all(0.0 <= value < math.inf for value in values):
+        raise ValueError(
+            f"`{name}` must be one number, or a pair to anneal, from 0 on. Found {in_words(given)}: 0.1 and "
+            "(0.1, 0.01) are examples."
+        )
+    return values[0] if len(values) == 1 else (values[0], values[1])
 
 
 def _quantized_weights(model: L.LightningModule) -> dict[str, tuple[QuantizedLayer, LearnableFakeQuantize]]:

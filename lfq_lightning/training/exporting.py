@@ -6,7 +6,6 @@ import copy
 import io
 import pickle
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,16 +14,17 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from lfq_lightning.checkpoint import load_state_dict
 from lfq_lightning.export import export_onnx
 from lfq_lightning.export.exportable import check_exportable
-from lfq_lightning.export.inputs import arguments, traced
+from lfq_lightning.export.inputs import arguments, on_cpu, traced
 from lfq_lightning.export.parity import Parity
 from lfq_lightning.export.to_onnx import require_onnx
 from lfq_lightning.placement import detach
 from lfq_lightning.placement.host import quantizers
+from lfq_lightning.running import example_of, inputs_of
 
 
 def check_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path) -> None:
@@ -84,7 +84,7 @@ def check_batch(model: L.LightningModule, batch: Any) -> None:
     """
     plain = _copy(model)
     detach(plain)
-    traced(plain, *arguments(_inputs(model, batch)))
+    traced(plain, *arguments(plain, _inputs(model, batch)))
 
 
 def export_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path, batch: Any) -> Parity:
@@ -179,12 +179,10 @@ def _reads(value: Any) -> bool:
 
 
 def _inputs(model: L.LightningModule, batch: Any) -> Any:
-    """What `forward` is traced with: the module's example, or of a batch the first entry, or the whole mapping."""
-    inputs: Any = model.example_input_array
-    if inputs is None:
-        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-        inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
-    return tree_map_only(torch.Tensor, lambda x: x.detach().cpu(), inputs)
+    """What `forward` is traced with: the module's example, or the inputs in a batch."""
+    example: Any = model.example_input_array
+    args, kwargs = inputs_of(model, batch) if example is None else example_of(model, example)
+    return on_cpu(kwargs or args)
 
 
 def _checkpoints(trainer: L.Trainer) -> list[Path]:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelSummary, Stochastic
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from torch import nn
 
+from lfq_lightning.checking import in_words
 from lfq_lightning.phases import model_phase
 from lfq_lightning.placement.host import INPUT, WEIGHT, hosts, qparams, quantizers
 from lfq_lightning.training.optimizer import hidden_qparams
@@ -120,7 +121,15 @@ def while_learning(callback: SomeCallback) -> SomeCallback:
         >>> best = lfq.while_learning(ModelCheckpoint(monitor="val_loss"))
     """
     if not isinstance(callback, L.Callback):
-        raise TypeError(f"`callback` must be a Lightning callback, for instance a ModelCheckpoint. Found {callback!r}.")
+        raise TypeError(
+            f"`callback` must be a Lightning callback, for instance a ModelCheckpoint. Found {in_words(callback)}: "
+            "pass what goes into the Trainer's `callbacks`."
+        )
+    if any(kind.__module__.startswith("lfq_lightning.") for kind in type(callback).__mro__):
+        raise TypeError(
+            "`callback` must judge epochs, as a ModelCheckpoint or EarlyStopping does. Found "
+            f"{type(callback).__name__}, which goes by the phases itself: pass it to the Trainer as it is."
+        )
     for hook in ("on_train_batch_end", "on_train_epoch_end", "on_validation_end"):
         setattr(callback, hook, _OnlyWhileLearning(callback, hook))
     return callback

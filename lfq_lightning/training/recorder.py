@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lfq_lightning.checking import check_whole
 from lfq_lightning.phases import model_phase
 from lfq_lightning.placement.host import quantizers
 from lfq_lightning.records.history import FILE_NAME as HISTORY
@@ -32,8 +33,8 @@ class Recorder:
     """
 
     def __init__(self, every: int | None) -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"`record_every_n_steps` must be at least 1. Found {every}.")
+        if every is not None:
+            check_whole("record_every_n_steps", every, 1)
         self.every = every
         self.interval = every or 1
         self._trajectory: Trajectory | None = None

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lfq_lightning.checking import check_choice
 from lfq_lightning.placement.host import INPUT, WEIGHT, hosts, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.trajectory import TrajectoryRow
@@ -47,8 +48,7 @@ class Sentinel:
     """
 
     def __init__(self, reaction: Reaction = "warn") -> None:
-        if reaction not in get_args(Reaction):
-            raise ValueError(f"`on_collapse` must be one of {', '.join(get_args(Reaction))}. Found {reaction!r}.")
+        check_choice("on_collapse", reaction, get_args(Reaction))
         self.reaction = reaction
         self.load_state_dict({})
 

@@ -181,12 +181,12 @@ def _check_apart(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
 Choice = OptimizerFactory | Literal["user"] | None
 
 
-def check_choice(choice: object, schedule: object) -> None:
+def check_makers(choice: object, schedule: object) -> None:
     """Raise TypeError or ValueError unless the arguments `optimizer` and `lr_schedule` fit together."""
     for name, value in (("optimizer", choice), ("lr_schedule", schedule)):
         if value is not None and not callable(value) and (name, value) != ("optimizer", "user"):
             raise TypeError(f"`{name}` must be a callable that makes one, or None. Found {value!r}.")
-    if choice == "user" and schedule is not None:
+    if isinstance(choice, str) and schedule is not None:
         raise ValueError('With `optimizer="user"` the user\'s schedulers apply. Found `lr_schedule` too: leave it out.')
 
 

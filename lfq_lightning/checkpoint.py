@@ -47,7 +47,7 @@ def load_state_dict(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
         raise ValueError(
             "`checkpoint` must be a state dict or a Lightning checkpoint. Found "
-            f"{in_words(checkpoint)}: pass what `torch.load` or `model.state_dict()` gave."
+            f"{type(checkpoint).__name__}: pass what `torch.load` or `model.state_dict()` gave."
         )
     fitted = fit_to(model, state_dict)
     _check_fits(model, fitted)

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from lfq_lightning.checking import check_batches, check_function, check_model
-from lfq_lightning.phases import gathering, go_on, merge_statistics
-from lfq_lightning.placement.host import quantizers
+from lfq_lightning.gathering import gathering, merge_statistics
+from lfq_lightning.phases import go_on
+from lfq_lightning.placement.found import Found
 from lfq_lightning.running import in_eval_mode, run_by
 
 
@@ -41,7 +42,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Mo
     check_model(model)
     check_batches("batches", batches)
     check_function("forward", forward, "the model and a batch")
-    found = quantizers(model)
+    everything = Found.in_model(model)
+    found = everything.quantizers
     if not found:
         raise ValueError("A model is calibrated by its quantizers. Found none: call `lfq_lightning.attach` first.")
     learned = [name for name, quantizer in found.items() if quantizer.learned]
@@ -55,15 +57,16 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Mo
     if first is None:
         raise ValueError("`batches` must hold at least one batch. Found none: an iterator may have been used up.")
     before = {quantizer: quantizer.switches for quantizer in found.values()}
-    go_on(model, "observe")
+    go_on(everything, "observe")
     try:
-        with in_eval_mode(model), gathering(model), torch.no_grad():
+        with in_eval_mode(model), gathering(found.values()), torch.no_grad():
             for batch in itertools.chain([first], batches):
                 run_by(forward, model, batch)
-                for name, met in merge_statistics(model).items():
-                    found[name].warn_non_finite(met, name)
+                met = merge_statistics(found)
+                for name in met.not_finite() if met else ():
+                    found[name].warn_non_finite(name)
     except BaseException:
         for quantizer, switches in before.items():
             quantizer.fake_quant_enabled, quantizer.static_enabled, quantizer.learning_enabled = switches
         raise
-    go_on(model, "estimate")
+    go_on(everything, "estimate")

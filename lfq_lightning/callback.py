@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 from lfq_lightning.checking import check_flags, check_path
 from lfq_lightning.export.parity import Parity
-from lfq_lightning.phases import leading_quantizer, set_gathering
-from lfq_lightning.placement import Placement, apply, plan
-from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.gathering import set_gathering
+from lfq_lightning.placement import Placement, apply, plan, quantizers
+from lfq_lightning.placement.found import Found
 from lfq_lightning.rules import Rule, as_rules
-from lfq_lightning.schedule import OBSERVING, PhaseSchedule
+from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, as_schedule, weight_spec
 from lfq_lightning.training.exporting import check_batch, check_fit, export_fit
 from lfq_lightning.training.module_hooks import add_note, meet_quantizers, note_on_checkpoints
@@ -25,7 +25,7 @@ from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, 
 from lfq_lightning.training.recorder import Recorder
 from lfq_lightning.training.resuming import explain_torn_checkpoint, open_epoch
 from lfq_lightning.training.run_length import check_configured_length, has_learned, is_dev_run, settle_schedule
-from lfq_lightning.training.run_phases import enter_phase, show_phase, start_over, take_in_batch, warn_if_unlearned
+from lfq_lightning.training.run_phases import RunPhases, show_phase, start_over, warn_if_unlearned
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.sharding import check_strategy
 from lfq_lightning.training.user_optimizer import UserOptimizers, arranged_qparams, check_makers, make_optimizer
@@ -102,7 +102,7 @@ class QuantizationAwareTraining(L.Callback):
         self.qparam_optimizer: QParamOptimizer | UserOptimizers | None = None
         self._weight_steps = WeightSteps()
         self._schedule_in_force: PhaseSchedule | None = self.schedule
-        self._lead: LearnableFakeQuantize | None = None  # the one whose phase is the model's in this run
+        self._phases = RunPhases(Found({}, {}), PhaseSchedule())  # of nothing, until training starts
         self._restored: dict[str, Any] = {}
         self._wrappers = Wrappers()  # until training starts
         self._arranged = Wrappers()  # until the run ends
@@ -136,18 +136,19 @@ class QuantizationAwareTraining(L.Callback):
         self._weight_steps.follow(pl_module, trainer.optimizers)
         if not self._take_up() and self.reobserve:
             start_over(pl_module)
-        set_gathering(pl_module, False)
+        set_gathering(quantizers(pl_module).values(), False)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up a checkpoint, settle the schedule and where the trajectory goes, and enter the phase."""
         self._take_up()  # strategies that shard restore a checkpoint after `on_fit_start`
         before = self._restored
         self._schedule_in_force, steps = settle_schedule(trainer, pl_module, self.schedule, before.get("schedule"))
-        self._recorder.open(trainer, steps, before.get("recorder", {}))
+        found = Found.in_model(pl_module)  # nothing comes or goes while it trains
+        self._recorder.open(trainer, found, steps, before.get("recorder", {}))
         self._sentinel.load_state_dict(before.get("sentinel", {}))
-        self._lead = leading_quantizer(pl_module)
-        show_phase(self._arranged, trainer, self._lead)
-        self._enter_phase(trainer, pl_module)
+        self._phases = RunPhases(found, self._schedule_in_force)
+        show_phase(self._arranged, trainer, self._phases)
+        self._phases.enter(trainer, pl_module)
 
     def _take_up(self) -> bool:
         if "qparam_optimizer" not in self._restored or self.qparam_optimizer is None:
@@ -159,7 +160,7 @@ class QuantizationAwareTraining(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Enter the epoch's phase."""
-        self._enter_phase(trainer, pl_module)
+        self._phases.enter(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -167,41 +168,34 @@ class QuantizationAwareTraining(L.Callback):
         """Gather statistics from this batch's forward passes, and measure them where a record is due."""
         open_epoch(trainer)
         self._weight_steps.forget()
-        self._enter_phase(trainer, pl_module)
         assert self.qparam_optimizer is not None
+        self._phases.enter(trainer, pl_module)
         self._recorder.log_epoch(trainer, pl_module, self.qparam_optimizer.learning_rates)
         if self.export is not None:
             if self._last_batch is None:
                 check_batch(pl_module, batch)
             self._last_batch = batch
-        if self._lead is not None and self._lead.phase in OBSERVING:
-            set_gathering(pl_module, True)
-        self._recorder.before_batch(trainer, pl_module)
+        self._phases.before_batch()
+        self._recorder.before_batch(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Merge the batch's statistics over ranks, and record."""
-        if self._lead is not None and self._lead.phase in OBSERVING:
-            set_gathering(pl_module, False)
-            take_in_batch(trainer, pl_module, self._lead)
         assert self.qparam_optimizer is not None
+        self._phases.after_batch(trainer, pl_module)
         for quantizer in self._sentinel.watch(trainer, pl_module, self._recorder.after_batch(trainer, pl_module)):
             self.qparam_optimizer.forget(quantizer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the scales and zero points of every channel."""
-        self._recorder.after_epoch(trainer, pl_module)
+        self._recorder.after_epoch(trainer)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Let no user's optimizer move qparams outside `learn`, and note where it moves weights of few bits from."""
         if isinstance(self.qparam_optimizer, UserOptimizers):
             self.qparam_optimizer.keep_still()
         self._weight_steps.remember(optimizer)
-
-    def _enter_phase(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self._schedule_in_force is not None
-        enter_phase(trainer, pl_module, self._schedule_in_force, self._lead)
 
     # ---- after the run --------------------------------------------------------------------------------------------
 
@@ -229,7 +223,7 @@ class QuantizationAwareTraining(L.Callback):
         for attached in (self._wrappers, self._arranged, self._weight_steps, self.qparam_optimizer):
             if attached is not None:
                 attached.remove()
-        set_gathering(pl_module, None)
+        set_gathering(quantizers(pl_module).values(), None)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -1,22 +1,20 @@
-"""Moving a model's quantizers from one phase to the next, and merging what they observed."""
+"""Moving a model's quantizers from one phase to the next."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lfq_lightning.checking import check_model
-from lfq_lightning.observers import Observer, Statistics
-from lfq_lightning.placement.host import hosts, qparams, quantizers, whole_weight
+from lfq_lightning.gathering import estimate_weights
+from lfq_lightning.placement.found import Found
+from lfq_lightning.placement.host import qparams, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.schedule import PHASES, Phase, check_phase
-
-Reduce = Callable[[Tensor, Literal["max", "sum"]], Tensor]
 
 _QUANTIZED: tuple[Phase, ...] = ("estimate", "learn", "freeze")
 _BEFORE_LEARNING: tuple[Phase, ...] = ("off", "observe", "estimate")
@@ -26,14 +24,16 @@ def set_phase(model: nn.Module, phase: Phase) -> None:
     """Switch every quantizer of a model to a phase.
 
     On the way to a quantized phase, weights take their range from the weights as they are, and inputs from what was
-    observed; quantizers that have learned keep their qparams.
+    observed; quantizers that have learned keep their qparams. On the way to "learn" or "freeze", an input that no data
+    ever reached (of an expert that no token chose, of a layer that is rarely used) goes on observing and stays in
+    float, and one warning names it. While the model trains it observes, and the next call takes it along.
 
     Args:
         model: a model that `attach` was called on.
         phase: "off", "observe", "estimate", "learn" or "freeze".
 
     Raises:
-        ValueError: if the phase is unknown, there are no quantizers, or one that is to learn or freeze never saw data.
+        ValueError: if the phase is unknown, there are no quantizers, or no input that is to learn or freeze saw data.
 
     Example:
         >>> import torch, lfq_lightning as lfq
@@ -43,54 +43,93 @@ def set_phase(model: nn.Module, phase: Phase) -> None:
         >>> lfq.quantizers(model)["0.input_quantizer"].phase
         'observe'
     """
-    _switch(model, phase, keep_learning=False)
+    check_model(model)
+    _switch(Found.in_model(model), phase, keep_learning=False)
 
 
-def go_on(model: nn.Module, phase: Phase) -> None:
+def go_on(found: Found, phase: Phase) -> None:
     """`set_phase`, but for quantizers that have learned already: these do not go back to a phase before "learn".
 
     What came later, such as a new head on a model that was quantized before, goes through every phase.
     """
-    _switch(model, phase, keep_learning=True)
+    _switch(found, phase, keep_learning=True)
 
 
-def _switch(model: nn.Module, phase: Phase, keep_learning: bool) -> None:
-    check_model(model)
+def _switch(found: Found, phase: Phase, keep_learning: bool) -> None:
     check_phase(phase)
-    found = quantizers(model)
-    if not found:
+    if not found.quantizers:
         raise ValueError(f"The model has no quantizers to put in phase {phase!r}: call `lfq_lightning.attach` first.")
+    inputs = {name: q for name, q in found.quantizers.items() if not (q.is_weight or q.learned)}
+    late = set()
     if phase in ("learn", "freeze"):
-        blind = [n for n, q in found.items() if not (q.is_weight or q.learned or q.saw_data())]
-        if blind:
-            raise ValueError(
-                f"A quantizer must see data before phase {phase!r}. Found none for {', '.join(blind)}: observe for "
-                "longer (`schedule`), call `lfq_lightning.calibrate`, or leave a layer that is never used in float "
-                "with a Rule."
-            )
+        _check_some_saw_data(found.quantizers, phase)
+        late = {quantizer for quantizer in inputs.values() if not quantizer.knows_range()}
+        _warn_of_late([name for name, q in inputs.items() if q in late and not q.late], phase)
     if phase in _QUANTIZED:
-        estimate_weights(model)
-        for quantizer in found.values():
-            if not (quantizer.is_weight or quantizer.learned) and quantizer.saw_data():
+        estimate_weights(found.layers.values())
+        for quantizer in inputs.values():
+            if quantizer not in late and quantizer.saw_data():
                 quantizer.estimate()
-    for quantizer in found.values():
-        own: Phase = "learn" if keep_learning and quantizer.learned and phase in _BEFORE_LEARNING else phase
-        if own == "learn":
-            quantizer.begin_learning()
-        quantizer.phase = own
+    for quantizer in found.quantizers.values():
+        _put(quantizer, phase, keep_learning, quantizer in late)
     forget_compiled_code()
 
 
+def _put(quantizer: LearnableFakeQuantize, phase: Phase, keep_learning: bool, late: bool) -> None:
+    own: Phase = "learn" if keep_learning and quantizer.learned and phase in _BEFORE_LEARNING else phase
+    if late:
+        own = "observe"
+    elif own == "learn":
+        quantizer.begin_learning()
+    quantizer.phase, quantizer.late = own, late
+
+
+def _check_some_saw_data(found: Mapping[str, LearnableFakeQuantize], phase: Phase) -> None:
+    inputs = {name: quantizer for name, quantizer in found.items() if not quantizer.is_weight}
+    if inputs and not any(quantizer.learned or quantizer.saw_data() for quantizer in inputs.values()):
+        raise ValueError(
+            f"A quantizer must see data before phase {phase!r}. Found none for {', '.join(inputs)}: observe for "
+            "longer (`schedule`), or call `lfq_lightning.calibrate`."
+        )
+
+
+def _warn_of_late(names: list[str], phase: Phase) -> None:
+    if names:
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        rank_zero_warn(
+            f"{shown} never saw data, and so cannot go to phase {phase!r} with the others: the layer was not used. "
+            "Its input stays in float and is observed until there is data. If it is never used, leave it in float with "
+            "a Rule; if it is used rarely, observe for longer.",
+            stacklevel=4,
+        )
+
+
+def join(found: Iterable[LearnableFakeQuantize], phase: Phase) -> list[LearnableFakeQuantize]:
+    """Take those of the late quantizers to a phase that have seen data by now, and give them."""
+    joined = [quantizer for quantizer in found if quantizer.late and quantizer.knows_range()]
+    for quantizer in joined:
+        quantizer.estimate()
+        _put(quantizer, phase, keep_learning=False, late=False)
+    if joined:
+        forget_compiled_code()
+    return joined
+
+
 def model_phase(model: nn.Module) -> str:
-    """The phase of the quantizers that are least advanced; "off" without any."""
-    phases = [quantizer.phase for quantizer in quantizers(model).values()]
+    """The phase of the quantizers that are least advanced, leaving out those that wait for data; "off" without any."""
+    return phase_of(quantizers(model).values())
+
+
+def phase_of(found: Iterable[LearnableFakeQuantize]) -> str:
+    """`model_phase` of these quantizers."""
+    phases = {quantizer.phase for quantizer in found if not quantizer.late}
     return min(phases, key=lambda phase: PHASES.index(phase) if phase in PHASES else len(PHASES), default="off")
 
 
-def leading_quantizer(model: nn.Module) -> LearnableFakeQuantize | None:
-    """One whose phase is the model's for a whole run: the first that has yet to learn, or the first of all."""
-    found = list(quantizers(model).values())
-    return next((quantizer for quantizer in found if not quantizer.learned), found[0] if found else None)
+def leading_quantizer(found: Iterable[LearnableFakeQuantize]) -> LearnableFakeQuantize | None:
+    """One whose phase is the model's: the first that has yet to learn, or the first of all, but none that is late."""
+    in_time = [quantizer for quantizer in found if not quantizer.late]
+    return next((quantizer for quantizer in in_time if not quantizer.learned), in_time[0] if in_time else None)
 
 
 def check_ranks_agree(model: nn.Module, highest: Callable[[Tensor], Tensor]) -> None:
@@ -113,78 +152,6 @@ def forget_compiled_code() -> None:
     """Let compiled modules start afresh: phases times modes would otherwise run into the recompile limit."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-def estimate_weights(model: nn.Module, cheap: bool = False) -> None:
-    """Set the qparams of weights that have not begun to learn from the weights as they are.
-
-    Args:
-        model: a model with quantizers.
-        cheap: leave out those that cost more than a look at the weights, as after each batch.
-    """
-    for layer in hosts(model).values():
-        quantizer = layer.weight_quantizer
-        if quantizer is not None and not quantizer.learned and not (cheap and quantizer.costly):
-            quantizer.estimate_from(whole_weight(layer))
-
-
-@contextmanager
-def gathering(model: nn.Module) -> Iterator[None]:
-    """Within it, quantizers gather the statistics of a batch in every mode, for `merge_statistics` to take in."""
-    set_gathering(model, True)
-    try:
-        yield
-    finally:
-        set_gathering(model, None)
-
-
-def set_gathering(model: nn.Module, gathering: bool | None) -> None:
-    """Whether quantizers gather statistics for a caller to merge (None: observe by themselves while training)."""
-    for quantizer in quantizers(model).values():
-        quantizer.gathering = gathering
-
-
-@torch.no_grad()
-def merge_statistics(model: nn.Module, reduce: Reduce | None = None) -> dict[str, Tensor]:
-    """Take one batch's statistics into every observing input quantizer, and set its qparams in phase "estimate".
-
-    Args:
-        model: the model whose quantizers gathered.
-        reduce: the elementwise maximum ("max") or sum ("sum") of a flat tensor over all ranks; called once for each
-            that an observer needs. Every rank takes part whatever it saw.
-
-    Returns:
-        For each observing quantizer a tensor that is positive if it met values that are not finite.
-    """
-    inputs = {
-        name: (quantizer, quantizer.observer)
-        for name, quantizer in quantizers(model).items()
-        if quantizer.static_enabled and not quantizer.is_weight and isinstance(quantizer.observer, Observer)
-    }
-    if not inputs:
-        return {}
-    parts = [
-        observer.nothing() if quantizer.batch_statistics is None else quantizer.batch_statistics
-        for quantizer, observer in inputs.values()
-    ]
-    extremes = _merged([part.extremes for part in parts], "max", reduce)
-    sums = _merged([part.sums for part in parts], "sum", reduce)
-    met = {}
-    for (name, (quantizer, observer)), *merged in zip(inputs.items(), extremes, sums, strict=True):
-        quantizer.batch_statistics = None
-        observer.update(Statistics(*merged))
-        met[name] = merged[0][2].amax()
-        if quantizer.fake_quant_enabled and not quantizer.learned:
-            quantizer.estimate(sign=not quantizer.estimated)
-    return met
-
-
-def _merged(parts: list[Tensor], operation: Literal["max", "sum"], reduce: Reduce | None) -> list[Tensor]:
-    sizes = [part.numel() for part in parts]
-    if reduce is None or not sum(sizes):
-        return parts
-    merged = reduce(torch.cat([part.flatten() for part in parts]), operation).split(sizes)
-    return [flat.view_as(part) for flat, part in zip(merged, parts, strict=True)]
 
 
 def project_(model: nn.Module) -> None:

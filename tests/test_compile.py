@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lfq_lightning as lfq
-from lfq_lightning.phases import merge_statistics, set_gathering
+from lfq_lightning.gathering import merge_statistics, set_gathering
 from lfq_lightning.records.trajectory import read_trajectory
 from tests.runs import Net, fit, images, qat
 
@@ -76,10 +76,10 @@ def test_gathering_under_the_callback_is_compiled_once_too() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for _ in range(3):
-        set_gathering(model, True)
+        set_gathering(lfq.quantizers(model).values(), True)
         compiled(X)
-        set_gathering(model, False)
-        merge_statistics(model)
+        set_gathering(lfq.quantizers(model).values(), False)
+        merge_statistics(lfq.quantizers(model))
     assert counter.frame_count == 1
     assert model.second.input_quantizer.observer.saw_data()
 

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lfq_lightning as lfq
+from lfq_lightning.gathering import estimate_weights, merge_statistics, set_gathering
 from lfq_lightning.observers import OBSERVERS
-from lfq_lightning.phases import estimate_weights, merge_statistics, set_gathering
+from lfq_lightning.placement.host import hosts
 from lfq_lightning.schedule import PHASES, Phase
 from lfq_lightning.training.optimizer import QParamOptimizer, hidden_qparams
 from tests.runs import BATCHES, Net, loader, qat, trainer
@@ -42,14 +43,14 @@ def test_no_step_of_any_phase_looks_at_a_value(phase: Phase, scaler: Any) -> Non
         for quantizer in lfq.quantizers(model).values():
             quantizer.phase = phase
         for _ in range(2):
-            set_gathering(model, True)
+            set_gathering(lfq.quantizers(model).values(), True)
             x, target = torch.randn(8, 1, 8, 8, device="meta"), torch.zeros(8, dtype=torch.long, device="meta")
             nn.functional.cross_entropy(model(x), target).backward()
             optimizer.step()
             optimizer.zero_grad()
-            set_gathering(model, False)
-            merge_statistics(model, lambda flat, _: flat)
-            estimate_weights(model, cheap=True)
+            set_gathering(lfq.quantizers(model).values(), False)
+            merge_statistics(lfq.quantizers(model), lambda flat, _: flat)
+            estimate_weights(hosts(model).values(), cheap=True)
 
 
 class Meta(CPUAccelerator):

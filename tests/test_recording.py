@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
+from lfq_lightning.placement.host import hosts
 from lfq_lightning.records import recording
 from lfq_lightning.records.recording import measure_weights, probed, snapshot
 from tests.runs import Net, images
@@ -25,7 +26,7 @@ def model() -> Net:
 
 def test_rows_are_mean_smallest_and_largest_over_channels(model: Net) -> None:
     model(images().tensors[0]).sum().backward()
-    rows = {row.quantizer: row for row in snapshot(model, {}).rows(7, 2, "learn")}
+    rows = {row.quantizer: row for row in snapshot(lfq.quantizers(model), {}).rows(7, 2)}
     assert list(rows) == list(lfq.quantizers(model))
     for name, quantizer in lfq.quantizers(model).items():
         row, scale = rows[name], quantizer.scale.detach()
@@ -38,7 +39,7 @@ def test_rows_are_mean_smallest_and_largest_over_channels(model: Net) -> None:
 
 
 def test_one_copy_to_the_host_makes_a_record(model: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = measure_weights(model)
+    measured = measure_weights(hosts(model))
     copies: list[str] = []
     for name in ("item", "tolist", "__float__", "__bool__", "cpu"):
         original = getattr(Tensor, name)
@@ -48,18 +49,18 @@ def test_one_copy_to_the_host_makes_a_record(model: Net, monkeypatch: pytest.Mon
             return original(tensor, *args)
 
         monkeypatch.setattr(Tensor, name, counted)
-    snapshot(model, measured).rows(1, 0, "learn")
+    snapshot(lfq.quantizers(model), measured).rows(1, 0)
     assert copies == ["cpu"]
 
 
 def test_weights_and_inputs_are_measured_exactly_where_they_are_small(model: Net) -> None:
     x = images().tensors[0]
-    with probed(model) as measured:
+    with probed(lfq.quantizers(model)) as measured:
         model(x)
     assert set(measured) == {name for name in lfq.quantizers(model) if "input" in name}
     expected = lfq.quantizers(model)["first.input_quantizer"].saturation(x)
     assert torch.equal(measured["first.input_quantizer"], expected)
-    state = snapshot(model, measured | measure_weights(model))
+    state = snapshot(lfq.quantizers(model), measured | measure_weights(hosts(model)))
     assert all(0 <= share <= 1 for share in state.saturation)
 
 
@@ -75,11 +76,11 @@ def test_of_large_inputs_an_even_choice_is_measured_and_every_element_is_checked
     lfq.set_phase(model, "freeze")
     x = torch.rand(64, 4)
     x[::4] += 100  # every fourth sample is clamped, and every fourth is chosen
-    with probed(model) as measured:
+    with probed(lfq.quantizers(model)) as measured:
         model(x)
     assert measured["0.input_quantizer"].tolist() == [1.0, 0.0]
     x[1, 1] = torch.inf  # in no chosen sample
-    with probed(model) as measured:
+    with probed(lfq.quantizers(model)) as measured:
         model(x)
     assert measured["0.input_quantizer"].tolist() == [1.0, 1.0]
 

@@ -29,13 +29,15 @@ class Described(Switches, nn.Module):
     observer: nn.Module
     estimated: bool
     learned: bool
+    late: bool
 
     def describe(self) -> Description:
         """Phase, range and specification, as plain values; of all quantizers together, a checkpoint's manifest."""
         fake_quant, static, learning = self.switches
         spec = None if self.spec is None else self.spec.to_dict()
         ends, switches = (self.quant_min, self.quant_max), (fake_quant, static, learning)
-        return Description(switches, self.estimated, self.learned, *ends, self.axis, self.is_weight, self.role, spec)
+        stands = (switches, self.estimated, self.learned, self.late)
+        return Description(*stands, *ends, self.axis, self.is_weight, self.role, spec)
 
     def get_extra_state(self) -> Tensor:
         """What `describe` says, as a tensor."""
@@ -57,7 +59,7 @@ class Described(Switches, nn.Module):
                 "whose quantizers have the same settings, or average only such."
             )
         self.fake_quant_enabled, self.static_enabled, self.learning_enabled = found.switches
-        self.estimated, self.learned = found.estimated, found.learned
+        self.estimated, self.learned, self.late = found.estimated, found.learned, found.late
         self.quant_min, self.quant_max = found.quant_min, found.quant_max
         if isinstance(self.observer, Observer):
             self.observer.quant_min, self.observer.quant_max = self.quant_min, self.quant_max

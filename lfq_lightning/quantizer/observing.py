@@ -22,6 +22,7 @@ class Observing(nn.Module):
         batch_statistics: what was gathered and not merged yet.
         estimated: whether the qparams were ever set from the observer.
         learned: whether the qparams have begun to learn; estimates then leave them alone.
+        late: whether there was no range to learn from when the others began: it observes on until there is one.
     """
 
     scale: Tensor
@@ -38,7 +39,7 @@ class Observing(nn.Module):
         super().__init__(*args, **kwargs)
         self.gathering: bool | None = None
         self.batch_statistics: Statistics | None = None
-        self.estimated = self.learned = False
+        self.estimated = self.learned = self.late = False
         self._warned_non_finite = False
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
@@ -49,6 +50,12 @@ class Observing(nn.Module):
     def saw_data(self) -> bool:
         """Whether the observer knows any range (copies to the host)."""
         return self.observer.saw_data() if isinstance(self.observer, Observer) else True
+
+    def knows_range(self) -> bool:
+        """Whether the observer saw anything but zeros, whose range is no place to learn from (copies to the host)."""
+        if not isinstance(self.observer, Observer):
+            return True
+        return bool(((self.observer.maximum > 0) | (self.observer.minimum < 0)).any())
 
     @property
     def costly(self) -> bool:
@@ -74,8 +81,9 @@ class Observing(nn.Module):
 
     @property
     def quantizes(self) -> bool:
-        """Whether the output is quantized now: not while a caller has yet to merge the first batch's statistics."""
-        waits = self.static_enabled and self.gathering is not None and not self.estimated
+        """Whether the output is quantized now: not before a first estimate."""
+        # What a specification made has no scale of its own; one that a caller gave is used from the start.
+        waits = self.static_enabled and not self.estimated and (self.gathering is not None or self.spec is not None)
         return bool(self.fake_quant_enabled) and not waits
 
     @torch.no_grad()
@@ -88,7 +96,7 @@ class Observing(nn.Module):
 
     def forget(self) -> None:
         """Return to the state before any data: nothing observed, nothing learned."""
-        self.estimated = self.learned = False
+        self.estimated = self.learned = self.late = False
         self.batch_statistics = None
         if isinstance(self.observer, Observer):
             self.observer.reset()
@@ -100,8 +108,8 @@ class Observing(nn.Module):
                     if self.is_weight:
                         self.observer.reset()
                     at_fault = self.observer.observe(x)
-                    if not torch.compiler.is_compiling():
-                        self.warn_non_finite(at_fault)
+                    if not torch.compiler.is_compiling() and bool(at_fault.any()):
+                        self.warn_non_finite()
                 else:
                     self.observer(x.detach())
                 if self.fake_quant_enabled and not self.learned:
@@ -112,9 +120,9 @@ class Observing(nn.Module):
                 statistics = self.observer.merge(self.batch_statistics, statistics)
             self.batch_statistics = statistics
 
-    def warn_non_finite(self, met: Tensor, name: str = "A quantizer used alone") -> None:
-        """Warn once if values that are not finite were met (copies to the host)."""
-        if not self._warned_non_finite and bool(met.any()):
+    def warn_non_finite(self, name: str = "A quantizer used alone") -> None:
+        """Warn once that values were met that are not finite."""
+        if not self._warned_non_finite:
             self._warned_non_finite = True
             warnings.warn(
                 f"{name} was given NaN or infinite values. They pass through (infinities saturate) and are left out of "

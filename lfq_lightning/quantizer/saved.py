@@ -16,7 +16,7 @@ Role = Literal["weight", "input"]
 NOTE = "quantized by lfq_lightning: use lfq_lightning.load_from_checkpoint, or QuantizationAwareTraining as a callback"
 
 _MARK = '{"quantizer": "lfq_lightning"'
-_NUMBERS = 9
+_NUMBERS = 10
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Description:
         switches: fake_quant_enabled, static_enabled and learning_enabled.
         estimated: whether the qparams were ever set from the observer.
         learned: whether the qparams have begun to learn.
+        late: whether it had no range when the others began to learn.
         quant_min: smallest integer code.
         quant_max: largest integer code.
         axis: the dimension with one scale per index, or None.
@@ -38,6 +39,7 @@ class Description:
     switches: tuple[bool, bool, bool]
     estimated: bool
     learned: bool
+    late: bool
     quant_min: int
     quant_max: int
     axis: int | None
@@ -46,7 +48,7 @@ class Description:
     spec: dict[str, Any] | None
 
     def to_tensor(self, device: torch.device | None = None) -> Tensor:
-        """Float32, of a size that does not change while a model trains: nine numbers, then text in ASCII.
+        """Float32, of a size that does not change while a model trains: ten numbers, then text in ASCII.
 
         What changes in training is numbers, and all are whole and small, so that loops over a state dict may treat
         this entry as they treat weights: clone it, cast it, average it. A mean of equal entries is that entry again;
@@ -55,7 +57,7 @@ class Description:
         ends = (*divmod(self.quant_min, 256), *divmod(self.quant_max, 256))
         constants = {"axis": self.axis, "is_weight": self.is_weight, "role": self.role, "spec": self.spec}
         text = f"{_MARK}, {json.dumps(constants)[1:]}"
-        numbers = [*self.switches, self.estimated, self.learned, *ends, *text.encode("ascii")]
+        numbers = [*self.switches, self.estimated, self.learned, self.late, *ends, *text.encode("ascii")]
         return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
@@ -81,13 +83,14 @@ def described(value: Any) -> Description | None:
 
 
 def _of_numbers(numbers: list[int], constants: Mapping[str, Any]) -> Description:
-    fake_quant, static, learning, estimated, learned = (bool(number) for number in numbers[:5])
+    fake_quant, static, learning, estimated, learned, late = (bool(number) for number in numbers[:6])
     return Description(
         (fake_quant, static, learning),
         estimated,
         learned,
-        quant_min=256 * numbers[5] + numbers[6],
-        quant_max=256 * numbers[7] + numbers[8],
+        late,
+        quant_min=256 * numbers[6] + numbers[7],
+        quant_max=256 * numbers[8] + numbers[9],
         axis=constants.get("axis"),
         is_weight=bool(constants.get("is_weight")),
         role=constants.get("role"),
@@ -98,7 +101,7 @@ def _of_numbers(numbers: list[int], constants: Mapping[str, Any]) -> Description
 def _listed(state: Mapping[str, Any]) -> list[int]:
     """The numbers of a mapping."""
     ends = (*divmod(state["quant_min"], 256), *divmod(state["quant_max"], 256))
-    return [*state["switches"], state["estimated"], state["learned"], *ends]
+    return [*state["switches"], state["estimated"], state["learned"], state.get("late", False), *ends]
 
 
 def _text(codes: Tensor) -> str:

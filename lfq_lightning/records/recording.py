@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.ops import not_finite
-from lfq_lightning.placement.host import WEIGHT, hosts, quantizers, whole_weight
+from lfq_lightning.placement.host import WEIGHT, QuantizedLayer, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.trajectory import TrajectoryRow
 
@@ -56,12 +56,12 @@ class _Probe:
 
 
 @contextmanager
-def probed(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+def probed(quantizers: Mapping[str, LearnableFakeQuantize]) -> Iterator[dict[str, Tensor]]:
     """Within it, forward passes measure inputs: by quantizer, the last use's saturation and a flag for non-finite."""
     measured: dict[str, Tensor] = {}
     handles = [
         quantizer.register_forward_pre_hook(_Probe(name, measured))
-        for name, quantizer in quantizers(model).items()
+        for name, quantizer in quantizers.items()
         if not quantizer.is_weight
     ]
     # Compiled code does not look at hooks that came later, so a measured batch runs eagerly.
@@ -75,11 +75,11 @@ def probed(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def measure_weights(model: nn.Module) -> dict[str, Tensor]:
+def measure_weights(layers: Mapping[str, QuantizedLayer]) -> dict[str, Tensor]:
     """The saturation of every weight, as `probed` gives it."""
     return {
         f"{name}.{WEIGHT}": layer.weight_quantizer.saturation(whole_weight(layer))
-        for name, layer in hosts(model).items()
+        for name, layer in layers.items()
         if layer.weight_quantizer is not None
     }
 
@@ -90,6 +90,7 @@ class Snapshot:
 
     Args:
         names: dotted names of the quantizers.
+        phases: of each quantizer its phase.
         scales: of each quantizer its scales, float32 of shape (channels,).
         zero_points: the same of its zero points.
         gradient_norms: the Euclidean norm of the scale's gradient; NaN without one.
@@ -98,6 +99,7 @@ class Snapshot:
     """
 
     names: tuple[str, ...]
+    phases: tuple[str, ...]
     scales: tuple[Array, ...]
     zero_points: tuple[Array, ...]
     gradient_norms: tuple[float, ...]
@@ -109,12 +111,12 @@ class Snapshot:
         of_each = zip(self.names, self.scales, self.zero_points, strict=True)
         return {f"{name}.{key}": v for name, s, z in of_each for key, v in (("scale", s), ("zero_point", z))}
 
-    def rows(self, step: int, epoch: int, phase: str) -> list[TrajectoryRow]:
+    def rows(self, step: int, epoch: int) -> list[TrajectoryRow]:
         """One row for each quantizer."""
-        columns = (self.scales, self.zero_points, self.saturation, self.gradient_norms)
+        columns = (self.phases, self.scales, self.zero_points, self.saturation, self.gradient_norms)
         return [
             TrajectoryRow(step, epoch, phase, name, *_over_channels(scale), *_over_channels(zero_point), share, norm)
-            for name, scale, zero_point, share, norm in zip(self.names, *columns, strict=True)
+            for name, phase, scale, zero_point, share, norm in zip(self.names, *columns, strict=True)
         ]
 
 
@@ -123,16 +125,16 @@ def _over_channels(values: Array) -> tuple[float, float, float]:
 
 
 @torch.no_grad()
-def snapshot(model: nn.Module, measured: Mapping[str, Tensor]) -> Snapshot:
+def snapshot(quantizers: Mapping[str, LearnableFakeQuantize], measured: Mapping[str, Tensor]) -> Snapshot:
     """Copy the state of every quantizer to the host, all in one copy.
 
     Args:
-        model: a model with quantizers.
+        quantizers: by name.
         measured: by quantizer, saturation and non-finite flag as `probed` and `measure_weights` give them.
     """
-    found = quantizers(model)
+    found = quantizers
     if not found:
-        return Snapshot((), (), (), (), (), ())
+        return Snapshot((), (), (), (), (), (), ())
     scales = [quantizer.used_scale.detach() for quantizer in found.values()]
     zero_points = [quantizer.zero_point.detach() for quantizer in found.values()]
     gradients = [
@@ -148,6 +150,7 @@ def snapshot(model: nn.Module, measured: Mapping[str, Tensor]) -> Snapshot:
     )
     return Snapshot(
         tuple(found),
+        tuple(quantizer.phase for quantizer in found.values()),
         each_scale,
         each_zero_point,
         tuple(float(np.linalg.norm(gradient)) if gradient.size else math.nan for gradient in each_gradient),

@@ -9,11 +9,12 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lfq_lightning.checking import check_whole
-from lfq_lightning.phases import model_phase
-from lfq_lightning.placement.host import quantizers
+from lfq_lightning.phases import phase_of
+from lfq_lightning.placement.found import Found
+from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.history import FILE_NAME as HISTORY
 from lfq_lightning.records.history import History
 from lfq_lightning.records.recording import measure_weights, probed, snapshot
@@ -37,6 +38,7 @@ class Recorder:
             check_whole("record_every_n_steps", every, 1)
         self.every = every
         self.interval = every or 1
+        self._found = Found({}, {})
         self._trajectory: Trajectory | None = None
         self._history: History | None = None
         self._probes = ExitStack()
@@ -49,16 +51,17 @@ class Recorder:
         """Where the trajectory is written, on the rank that writes it."""
         return None if self._trajectory is None else self._trajectory.path
 
-    def open(self, trainer: L.Trainer, steps: float, restored: Mapping[str, Any]) -> None:
+    def open(self, trainer: L.Trainer, found: Found, steps: float, restored: Mapping[str, Any]) -> None:
         """Begin in the run's directory, with the interval and the rows of the run that is resumed.
 
         Args:
             trainer: whose loggers and directory are used.
+            found: the model's quantizers.
             steps: the length of the run in optimizer steps, or infinity; a short run is recorded 50 times.
             restored: what `state_dict` gave, or nothing.
         """
         usual = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        self._logged_epoch = None
+        self._found, self._logged_epoch = found, None
         self.interval = self.every or restored.get("every") or int(max(1, min(usual, steps // 50)))
         directory = trainer.log_dir or trainer.default_root_dir  # every rank takes part in the first
         if trainer.is_global_zero:
@@ -76,17 +79,17 @@ class Recorder:
         if self._logged_epoch == trainer.current_epoch:
             return
         self._logged_epoch = trainer.current_epoch
-        values: dict[str, float] = {"lfq/phase": PHASES.index(cast(Phase, model_phase(model)))}
+        values: dict[str, float] = {"lfq/phase": PHASES.index(cast(Phase, self._phase))}
         if rates:
             values["lfq/lr"] = rates[0]
         for name, value in values.items():
             log(model, name, value, on_step=False, on_epoch=True, sync_dist=True)
 
-    def before_batch(self, trainer: L.Trainer, model: L.LightningModule) -> None:
+    def before_batch(self, trainer: L.Trainer) -> None:
         """Measure in the coming forward passes if a record may be due after them."""
         self._step_before = trainer.global_step
         if self._is_due(trainer.global_step + max(1, len(trainer.optimizers))):
-            self._measured = self._probes.enter_context(probed(model))
+            self._measured = self._probes.enter_context(probed(self._found.quantizers))
 
     def after_batch(self, trainer: L.Trainer, model: L.LightningModule) -> list[TrajectoryRow]:
         """Record if it is due; the rows, on every rank."""
@@ -94,25 +97,25 @@ class Recorder:
         measured, self._measured = self._measured, {}
         if not self._is_due(trainer.global_step):
             return []
-        state = snapshot(model, measured | measure_weights(model))
-        rows = state.rows(trainer.global_step, trainer.current_epoch, model_phase(model))
+        state = snapshot(self._found.quantizers, measured | measure_weights(self._found.layers))
+        rows = state.rows(trainer.global_step, trainer.current_epoch)
         for name, flag in zip(state.names, state.not_finite, strict=True):
             if flag > 0:
-                quantizers(model)[name].warn_non_finite(torch.ones(1), name)
+                self._found.quantizers[name].warn_non_finite(name)
         if self._trajectory is not None:
             self._trajectory.append(rows)
         for logger in trainer.loggers:
-            logger.log_metrics(metrics_of(rows, model), step=trainer.global_step)
+            logger.log_metrics(metrics_of(rows, self._found.quantizers), step=trainer.global_step)
         for name, value in summary_of(rows).items():
             log(model, name, value, on_step=True, on_epoch=False)
         return rows
 
-    def after_epoch(self, trainer: L.Trainer, model: L.LightningModule) -> None:
+    def after_epoch(self, trainer: L.Trainer) -> None:
         """Keep every scale and zero point, and give their distributions to the loggers that draw them."""
         if self._trajectory is None or self._history is None or not self._trajectory.recording:
             return  # where one file cannot be written, the other is not tried: one warning is enough
-        vectors = snapshot(model, {}).vectors()
-        self._history.append(trainer.global_step, trainer.current_epoch, model_phase(model), vectors)
+        vectors = snapshot(self._found.quantizers, {}).vectors()
+        self._history.append(trainer.global_step, trainer.current_epoch, self._phase, vectors)
         log_histograms(trainer.loggers, vectors, trainer.global_step)
 
     def after_fit(self, trainer: L.Trainer) -> None:
@@ -123,6 +126,10 @@ class Recorder:
     def close(self) -> None:
         """Stop measuring."""
         self._probes.close()
+
+    @property
+    def _phase(self) -> str:
+        return phase_of(self._found.quantizers.values())
 
     def _is_due(self, step: int) -> bool:
         return step // self.interval > self._step_before // self.interval
@@ -141,13 +148,12 @@ def summary_of(rows: Iterable[TrajectoryRow]) -> dict[str, float]:
     return summary
 
 
-def metrics_of(rows: Iterable[TrajectoryRow], model: nn.Module) -> dict[str, float]:
+def metrics_of(rows: Iterable[TrajectoryRow], quantizers: Mapping[str, LearnableFakeQuantize]) -> dict[str, float]:
     """The rows as logger metrics; what was not measured is left out, and so are zero points that are always 0."""
-    found = quantizers(model)
     metrics: dict[str, float] = {}
     for row in rows:
         values = {"scale": row.scale_mean, "saturation": row.saturation}
-        if not found[row.quantizer].symmetric:
+        if not quantizers[row.quantizer].symmetric:
             values["zero_point"] = row.zero_point_mean
         metrics |= {f"lfq/{kind}/{row.quantizer}": value for kind, value in values.items() if value == value}
     return metrics

@@ -27,9 +27,9 @@ def check_configured_length(trainer: L.Trainer, schedule: PhaseSchedule | None) 
 
 
 def has_learned(model: nn.Module) -> bool:
-    """Whether every quantizer of a model has learned already; it goes on, whatever the schedule says."""
-    found = quantizers(model).values()
-    return bool(found) and all(quantizer.learned for quantizer in found)
+    """Whether every quantizer that had data has learned already; the model goes on, whatever the schedule says."""
+    in_time = [quantizer for quantizer in quantizers(model).values() if not quantizer.late]
+    return bool(in_time) and all(quantizer.learned for quantizer in in_time)
 
 
 def length_of(trainer: L.Trainer) -> tuple[float, float]:

@@ -2,63 +2,92 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lfq_lightning.phases import Reduce, check_ranks_agree, estimate_weights, go_on, merge_statistics, model_phase
+from lfq_lightning.gathering import Reduce, estimate_weights, merge_statistics, set_gathering
+from lfq_lightning.phases import check_ranks_agree, go_on, join, leading_quantizer, model_phase
+from lfq_lightning.placement.found import Found
 from lfq_lightning.placement.host import quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.schedule import PhaseSchedule
+from lfq_lightning.schedule import OBSERVING, Phase, PhaseSchedule
 from lfq_lightning.training.neighbours import share_with_averages
 from lfq_lightning.training.run_length import is_dev_run
 from lfq_lightning.training.wrapping import Wrappers
 
 
-def enter_phase(
-    trainer: L.Trainer, model: L.LightningModule, schedule: PhaseSchedule, lead: LearnableFakeQuantize | None
-) -> None:
-    """Put every quantizer in the phase that the schedule says; those that have learned before the run go on learning.
+class RunPhases:
+    """One run's way through the phases: entering one on every rank at once, and taking in what a batch showed.
 
     Args:
-        trainer: the run's Trainer.
-        model: its module.
-        schedule: says the phase of this step.
-        lead: the quantizer whose phase is the model's, `leading_quantizer`.
+        found: the model's quantizers, which neither come nor go while it trains.
+        schedule: says the phase of each step.
     """
-    if lead is None:
-        return
-    phase, before = schedule.phase(trainer.current_epoch, trainer.global_step), lead.phase
-    if lead.learned and phase in ("off", "observe", "estimate"):
-        phase = "learn"
-    if phase in ("learn", "freeze") and is_dev_run(trainer):
-        phase = "off"
-    if phase == before:
-        return
-    go_on(model, phase)
-    share_with_averages(trainer, model)
-    if trainer.world_size > 1:
-        check_ranks_agree(model, lambda flat: _over_ranks(trainer)(flat, "max"))
-    rank_zero_info(
-        f"Epoch {trainer.current_epoch}, step {trainer.global_step}: quantizers go from {before} to {phase}."
-    )
+
+    def __init__(self, found: Found, schedule: PhaseSchedule) -> None:
+        self.found, self.schedule = found, schedule
+        self._lead = leading_quantizer(found.quantizers.values())
+        self.phase = "off" if self._lead is None else self._lead.phase
+        self._late = self._find_late()
+
+    def enter(self, trainer: L.Trainer, model: L.LightningModule) -> None:
+        """Put quantizers in the phase that the schedule says; those that have learned before go on learning."""
+        phase, before = self.schedule.phase(trainer.current_epoch, trainer.global_step), self.phase
+        if self._lead is not None and self._lead.learned and phase in ("off", "observe", "estimate"):
+            phase = "learn"
+        if phase in ("learn", "freeze") and is_dev_run(trainer):
+            phase = "off"
+        if phase == before or not self.found.quantizers:
+            return
+        go_on(self.found, phase)
+        self._lead, self._late = leading_quantizer(self.found.quantizers.values()), self._find_late()
+        self.phase = phase
+        self._tell(trainer, model)
+        rank_zero_info(
+            f"Epoch {trainer.current_epoch}, step {trainer.global_step}: quantizers go from {before} to {phase}."
+        )
+
+    def before_batch(self) -> None:
+        """Gather statistics in the coming forward passes."""
+        set_gathering(self._observing.values(), True)
+
+    def after_batch(self, trainer: L.Trainer, model: L.LightningModule) -> None:
+        """Merge what was gathered over ranks, into observers and estimates; late quantizers with data join the rest."""
+        observing = self._observing
+        if not observing:
+            return
+        set_gathering(observing.values(), False)
+        met = merge_statistics(observing, _over_ranks(trainer) if trainer.world_size > 1 else None)
+        if met is not None and met.flags.device.type == "cpu":
+            for name in met.not_finite():
+                observing[name].warn_non_finite(name)
+        if self.phase == "estimate":
+            estimate_weights(self.found.layers.values(), cheap=True)
+        elif self._late and join(self._late.values(), cast(Phase, self.phase)):
+            joined = [name for name, quantizer in self._late.items() if not quantizer.late]
+            self._late = self._find_late()
+            self._tell(trainer, model)
+            rank_zero_info(f"Step {trainer.global_step}: {', '.join(joined)} saw data and go to {self.phase}.")
+
+    @property
+    def _observing(self) -> dict[str, LearnableFakeQuantize]:
+        return self.found.quantizers if self.phase in OBSERVING else self._late
+
+    def _find_late(self) -> dict[str, LearnableFakeQuantize]:
+        return {name: quantizer for name, quantizer in self.found.quantizers.items() if quantizer.late}
+
+    def _tell(self, trainer: L.Trainer, model: L.LightningModule) -> None:
+        share_with_averages(trainer, model)
+        if trainer.world_size > 1:
+            check_ranks_agree(model, lambda flat: _over_ranks(trainer)(flat, "max"))
 
 
 def start_over(model: L.LightningModule) -> None:
     """Return every quantizer to the state before any data."""
     for quantizer in quantizers(model).values():
         quantizer.forget()
-
-
-def take_in_batch(trainer: L.Trainer, model: L.LightningModule, lead: LearnableFakeQuantize) -> None:
-    """Merge what quantizers gathered in this batch over ranks, into observers and estimates."""
-    met = merge_statistics(model, _over_ranks(trainer) if trainer.world_size > 1 else None)
-    for name, flag in met.items():
-        if flag.device.type == "cpu":
-            quantizers(model)[name].warn_non_finite(flag, name)
-    if lead.phase == "estimate":
-        estimate_weights(model, cheap=True)
 
 
 def warn_if_unlearned(trainer: L.Trainer, model: L.LightningModule) -> None:
@@ -68,11 +97,11 @@ def warn_if_unlearned(trainer: L.Trainer, model: L.LightningModule) -> None:
         rank_zero_warn(f"The run ended in phase {phase!r}: scales and zero points were not learned.")
 
 
-def show_phase(wrappers: Wrappers, trainer: L.Trainer, lead: LearnableFakeQuantize | None) -> None:
+def show_phase(wrappers: Wrappers, trainer: L.Trainer, phases: RunPhases) -> None:
     """Have the progress bar name the phase, which costs it no look at every quantizer."""
 
     def get_metrics(original: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {**original(*args, **kwargs), "phase": "off" if lead is None else lead.phase}
+        return {**original(*args, **kwargs), "phase": phases.phase}
 
     if trainer.progress_bar_callback is not None:
         wrappers.around(trainer.progress_bar_callback, "get_metrics", get_metrics)

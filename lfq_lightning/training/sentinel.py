@@ -66,8 +66,10 @@ class Sentinel:
 
     def watch(self, trainer: L.Trainer, model: nn.Module, rows: list[TrajectoryRow]) -> list[LearnableFakeQuantize]:
         """React to what these rows show, on every rank alike; the quantizers that were started over."""
+        if not rows:
+            return []
         collapsed = self.collapsed(model, rows)
-        if rows and trainer.world_size > 1 and self.reaction != "warn":
+        if trainer.world_size > 1 and self.reaction != "warn":
             collapsed = trainer.strategy.broadcast(collapsed)  # saturation is each rank's own, and all act or none
         return self.react(model, collapsed)
 

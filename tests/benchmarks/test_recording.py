@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 import lfq_lightning as lfq
+from lfq_lightning.placement.host import hosts
 from lfq_lightning.records.recording import measure_weights, probed, snapshot
 from lfq_lightning.records.trajectory import Trajectory
 from lfq_lightning.training.optimizer import QParamOptimizer, hidden_qparams
@@ -44,12 +45,12 @@ def test_recording(table: Table, network: str, tmp_path: Path) -> None:
         optimizer.step()
 
     def recorded(to_logger: bool) -> None:
-        with probed(model) as measured:
+        with probed(lfq.quantizers(model)) as measured:
             step()
-        rows = snapshot(model, measured | measure_weights(model)).rows(1, 0, "learn")
+        rows = snapshot(lfq.quantizers(model), measured | measure_weights(hosts(model))).rows(1, 0)
         trajectory.append(rows)
         if to_logger:
-            logger.log_metrics(metrics_of(rows, model), step=1)
+            logger.log_metrics(metrics_of(rows, lfq.quantizers(model)), step=1)
 
     calls: dict[str, Call] = {
         "file": lambda: recorded(False),

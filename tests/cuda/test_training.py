@@ -53,6 +53,7 @@ def test_no_step_of_any_phase_waits_for_the_device(tmp_path: Path, precision: An
 
 
 def test_a_record_waits_for_the_device_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lfq_lightning.placement.host import hosts
     from lfq_lightning.records.recording import measure_weights, snapshot
 
     model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(6)]).cuda()
@@ -73,7 +74,7 @@ def test_a_record_waits_for_the_device_once(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Tensor, "cpu", counted)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        snapshot(model, measure_weights(model)).rows(1, 0, "estimate")
+        snapshot(lfq.quantizers(model), measure_weights(hosts(model))).rows(1, 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert copies == 1

@@ -1,0 +1,146 @@
+"""What quantizers saw in a batch, gathered, merged over uses and ranks, and taken in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lfq_lightning.observers import Observer, Statistics, calculate_all, reset_all, update_all
+from lfq_lightning.placement.host import QuantizedLayer, whole_weight
+from lfq_lightning.quantizer import LearnableFakeQuantize
+
+Reduce = Callable[[Tensor, Literal["max", "sum"]], Tensor]
+
+
+class Met(NamedTuple):
+    """Which observing quantizers met values that are not finite: a positive flag for each name."""
+
+    names: tuple[str, ...]
+    flags: Tensor
+
+    def not_finite(self) -> list[str]:
+        """Their names (copies to the host)."""
+        return [name for name, flag in zip(self.names, self.flags.tolist(), strict=True) if flag > 0]
+
+
+def set_gathering(quantizers: Iterable[LearnableFakeQuantize], gathering: bool | None) -> None:
+    """Whether quantizers gather statistics for a caller to merge (None: observe by themselves while training)."""
+    for quantizer in quantizers:
+        # Twice a batch for each of thousands: the way through nn.Module takes twenty times as long.
+        quantizer.__dict__["gathering"] = gathering
+
+
+@contextmanager
+def gathering(quantizers: Iterable[LearnableFakeQuantize]) -> Iterator[None]:
+    """Within it, quantizers gather the statistics of a batch in every mode, for `merge_statistics` to take in."""
+    quantizers = list(quantizers)
+    set_gathering(quantizers, True)
+    try:
+        yield
+    finally:
+        set_gathering(quantizers, None)
+
+
+@torch.no_grad()
+def merge_statistics(quantizers: Mapping[str, LearnableFakeQuantize], reduce: Reduce | None = None) -> Met | None:
+    """Take one batch's statistics into every observing input quantizer, and set its qparams in phase "estimate".
+
+    Args:
+        quantizers: those that gathered, by name.
+        reduce: the elementwise maximum ("max") or sum ("sum") of a flat tensor over all ranks; called once for each
+            that an observer needs. Every rank takes part whatever it saw.
+
+    Returns:
+        Which of those that saw the batch met values that are not finite; None if none did.
+    """
+    seen: dict[str, tuple[LearnableFakeQuantize, Observer, Statistics]] = {}
+    for name, quantizer in quantizers.items():
+        if quantizer.static_enabled and not quantizer.is_weight:
+            observer, gathered = quantizer.observer, quantizer.batch_statistics
+            if isinstance(observer, Observer) and (gathered is not None or reduce is not None):
+                seen[name] = quantizer, observer, observer.nothing() if gathered is None else gathered
+                quantizer.__dict__["batch_statistics"] = None
+    if not seen:
+        return None
+    own, observers, parts = zip(*seen.values(), strict=True)
+    extremes = _merged([part.extremes for part in parts], "max", reduce)
+    sums = _merged([part.sums for part in parts], "sum", reduce)
+    update_all(observers, list(map(Statistics, extremes, sums)))
+    _estimate_inputs([quantizer for quantizer in own if quantizer.fake_quant_enabled and not quantizer.learned])
+    return Met(tuple(seen), _flags(extremes))
+
+
+def _merged(parts: list[Tensor], operation: Literal["max", "sum"], reduce: Reduce | None) -> list[Tensor]:
+    sizes = [part.numel() for part in parts]
+    if reduce is None or not sum(sizes):
+        return parts
+    merged = reduce(torch.cat([part.flatten() for part in parts]), operation).split(sizes)
+    return [flat.view_as(part) for flat, part in zip(merged, parts, strict=True)]
+
+
+def _flags(extremes: list[Tensor]) -> Tensor:
+    """Positive where an entry of the third row is."""
+    device = extremes[0].device
+    each = torch.cat([part[2].to(device) for part in extremes])
+    if len(each) == len(extremes):
+        return each
+    sizes = torch.tensor([part.shape[1] for part in extremes], device=device)
+    index = torch.arange(len(extremes), device=device).repeat_interleave(sizes, output_size=len(each))
+    return each.new_zeros(len(extremes)).index_add_(0, index, each)
+
+
+def _estimate_inputs(quantizers: Iterable[LearnableFakeQuantize]) -> None:
+    again = []
+    for quantizer in quantizers:
+        if quantizer.estimated:
+            again.append(quantizer)  # its sign stays as it was decided, and nothing waits for the device
+        elif quantizer.saw_data():
+            quantizer.estimate()
+    _estimate(again)
+
+
+@torch.no_grad()
+def estimate_weights(layers: Iterable[QuantizedLayer], cheap: bool = False) -> None:
+    """Set the qparams of weights that have not begun to learn from the weights as they are.
+
+    Args:
+        layers: quantized layers.
+        cheap: leave out those that cost more than a look at the weights, as after each batch.
+    """
+    looked: dict[LearnableFakeQuantize, Statistics] = {}
+    for layer in layers:
+        quantizer = layer.weight_quantizer
+        if quantizer is None or quantizer.learned or (cheap and quantizer.costly):
+            continue
+        observer = quantizer.observer
+        if isinstance(observer, Observer) and type(observer).observe is Observer.observe:
+            looked[quantizer] = observer.statistics(whole_weight(layer))
+        else:
+            quantizer.estimate_from(whole_weight(layer))
+    observers = [_observer(quantizer) for quantizer in looked]
+    reset_all(observers)
+    update_all(observers, list(looked.values()))
+    _estimate(list(looked))
+
+
+def _estimate(quantizers: list[LearnableFakeQuantize]) -> None:
+    """`estimate` of each, but for the sign."""
+    found = calculate_all([_observer(quantizer) for quantizer in quantizers])
+    own: list[Tensor] = []
+    new: list[Tensor] = []
+    for quantizer, qparams in zip(quantizers, found, strict=True):
+        own += [quantizer.scale, quantizer.zero_point]
+        new += qparams
+        quantizer.__dict__["estimated"] = True
+    if own:
+        torch._foreach_copy_(own, new)
+
+
+def _observer(quantizer: LearnableFakeQuantize) -> Observer:
+    observer = quantizer.observer
+    assert isinstance(observer, Observer)
+    return observer

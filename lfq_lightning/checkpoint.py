@@ -140,9 +140,11 @@ def load_from_checkpoint(
 
     Args:
         module_class: the LightningModule's class.
-        path: a checkpoint of a quantization-aware fit; one of a float fit gives the float module.
+        path: a checkpoint of a quantization-aware fit; one of a float fit gives the float module. A path, a URL, any
+            path that fsspec knows (`s3://...`), or an open file.
         map_location: where tensors go, as in `torch.load`.
-        strict: whether keys must fit; None for what the module's `strict_loading` says.
+        strict: whether keys must fit; None for what the module's `strict_loading` says. False leaves out quantizers
+            of layers that the module has not.
         weights_only: as in `torch.load`; False for a trusted file whose hyper-parameters are objects of any class.
         **init_args: constructor arguments that are not among the checkpoint's hyper-parameters.
 
@@ -175,7 +177,16 @@ def load_from_checkpoint(
     as_float.seek(0)
     how = {"map_location": map_location, "strict": strict, "weights_only": weights_only}
     with explained(f"{module_class.__name__} is made from its hyper-parameters and `init_args`", init_args, "by name"):
-        model = module_class.load_from_checkpoint(as_float, **how, **init_args)
+        try:
+            model = module_class.load_from_checkpoint(as_float, **how, **init_args)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"The checkpoint must fit {module_class.__name__}. Found another in {path} ({reason:.500}): build the "
+                "model with the arguments that it was saved with."
+            ) from error
     if saved:
         strict = model.strict_loading if strict is None else strict
         attach_as_saved(model, saved, strict)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
+from lightning.fabric.utilities.cloud_io import _load, get_filesystem
 
 from lfq_lightning.checking import check_path, in_words
 
@@ -17,19 +18,29 @@ def read_checkpoint(
 ) -> dict[str, Any]:
     """The contents of a checkpoint with a `state_dict`.
 
+    Args:
+        path: a path, a URL, any path that fsspec knows (`s3://...`), or an open file.
+        map_location: where tensors go, as in `torch.load`; None is the CPU.
+        weights_only: as in `torch.load`; None is True, also for a URL.
+
     Raises:
         FileNotFoundError: if there is no such file.
+        ImportError: if fsspec lacks what it reads such paths with.
         ValueError: if it cannot be read, or has none.
     """
     if not (hasattr(path, "read") and hasattr(path, "seek")):
         check_path("path", path)
     _check_location(map_location)
+    if weights_only is None and str(path).startswith("http"):
+        weights_only = True  # where Lightning would trust whoever answers
     try:
-        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=weights_only)
+        checkpoint = _load(path, map_location=map_location or "cpu", weights_only=weights_only)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"`path` must be a checkpoint. Found nothing at `{path}`: check the path.") from error
+    except ImportError:
+        raise
     except Exception as error:  # torch.load has no common error for a file that is no checkpoint
-        objects = _untrusted(path)
+        objects = untrusted(path)
         if objects:
             raise ValueError(
                 f"{path} must be trusted before its objects are made. Found {', '.join(sorted(objects)[:5])} beside "
@@ -43,7 +54,7 @@ def read_checkpoint(
     state_dict = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
         raise ValueError(f"{path} must be a Lightning checkpoint. Found no `state_dict` in it: use `load_state_dict`.")
-    return checkpoint
+    return cast(dict[str, Any], checkpoint)
 
 
 def _check_location(location: Any) -> None:
@@ -58,10 +69,22 @@ def _check_location(location: Any) -> None:
         ) from error
 
 
-def _untrusted(path: str | Path | IO[bytes]) -> list[str]:
-    """The classes and functions in a whole file that torch does not call unasked."""
-    if not zipfile.is_zipfile(path):
+def untrusted(path: str | Path | IO[bytes]) -> list[str]:
+    """The classes and functions in a whole file that torch does not call unasked; none where it cannot be read."""
+    try:
+        with _opened(path) as file:
+            return torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # a torn file fails again here, in as many ways
         return []
+
+
+@contextmanager
+def _opened(path: str | Path | IO[bytes]) -> Iterator[IO[bytes]]:
     if not isinstance(path, (str, Path)):
         path.seek(0)
-    return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        yield path
+        return
+    if str(path).startswith("http"):  # torch.hub keeps what it loads
+        path = Path(torch.hub.get_dir(), "checkpoints", Path(str(path)).name)
+    with get_filesystem(path).open(str(path), "rb") as file:
+        yield file

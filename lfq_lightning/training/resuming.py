@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
-from pathlib import Path
+import traceback
 
 import lightning as L
+
+from lfq_lightning.reading import untrusted
+
+_CONNECTOR = "lightning.pytorch.trainer.connectors.checkpoint_connector"
 
 
 def open_epoch(trainer: L.Trainer) -> None:
@@ -25,13 +28,27 @@ def open_epoch(trainer: L.Trainer) -> None:
 
 
 def explain_torn_checkpoint(trainer: L.Trainer, error: BaseException) -> None:
-    """Add to an error what it does not say: that the checkpoint which is resumed from is not whole.
+    """Add to an error what it does not say: that the checkpoint which is resumed from could not be read.
 
     Lightning reads it before any hook that could look at it. Nothing of the model has changed then.
     """
-    path = Path(trainer.ckpt_path) if trainer.ckpt_path else None
-    if path is not None and path.is_file() and not zipfile.is_zipfile(path):
+    path = trainer.ckpt_path
+    if not path or not _while_reading(error):
+        return
+    objects = untrusted(path)
+    if objects:
         error.add_note(
-            f"A checkpoint must be a whole file. Found {path.stat().st_size} bytes in `{path}` that torch did not "
-            "write or that break off: resume from an earlier checkpoint."
+            f"A checkpoint must be trusted before its objects are made. Found {', '.join(sorted(objects)[:5])} in "
+            f"`{path}`: pass `weights_only=False` to the Trainer if you know where the file comes from."
         )
+    elif not isinstance(error, FileNotFoundError):
+        error.add_note(
+            f"A checkpoint must be a whole file. Found one in `{path}` that torch did not write, or that broke off or "
+            "was damaged: resume from an earlier checkpoint."
+        )
+
+
+def _while_reading(error: BaseException) -> bool:
+    """Whether an error comes from torch's reader, called by Lightning's."""
+    modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return {"torch.serialization", _CONNECTOR} <= modules

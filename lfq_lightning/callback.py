@@ -5,26 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 from torch.optim import Optimizer
 
-from lfq_lightning.checking import check_flags, check_path
+from lfq_lightning.checking import check_choice, check_flags, check_path
 from lfq_lightning.export.parity import Parity
 from lfq_lightning.gathering import set_gathering
 from lfq_lightning.placement import Placement, apply, plan, quantizers
 from lfq_lightning.placement.found import Found
+from lfq_lightning.placement.host import FrozenLayers
 from lfq_lightning.rules import Rule, as_rules
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, as_schedule, weight_spec
-from lfq_lightning.training.exporting import check_batch, check_fit, export_fit
+from lfq_lightning.training.fit_export import FitExport
+from lfq_lightning.training.frozen_layers import settle_frozen_layers
 from lfq_lightning.training.module_hooks import add_note, meet_quantizers, note_on_checkpoints
 from lfq_lightning.training.neighbours import arrange, check_neighbours, require_gradients
 from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, ScheduleFactory
 from lfq_lightning.training.recorder import Recorder
 from lfq_lightning.training.resuming import explain_torn_checkpoint, open_epoch
-from lfq_lightning.training.run_length import check_configured_length, has_learned, is_dev_run, settle_schedule
+from lfq_lightning.training.run_length import check_configured_length, has_learned, settle_schedule
 from lfq_lightning.training.run_phases import RunPhases, show_phase, start_over, warn_if_unlearned
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.sharding import check_strategy
@@ -55,6 +57,8 @@ class QuantizationAwareTraining(L.Callback):
             proportion to that of the weights' optimizer.
         reobserve: start over where the model has learned scales already, which otherwise go on learning.
         compress_saved: make quantized tensors again in backward instead of keeping them, bit for bit; eager only.
+        frozen_layers: whether scales and zero points of layers whose weight is frozen as a fit begins "keep" their
+            estimates, or "learn" without it (such as below LoRA adapters; nothing else need be trained at all).
         record_every_n_steps: optimizer steps between two records; None takes the Trainer's `log_every_n_steps`, or less
             in a run so short that there would be fewer than 50.
         on_collapse: what happens to a quantizer that passes nothing useful any more: "warn" names it once, "reinit"
@@ -80,11 +84,13 @@ class QuantizationAwareTraining(L.Callback):
         lr_schedule: ScheduleFactory | None = None,
         reobserve: bool = False,
         compress_saved: bool = False,
+        frozen_layers: FrozenLayers = "keep",
         record_every_n_steps: int | None = None,
         on_collapse: Reaction = "warn",
         export: str | Path | None = None,
     ) -> None:
         check_flags(reobserve=reobserve, compress_saved=compress_saved)
+        check_choice("frozen_layers", frozen_layers, get_args(FrozenLayers))
         check_path("export", export, needed=False)
         self.weight: SpecLike = weight if isinstance(weight, int) else weight_spec(weight)
         self.activation: SpecLike = activation if isinstance(activation, int) else activation_spec(activation)
@@ -93,12 +99,12 @@ class QuantizationAwareTraining(L.Callback):
         check_makers(optimizer, lr_schedule)
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.reobserve, self.compress_saved = reobserve, compress_saved
-        self.record_every_n_steps, self.export = record_every_n_steps, export
+        self.frozen_layers, self.record_every_n_steps, self.export = frozen_layers, record_every_n_steps, export
 
         self._recorder, self._sentinel = Recorder(record_every_n_steps), Sentinel(on_collapse)
+        self._export = FitExport(export)
         self.placement: Placement | None = None
         self.parity: Parity | None = None
-        self._last_batch: Any = None
         self.qparam_optimizer: QParamOptimizer | UserOptimizers | None = None
         self._weight_steps = WeightSteps()
         self._schedule_in_force: PhaseSchedule | None = self.schedule
@@ -128,12 +134,11 @@ class QuantizationAwareTraining(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over from the user's optimizers what concerns qparams; refuse what could not be exported."""
-        if self.export is not None:
-            check_fit(trainer, pl_module, self.export)
-            self._last_batch = None
+        self._export.begin(trainer, pl_module)
         self._wrappers.remove()
         self.qparam_optimizer = make_optimizer(trainer, pl_module, self.optimizer, self.lr_schedule)
         self._weight_steps.follow(pl_module, trainer.optimizers)
+        settle_frozen_layers(pl_module, trainer.optimizers, self.frozen_layers)
         if not self._take_up() and self.reobserve:
             start_over(pl_module)
         set_gathering(quantizers(pl_module).values(), False)
@@ -171,10 +176,7 @@ class QuantizationAwareTraining(L.Callback):
         assert self.qparam_optimizer is not None
         self._phases.enter(trainer, pl_module)
         self._recorder.log_epoch(trainer, pl_module, self.qparam_optimizer.learning_rates)
-        if self.export is not None:
-            if self._last_batch is None:
-                check_batch(pl_module, batch)
-            self._last_batch = batch
+        self._export.see(pl_module, batch)
         self._phases.before_batch()
         self._recorder.before_batch(trainer)
 
@@ -206,8 +208,7 @@ class QuantizationAwareTraining(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show what was recorded, and export, on rank zero."""
         self._recorder.after_fit(trainer)
-        if self.export is not None and trainer.is_global_zero and not is_dev_run(trainer):
-            self.parity = export_fit(trainer, pl_module, self.export, self._last_batch)
+        self.parity = self._export.end(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave nothing behind but the quantizers."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import get_args
 
 from torch import Tensor, nn
 
-from lfq_lightning.checking import check_flags, check_model
+from lfq_lightning.checking import check_choice, check_flags, check_model
 from lfq_lightning.placement.host import (
+    FrozenLayers,
     QuantizedLayer,
     check_compressible,
     hosts,
@@ -16,6 +18,7 @@ from lfq_lightning.placement.host import (
     quantize_layer,
     restore_layer,
     set_compressed,
+    set_learning_alone,
 )
 from lfq_lightning.placement.layers import TRANSPOSED, input_channels
 from lfq_lightning.placement.planning import PlacedLayer, Placement, plan
@@ -30,6 +33,7 @@ def attach(
     activation: SpecLike = 8,
     rules: Iterable[Rule] = (),
     compress_saved: bool = False,
+    frozen_layers: FrozenLayers = "keep",
 ) -> Placement:
     """Put learnable fake quantizers on the weights and inputs of a model's layers, in place.
 
@@ -45,6 +49,8 @@ def attach(
         compress_saved: keep no quantized tensor for backward, but make it again from the float tensor that the
             quantizer keeps anyway, without changing a bit of any gradient. Eager execution only; where a layer saves
             something else (a copy in another dtype), that is stored as usual. Each layer's `saved` tells the bytes.
+        frozen_layers: "keep" gives scales and zero points no gradient while their layer's weight has
+            `requires_grad=False`, as a GAN and finetuning need it; "learn" lets them learn whether or not it learns.
 
     Returns:
         What was placed where. Attaching again with the same arguments changes nothing.
@@ -65,8 +71,10 @@ def attach(
     """
     check_model(model)
     check_flags(compress_saved=compress_saved)
+    check_choice("frozen_layers", frozen_layers, get_args(FrozenLayers))
     placement = plan(model, weight, activation, rules)
     apply(model, placement, compress_saved)
+    set_learning_alone(hosts(model).values(), frozen_layers == "learn")
     return placement
 
 

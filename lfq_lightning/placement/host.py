@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -13,6 +14,8 @@ from lfq_lightning.checking import check_model
 from lfq_lightning.placement.computing import Compute, computation
 from lfq_lightning.placement.saving import Quantized, Saved, compressed
 from lfq_lightning.quantizer import LearnableFakeQuantize
+
+FrozenLayers = Literal["keep", "learn"]
 
 WEIGHT, INPUT = "weight_quantizer", "input_quantizer"
 
@@ -29,16 +32,18 @@ class QuantizedLayer(nn.Module):
     input_quantizer: LearnableFakeQuantize | None
     _compute: ClassVar[Compute]  # of the layer's kind
     saved: Saved | None = None  # where `attach` was asked to compress what backward needs
+    learns_alone: bool = False  # whether scales and zero points learn although the weight is frozen
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         weight, quantizer = self.weight, self.input_quantizer
+        learn = weight.requires_grad or self.learns_alone
         given = (*args, *kwargs.values())
         if quantizer is not None:
-            args = tuple(_quantize(quantizer, a, weight.requires_grad) for a in args)
-            kwargs = {name: _quantize(quantizer, a, weight.requires_grad) for name, a in kwargs.items()}
+            args = tuple(_quantize(quantizer, a, learn) for a in args)
+            kwargs = {name: _quantize(quantizer, a, learn) for name, a in kwargs.items()}
         used = weight
         if self.weight_quantizer is not None:
-            used = _quantize(self.weight_quantizer, weight, weight.requires_grad)
+            used = _quantize(self.weight_quantizer, weight, learn)
         if self.saved is None:
             return self._compute(self, used, *args, **kwargs)
         pairs = zip((*args, *kwargs.values(), used), (*given, weight), strict=True)
@@ -50,6 +55,11 @@ class QuantizedLayer(nn.Module):
         ]
         with compressed(made, self.saved):
             return self._compute(self, used, *args, **kwargs)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the phase may let scales and zero points learn."""
+        return self.learns_alone or self.weight.requires_grad
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (float_type(self),), self.__dict__
@@ -112,6 +122,7 @@ def restore_layer(layer: nn.Module) -> None:
     """Undo `quantize_layer`."""
     layer.__dict__.pop("_slow_path_hook").remove()
     layer.__dict__.pop("saved", None)
+    layer.__dict__.pop("learns_alone", None)
     del layer._modules[INPUT], layer._modules[WEIGHT]
     layer.__class__ = float_type(layer)
 
@@ -126,6 +137,12 @@ def set_compressed(model: nn.Module, compress: bool) -> None:
     check_compressible(model, compress)
     for layer in hosts(model).values():
         layer.saved = Saved() if compress else None
+
+
+def set_learning_alone(layers: Iterable[QuantizedLayer], alone: bool) -> None:
+    """Whether scales and zero points of these layers learn although their weight is frozen."""
+    for layer in layers:
+        layer.learns_alone = alone
 
 
 def check_compressible(model: nn.Module, compress: bool) -> None:

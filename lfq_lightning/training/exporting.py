@@ -87,10 +87,10 @@ def check_batch(model: L.LightningModule, batch: Any) -> None:
     traced(plain, *arguments(plain, _inputs(model, batch)))
 
 
-def export_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path, batch: Any) -> Parity:
+def export_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path, batch: Any) -> Parity | None:
     """Export the best checkpoint, the last, or the model as it is where neither has quantizers that were set.
 
-    The model is not changed.
+    The model is not changed. Every rank calls this, and rank zero alone exports: None on the others.
 
     Args:
         trainer: whose checkpoints and directory are used; a relative path is taken from its log directory.
@@ -98,6 +98,9 @@ def export_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path, b
         path: the file to write.
         batch: a batch of training data; `example_input_array` is used instead where the module has one.
     """
+    where = _target(trainer, path)
+    if not trainer.is_global_zero:
+        return None
     for saved in (*_checkpoints(trainer), None):
         exported = _copy(model)
         if saved is not None:
@@ -108,7 +111,6 @@ def export_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path, b
         ):
             break
         rank_zero_warn(f"{saved} is from before quantization and is not exported: see `lfq_lightning.while_learning`.")
-    where = _target(trainer, path)
     parity = export_onnx(exported, _inputs(model, batch), where)
     rank_zero_info(f"Exported {saved or 'the model'} to {where}.\n{parity}")
     return parity

@@ -39,7 +39,7 @@ class Slot:
     @property
     def gradient(self) -> Tensor | None:
         """What it is to learn from; None too where the phase or the layer lets nothing move."""
-        learns = self.quantizer.learning_enabled and (self.host is None or self.host.weight.requires_grad)
+        learns = self.quantizer.learning_enabled and (self.host is None or self.host.learns)
         return self.value.grad if learns else None
 
 

@@ -121,7 +121,7 @@ class UserOptimizers:
     def keep_still(self) -> None:
         """Take gradients away that must move nothing: Adam's momentum moves a parameter whose gradient is zero."""
         for layer, quantizer in self._placed:
-            if not quantizer.learning_enabled or not layer.weight.requires_grad:
+            if not quantizer.learning_enabled or not layer.learns:
                 for parameter in quantizer.parameters(recurse=False):
                     parameter.grad = None
 

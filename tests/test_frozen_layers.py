@@ -1,0 +1,160 @@
+"""Layers whose weight is frozen: their scales and zero points keep their estimates, or learn alone."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lfq_lightning as lfq
+from tests.assertions import assert_bit_equal
+from tests.runs import every_epoch, fit, qat
+
+X = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Adapted(L.LightningModule):
+    """A frozen base with a low-rank adapter beside its first layer."""
+
+    def __init__(self, adapted: bool = True, all_parameters: bool = True) -> None:
+        super().__init__()
+        self.base = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 2)])
+        self.base.requires_grad_(False)
+        self.down, self.up = (nn.Linear(4, 1), nn.Linear(1, 4)) if adapted else (None, None)
+        self.all_parameters = all_parameters
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.base[0](x)
+        h = h if self.down is None or self.up is None else h + self.up(self.down(x))
+        return self.base[1](torch.relu(h))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return (self(batch[0]) - 1).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        chosen = [p for p in self.parameters() if self.all_parameters or p.requires_grad]
+        return torch.optim.Adam(chosen, lr=0.01)
+
+
+def data() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(X), batch_size=8)
+
+
+def moved(model: nn.Module) -> dict[str, bool]:
+    """Which scales are not what they were on entering `learn`."""
+    found = lfq.quantizers(model).items()
+    return {name: not torch.equal(quantizer.scale, quantizer.scale_reference) for name, quantizer in found}
+
+
+@pytest.mark.parametrize("optimizer", [None, "user"])
+@pytest.mark.parametrize("all_parameters", [True, False])
+def test_scales_of_a_frozen_base_learn_beside_its_adapters(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, optimizer: Any, all_parameters: bool
+) -> None:
+    model = Adapted(all_parameters=all_parameters)
+    before = model.base[0].weight.clone()
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        fit(tmp_path, model, callback=qat(frozen_layers="learn", optimizer=optimizer), data=data())
+    assert "2 of 4 quantized layers have frozen weights: their scales and zero points learn alone" in caplog.text
+    assert all(moved(model).values())
+    assert_bit_equal(model.base[0].weight, before)
+
+
+def test_they_keep_their_estimates_unless_they_are_told_to_learn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Adapted()
+    fit(tmp_path / "a", model, callback=qat(frozen_layers="learn"), data=data())
+    learned = model.base[0].weight_quantizer.scale.clone()
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        fit(tmp_path / "b", model, data=data())  # a second fit is not bound by the first
+    assert "2 of 4 quantized layers have frozen weights: their scales and zero points keep" in caplog.text
+    assert_bit_equal(model.base[0].weight_quantizer.scale, learned)
+
+
+def test_where_every_layer_is_frozen_one_warning_says_that_nothing_learns(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="3 of 3 quantized layers .* nothing that is quantized will learn"):
+        fit(tmp_path, Wholly(), data=data())
+
+
+class Wholly(Adapted):
+    """No weight learns at all."""
+
+    def __init__(self) -> None:
+        super().__init__(adapted=False)
+        self.base.insert(1, nn.Linear(4, 4).requires_grad_(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base[2](self.base[1](self.base[0](x)))
+
+
+def test_scales_alone_learn_and_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    def run(directory: Path, resume: Path | None = None) -> Wholly:
+        callbacks = [every_epoch(directory)]
+        callback = qat(frozen_layers="learn")
+        return fit(
+            directory, Wholly(), callback=callback, callbacks=callbacks, data=data(), max_epochs=4, ckpt_path=resume
+        )[0]
+
+    whole = run(tmp_path / "a")
+    resumed = run(tmp_path / "b", tmp_path / "a" / "epoch=2.ckpt")
+    assert all(moved(whole).values())
+    for name, value in whole.state_dict().items():
+        assert_bit_equal(resumed.state_dict()[name], value)
+
+
+class Adversaries(L.LightningModule):
+    """Two optimizers take turns, and the discriminator is frozen by hand while the generator steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator, self.discriminator = nn.Linear(4, 4), nn.Linear(4, 1)
+        self.discriminator.requires_grad_(False)
+        self.gradients: list[bool] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        first, second = self.optimizers()
+        first.zero_grad(), second.zero_grad()
+        self.manual_backward(self.discriminator(self.generator(batch[0])).square().mean())
+        gradient = self.discriminator.input_quantizer.scale.grad
+        self.gradients.append(gradient is not None and bool(gradient.any()))
+        first.step()
+        self.discriminator.requires_grad_(True)
+        second.zero_grad()
+        self.manual_backward((self.discriminator(self.generator(batch[0]).detach()) - 1).square().mean())
+        second.step()
+        self.discriminator.requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(each.parameters(), lr=0.01) for each in (self.generator, self.discriminator)]
+
+
+def test_what_only_waits_for_its_turn_is_not_frozen(tmp_path: Path) -> None:
+    model, _, _ = fit(tmp_path, Adversaries(), callback=qat(frozen_layers="learn"), data=data())
+    assert not any(model.gradients)  # the generator's steps leave the discriminator's scales alone
+    assert all(moved(model).values())
+
+
+@pytest.mark.parametrize("choice", ["keep", "learn"])
+def test_without_lightning_attach_takes_the_same_choice(choice: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).requires_grad_(False)
+    lfq.attach(model, weight=4, activation=4, frozen_layers=choice)
+    lfq.calibrate(model, [X])
+    lfq.set_phase(model, "learn")
+    model.train()(X).square().sum().backward()
+    gradients = [q.scale.grad for q in lfq.quantizers(model).values()]
+    assert all((g is not None and bool(g.any())) == (choice == "learn") for g in gradients)
+    assert all(layer.weight.grad is None for layer in (model[0], model[2]))
+
+
+def test_another_choice_is_refused() -> None:
+    for make in (lfq.QuantizationAwareTraining, lambda **options: lfq.attach(nn.Linear(2, 2), **options)):
+        with pytest.raises(ValueError, match=r"`frozen_layers` must be one of keep, learn\. Found 'both'"):
+            make(frozen_layers="both")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +161,26 @@ def test_a_resumed_fit_keeps_the_same_epochs_as_an_uninterrupted_one(tmp_path: P
     assert list(found) == list(expected)
     for key, values in expected.items():
         assert np.array_equal(found[key], values), key
+
+
+@pytest.mark.filterwarnings("ignore:The scales of the resumed run cannot be continued")
+def test_a_damaged_file_never_stops_a_run_wherever_it_is_damaged(tmp_path: Path) -> None:
+    whole, chosen = write(tmp_path, range(2)).path.read_bytes(), random.Random(0)
+    entry = whole.rfind(b"PK\x01\x02")  # the last of the archive's list, in which a version and a method stand
+    path = tmp_path / "damaged" / "qparams.npz"
+    path.parent.mkdir()
+    for at in (*range(entry, entry + 20, 2), *(chosen.randrange(len(whole)) for _ in range(20))):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << chosen.randrange(6, 8)
+        path.write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            read_qparams(path)
+        resumed = write(tmp_path / "resumed", range(2, 3), continue_from=path, step=20)
+        assert read_qparams(resumed.path)["epoch"][-1] == 2
+
+
+@pytest.mark.parametrize("odd", [np.float32(3), np.array(["a"]), np.zeros((2, 2), np.int64)])
+def test_an_archive_with_other_arrays_is_refused_as_such(tmp_path: Path, odd: Any) -> None:
+    np.savez(tmp_path / "qparams.npz", step=odd, epoch=odd, phase=np.array(["learn"]))
+    with pytest.raises(ValueError, match="must hold step, epoch and phase"):
+        read_qparams(tmp_path / "qparams.npz")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import random
 import struct
 from pathlib import Path
 
@@ -256,3 +258,17 @@ def test_reading_accepts_further_columns_in_any_order(tmp_path: Path) -> None:
     path.write_text(",".join(header) + "\n" + ",".join(["mine", *(values[c] for c in header[1:])]) + "\n")
     (found,) = read_trajectory(path)
     assert found == TrajectoryRow(7, 3, "learn", "fc", *map(float, range(1, 9)))
+
+
+@pytest.mark.filterwarnings("ignore:The trajectory of the resumed run cannot be continued")
+def test_a_damaged_file_never_stops_a_run_wherever_it_is_damaged(tmp_path: Path) -> None:
+    whole, chosen, path = write(tmp_path, range(4)).path.read_bytes(), random.Random(0), tmp_path / "damaged.csv"
+    for _ in range(30):
+        damaged = bytearray(whole)
+        damaged[chosen.randrange(len(whole))] ^= 1 << chosen.randrange(8)
+        path.write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            read_trajectory(path)
+        resumed = Trajectory(tmp_path / "resumed", path, 2)
+        resumed.append([row(9)])
+        assert read_trajectory(resumed.path)[-1].step == 9

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ class History:
                 self._carry_over(source, step)
             else:
                 keep_aside(self.path)
-        except OSError as error:
+        except Exception as error:  # whatever it is, training goes on
             self._stop(error)
 
     def append(self, step: int, epoch: int, phase: str, vectors: Mapping[str, Array]) -> None:
@@ -84,7 +83,7 @@ class History:
             while len(self._epochs) > 2 and len(self._epochs) * _bytes(added) > MOST_BYTES:
                 self._epochs = [*self._epochs[:-1:2], added]
             self._write()
-        except OSError as error:
+        except Exception as error:  # whatever it is, training goes on
             self._stop(error)
 
     def _write(self) -> None:
@@ -122,7 +121,7 @@ class History:
             stacklevel=4,
         )
 
-    def _stop(self, error: OSError) -> None:
+    def _stop(self, error: Exception) -> None:
         self._keeping = False
         warnings.warn(
             f"Scales and zero points cannot be written to `{self.path}` ({error}). Training goes on, and no more of "
@@ -150,11 +149,22 @@ def read_qparams(path: Path | str) -> dict[str, Array]:
             found = dict(np.load(file, allow_pickle=False))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of NumPy, zipfile and zlib, of many types, down to want of memory for a torn shape
         raise ValueError(f"`{path}` must be a `{FILE_NAME}` that a run has written. Found another ({error}).") from None
-    if not all(key in found and len(found[key]) == len(found["step"]) for key in (*_MOMENT, *found)):
-        raise ValueError(f"`{path}` must hold step, epoch and phase. Found {', '.join(list(found)[:5])}.")
+    if not _is_history(found):
+        raise ValueError(
+            f"`{path}` must hold step, epoch and phase of each epoch. Found {', '.join(list(found)[:5]) or 'nothing'}."
+        )
     return found
+
+
+def _is_history(found: Mapping[str, Array]) -> bool:
+    """Whether every array has an entry for each epoch, and the right kind of entries."""
+    kinds = {"step": "i", "epoch": "i", "phase": "U"}
+    return all(key in found and found[key].ndim == 1 for key in _MOMENT) and all(
+        values.dtype.kind == kinds.get(key, "f") and values.shape[:1] == found["step"].shape
+        for key, values in found.items()
+    )
 
 
 def _shapes(epoch: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:

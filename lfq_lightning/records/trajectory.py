@@ -101,7 +101,7 @@ class Trajectory:
                 keep_aside(self.path)
             else:
                 self._carry_over(Path(continue_from).absolute(), step)
-        except OSError as error:
+        except Exception as error:  # whatever it is, training goes on
             self._stop(error)
 
     def append(self, rows: Iterable[TrajectoryRow]) -> None:
@@ -120,7 +120,7 @@ class Trajectory:
                 header = _as_csv([COLUMNS]) if file.tell() == 0 else ""
                 # One write, so that a crash tears the end of the file and nothing else.
                 file.write((header + lines).encode())
-        except OSError as error:
+        except Exception as error:  # whatever it is, training goes on
             self._stop(error)
 
     def _carry_over(self, source: Path, step: int) -> None:
@@ -146,7 +146,7 @@ class Trajectory:
             temporary.unlink(missing_ok=True)
             raise
 
-    def _stop(self, error: OSError) -> None:
+    def _stop(self, error: Exception) -> None:
         self.recording = False
         warnings.warn(
             f"The trajectory cannot be written to `{self.path}` ({error}). Training goes on, and nothing "
@@ -191,15 +191,16 @@ def read_trajectory(path: Path | str) -> list[TrajectoryRow]:
             f"in `{path}`: pass a file that the callback has written."
         )
     positions = [header.index(column) for column in COLUMNS]
-    rows = []
-    for line, found in records:
-        step, epoch, phase, quantizer, *numbers = (found[position] for position in positions)
-        try:
-            values = [float(number) if number else math.nan for number in numbers]
-            rows.append(TrajectoryRow(int(step), int(epoch), phase, quantizer, *values))
-        except ValueError as error:
-            raise ValueError(f"{_not_a_row(path, line, found)} ({error})") from None
-    return rows
+    return [_row(path, line, [found[position] for position in positions]) for line, found in records]
+
+
+def _row(path: Path, line: int, found: list[str]) -> TrajectoryRow:
+    step, epoch, phase, quantizer, *numbers = found
+    try:
+        values = [float(number) if number else math.nan for number in numbers]
+        return TrajectoryRow(int(step), int(epoch), phase, quantizer, *values)
+    except ValueError as error:
+        raise ValueError(f"{_not_a_row(path, line, found)} ({error})") from None
 
 
 def _rows_up_to(path: Path, step: int) -> list[list[str]]:
@@ -207,8 +208,8 @@ def _rows_up_to(path: Path, step: int) -> list[list[str]]:
     _, header = next(records, (0, []))
     if header != COLUMNS:
         raise ValueError(f"a trajectory starts with the columns {', '.join(COLUMNS)}; found {header}")
-    # The fields stay text: what is carried over keeps its bytes.
-    return [found for _, found in records if int(found[0]) <= step]
+    # The fields stay text: what is carried over keeps its bytes. What could not be read later is not carried over.
+    return [found for line, found in records if _row(path, line, found).step <= step]
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -47,6 +47,13 @@ def test_bits_go_where_they_count() -> None:
     assert all(rule.activation == "default" for rule in rules)
 
 
+def test_room_that_is_left_goes_where_it_gains_most() -> None:
+    drops = {"small": [0.49, 0.3, 0.21], "flat": [0.73, 0.7, 0.08], "steep": [0.87, 0.56, 0.14]}
+    found = measured(drops, {"small": 80, "flat": 400, "steep": 400})
+    rules = lfq.propose_bits(found, budget_bytes=661)
+    assert [(rule.match, rule.weight.bits) for rule in rules] == [("small", 8), ("flat", 2), ("steep", 8)]
+
+
 def test_with_room_for_all_every_layer_keeps_its_most_bits() -> None:
     found = measured({"a": [0.3, 0.2, 0.1], "b": [-0.1, 0.0, 0.0]}, {"a": 80, "b": 80})
     assert {rule.weight.bits for rule in lfq.propose_bits(found, 160)} == {8}

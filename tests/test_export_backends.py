@@ -164,6 +164,18 @@ def test_signed_codes_stand_for_the_same_values(network: str) -> None:
     assert kinds == {torch.int8}
 
 
+@pytest.mark.parametrize("positive", [False, True])
+def test_codes_that_are_signed_already_are_not_shifted(positive: bool) -> None:
+    x = torch.randn(8, 4).abs() if positive else torch.randn(8, 4)
+    model = nn.Sequential(nn.Linear(4, 4))
+    lfq.attach(model, weight=8, activation=lfq.QuantSpec(bits=8))
+    lfq.calibrate(model, [x])
+    lfq.set_phase(model, "freeze")
+    assert model[0].input_quantizer.code_range == ((0, 255) if positive else (-128, 127))
+    signed = lfq.export_pt2(model, x, signed=True)
+    assert_bit_equal(signed.module()(x), lfq.export_pt2(model, x).module()(x))
+
+
 @pytest.mark.parametrize("network", ["mlp", "residual", "separable"])
 def test_torchao_lowers_a_program_to_integer_kernels_of_x86(tmp_path: Path, network: str) -> None:
     pytest.importorskip("torchao")

@@ -141,7 +141,10 @@ def test_tied_weights_are_one_row() -> None:
     target = model(x).detach()
     found = lfq.sensitivity(model, [(x, target)], nn.functional.mse_loss, bits=(2,), higher_is_better=False)
     assert [row.layers for row in found.rows] == [("0", "2")]
-    assert found.rows[0].drop > 0
+    lfq.attach(model, weight=2, activation=None, rules=[lfq.Rule("*", weight=2)])
+    lfq.calibrate(model, [x])
+    lfq.set_phase(model, "freeze")
+    assert found.rows[0].metric == nn.functional.mse_loss(model(x), target).item() > 0
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -262,8 +263,37 @@ TECHNIQUES: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def start_two(directory: Path, kind: str) -> dict[str, str]:
-    """Run every scenario of a kind in two processes; the error of each that failed."""
+def every_argument(directory: Path) -> None:
+    """Train with every argument of the callback and every technique, export, and go on together afterwards."""
+    callback = lfq.QuantizationAwareTraining(
+        weight=4,
+        activation=4,
+        rules=[*TWO_BITS, lfq.Rule("head", weight=8, activation=8)],
+        schedule=lfq.PhaseSchedule(observe=0, estimate=4, learn=8, freeze=36, unit="step"),
+        optimizer=partial(torch.optim.Adam, lr=1e-3),
+        lr_schedule=partial(torch.optim.lr_scheduler.StepLR, step_size=20),
+        reobserve=True,
+        compress_saved=True,
+        record_every_n_steps=1,
+        on_collapse="reinit",
+        export="model.onnx",
+    )
+    techniques = [
+        lfq.BatchNormStatistics(freeze=4, reestimate="learn", batches=2),
+        lfq.BitAnnealing({0: 8, 2: 2}),
+        lfq.OscillationControl(dampen=0.1, freeze=0.02),
+        lfq.Distillation(0.5),
+    ]
+    more = [lfq.while_learning(ModelCheckpoint(directory, save_last=True)), Collapses(), Equal(), *techniques]
+    made = run(directory, Net, callback=callback, callbacks=more, max_epochs=5, limit_val_batches=1)
+    made.test(made.lightning_module, data(2), verbose=False)
+    assert_ranks_agree(made.lightning_module)
+    assert (callback.parity is not None) == made.is_global_zero
+    assert (directory / "model.onnx").is_file()
+
+
+def start_two(directory: Path, kind: str, timeout: float = 280) -> dict[str, str]:
+    """Run every scenario of a kind in two processes; the error of each that failed, or that one waited for ever."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -276,19 +306,25 @@ def start_two(directory: Path, kind: str) -> dict[str, str]:
             environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
             root = Path(__file__).parents[1]
             started.append(subprocess.Popen(command, env=environment, cwd=root, stdout=log, stderr=log))
-    for process in started:
+    end, waited = time.monotonic() + timeout, {}
+    for rank, process in enumerate(started):
         try:
-            process.wait(timeout=280)
+            process.wait(timeout=max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-    return {path.stem: path.read_text() for path in directory.glob("*.failed")}
+            process.wait()
+        if process.returncode:
+            log = (directory / f"log{rank}").read_text()[-3000:]
+            waited[f"rank {rank}"] = f"ended with {process.returncode}, or was ended after {timeout:g} s:\n{log}"
+    return waited | {path.stem: path.read_text() for path in directory.glob("*.failed")}
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     out = Path(sys.argv[1])
-    for name, scenario in {"ddp": DDP | ENDED, "fsdp": FSDP, "techniques": TECHNIQUES}[sys.argv[2]].items():
+    kinds = {"ddp": DDP | ENDED, "fsdp": FSDP, "techniques": TECHNIQUES, "everything": {"everything": every_argument}}
+    for name, scenario in kinds[sys.argv[2]].items():
         (out / name).mkdir(exist_ok=True)
         try:
             scenario(out / name)

@@ -114,6 +114,10 @@ def test_a_collapsed_quantizer_starts_over_on_both_ranks(runs: Any) -> None:
     torch.testing.assert_close(found[key], expected[key], rtol=0.2, atol=0.0)
 
 
+def test_a_run_with_every_argument_and_technique_ends_on_both_ranks(tmp_path: Path) -> None:
+    assert start_two(tmp_path, "everything") == {}
+
+
 def test_sync_batchnorm_leaves_quantized_layers_alone() -> None:
     model = Net()
     lfq.attach(model, weight=4, activation=4)

@@ -60,7 +60,7 @@ def check_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path) ->
 
 
 def _target(trainer: L.Trainer, path: str | Path) -> Path:
-    return Path(trainer.log_dir or trainer.default_root_dir, path)  # every rank takes part in the first
+    return Path(trainer.log_dir or trainer.default_root_dir, path)  # the first is a broadcast: every rank asks
 
 
 def _check_writable(trainer: L.Trainer, where: Path) -> None:

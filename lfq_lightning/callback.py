@@ -30,6 +30,7 @@ from lfq_lightning.training.run_length import check_configured_length, has_learn
 from lfq_lightning.training.run_phases import RunPhases, show_phase, start_over, warn_if_unlearned
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.sharding import check_strategy
+from lfq_lightning.training.stillness import warn_if_still
 from lfq_lightning.training.user_optimizer import UserOptimizers, arranged_qparams, check_makers, make_optimizer
 from lfq_lightning.training.weight_steps import WeightSteps
 from lfq_lightning.training.wrapping import Wrappers
@@ -102,16 +103,14 @@ class QuantizationAwareTraining(L.Callback):
         self.frozen_layers, self.record_every_n_steps, self.export = frozen_layers, record_every_n_steps, export
 
         self._recorder, self._sentinel = Recorder(record_every_n_steps), Sentinel(on_collapse)
-        self._export = FitExport(export)
+        self._export, self._weight_steps = FitExport(export), WeightSteps()
         self.placement: Placement | None = None
         self.parity: Parity | None = None
         self.qparam_optimizer: QParamOptimizer | UserOptimizers | None = None
-        self._weight_steps = WeightSteps()
         self._schedule_in_force: PhaseSchedule | None = self.schedule
         self._phases = RunPhases(Found({}, {}), PhaseSchedule())  # of nothing, until training starts
         self._restored: dict[str, Any] = {}
-        self._wrappers = Wrappers()  # until training starts
-        self._arranged = Wrappers()  # until the run ends
+        self._wrappers, self._arranged = Wrappers(), Wrappers()  # until training starts, and until the run ends
 
     # ---- before the run -------------------------------------------------------------------------------------------
 
@@ -136,7 +135,7 @@ class QuantizationAwareTraining(L.Callback):
         """Take over from the user's optimizers what concerns qparams; refuse what could not be exported."""
         self._export.begin(trainer, pl_module)
         self._wrappers.remove()
-        self.qparam_optimizer = make_optimizer(trainer, pl_module, self.optimizer, self.lr_schedule)
+        self.qparam_optimizer = make_optimizer(self._arranged, trainer, pl_module, self.optimizer, self.lr_schedule)
         self._weight_steps.follow(pl_module, trainer.optimizers)
         settle_frozen_layers(pl_module, trainer.optimizers, self.frozen_layers)
         if not self._take_up() and self.reobserve:
@@ -190,8 +189,9 @@ class QuantizationAwareTraining(L.Callback):
             self.qparam_optimizer.forget(quantizer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the scales and zero points of every channel."""
+        """Keep the scales and zero points of every channel, and say so if nothing moves them."""
         self._recorder.after_epoch(trainer)
+        warn_if_still(trainer, self._phases, self.qparam_optimizer)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Let no user's optimizer move qparams outside `learn`, and note where it moves weights of few bits from."""

@@ -101,6 +101,52 @@ def test_learning_is_invariant_to_the_units_of_an_activation(observer: str, fact
         torch.testing.assert_close(moved[1][name], ratio, rtol=1e-4, atol=0.0)
 
 
+def overwritten(model: nn.Module) -> None:
+    """Moves a module as XLA does: every parameter is another afterwards."""
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model._apply(torch.clone)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("move", [lambda model: model._apply(torch.clone), overwritten])
+@pytest.mark.parametrize("learns", [False, True])
+def test_scales_go_on_learning_after_the_module_was_moved(move: Any, learns: bool) -> None:
+    found = []
+    for moved in (False, True):
+        torch.manual_seed(1)
+        model = learned(nn.Sequential(nn.Linear(5, 3)), torch.randn(64, 5))
+        optimizer = weights_optimizer(model)
+        QParamOptimizer(model, [optimizer])
+        for step in range(4):
+            if moved and step == 2 * learns:
+                move(model)
+            if step == 0:  # they begin to learn anew, from another scale
+                for quantizer in lfq.quantizers(model).values():
+                    quantizer.learned = False
+                    quantizer.scale.data.mul_(1.5)
+                lfq.set_phase(model, "learn")
+            model.zero_grad()
+            model(torch.ones(4, 5)).square().sum().backward()
+            optimizer.step()
+        found.append(scales(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_the_optimizers_state_follows_qparams_to_another_device() -> None:
+    model = learned(nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 3)), torch.randn(64, 5))
+    optimizer = weights_optimizer(model)
+    own = QParamOptimizer(model, [optimizer])
+    for device in ("cpu", "meta"):
+        model[1].to(device)  # a part alone
+        for quantizer in lfq.quantizers(model).values():
+            quantizer.scale.grad = torch.ones_like(quantizer.scale)
+        own.step(0)
+    places = {state["exp_avg"].device.type for state in own.optimizers[0].state.values()}
+    assert places == {"cpu", "meta"}
+
+
 def test_one_step_changes_a_scale_by_at_most_two_and_keeps_zero_points_in_range() -> None:
     model = learned(Net())
     optimizer = weights_optimizer(model)

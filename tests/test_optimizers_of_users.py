@@ -92,6 +92,10 @@ def one_cycle_for_each_group(net: Net) -> Any:
     return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
+def scheduled(optimizer: Any) -> Any:
+    return [optimizer], [lrs.StepLR(optimizer, 1, gamma=0.5)]
+
+
 SCALAR = [split_by_dimensions, split_by_name_as_mingpt, one_cycle, plateau, sequence]
 BY_GROUP = [rate_for_each_group, plateau_for_each_group, one_cycle_for_each_group]
 OTHERS = {
@@ -99,6 +103,8 @@ OTHERS = {
     "a list": lambda net: [SGD(net.parameters(), lr=1e-2)],
     "named": lambda net: AdamW(net.named_parameters(), lr=1e-3),
     "fused": lambda net: AdamW(net.parameters(), lr=1e-3, fused=True),
+    "tensor rate": lambda net: SGD(net.parameters(), lr=torch.tensor(1e-2)),
+    "tensor rate, scheduled": lambda net: scheduled(AdamW(net.parameters(), lr=torch.tensor(1e-3))),
     "layers": lambda net: SGD([*net.second.parameters(), *net.head.parameters()], lr=1e-2),
 }
 
@@ -219,6 +225,29 @@ def test_gradient_clipping_does_not_count_qparams(tmp_path: Path) -> None:
     assert len(norms["held"]) == STEPS
 
 
+@pytest.mark.parametrize("optimizer", [None, "user"])
+def test_hooks_that_take_every_gradient_for_given_work_as_in_float(tmp_path: Path, optimizer: Any) -> None:
+    met: dict[str, set[int]] = {}
+
+    class Loops(Net):
+        def look(self, hook: str) -> None:
+            met.setdefault(hook, set()).add(sum(p.grad.norm().isfinite().item() for p in self.parameters()))
+
+        def on_after_backward(self) -> None:
+            self.look("backward")
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.look("step")
+
+        def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+            self.look("clipping")
+
+    model, _, _ = fit(tmp_path, Loops(), callback=qat(optimizer=optimizer))
+    assert_all_learned(model)
+    assert met == {"backward": {8, 17}, "step": {8, 17}, "clipping": {8} if optimizer is None else {8, 17}}
+    assert not {"on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping"} & set(vars(model))
+
+
 @pytest.mark.parametrize("options", [{"gradient_clip_val": 0.1}, {"accumulate_grad_batches": 3}, {"max_steps": 20}])
 def test_qparams_learn_under_the_trainers_own_options(tmp_path: Path, options: dict[str, Any]) -> None:
     model, made, callback = fit(tmp_path, **options)
@@ -264,6 +293,144 @@ def test_a_training_step_that_returns_none_moves_no_qparam(tmp_path: Path, optim
     last = scales[2 * BATCHES :]
     moved = [not torch.equal(a, b) for a, b in pairwise(last)]
     assert moved == [False, True] * (BATCHES // 2 - 1) + [False]
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`:UserWarning")
+def test_qparams_learn_where_the_module_makes_no_optimizer(tmp_path: Path) -> None:
+    model, _, _ = fit(tmp_path, net_with(lambda net: None))
+    assert_all_learned(model)
+
+
+def test_the_rate_of_a_tensor_that_is_changed_in_place_is_followed(tmp_path: Path) -> None:
+    own = partial(SGD, lr=torch.tensor(0.2))
+    configure = OTHERS["tensor rate, scheduled"]
+    _, made, callback = fit(tmp_path, net_with(configure), callback=qat(optimizer=own))
+    assert made.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 / 8)
+    assert callback.qparam_optimizer.learning_rates == pytest.approx([0.2 / 8])
+    assert callback.qparam_optimizer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.2 / 4)  # of the last epoch
+
+
+class Sam(torch.optim.Optimizer):
+    """Sharpness-aware minimization (Foret et al. 2021), as most implementations have it."""
+
+    def __init__(self, params: Any, rho: float = 0.05) -> None:
+        super().__init__(params, {"rho": rho, "lr": 1e-2})
+        self.base_optimizer = SGD(self.param_groups, lr=1e-2)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            self.state[p]["before"] = p.clone()
+            p.add_(p.grad, alpha=self.param_groups[0]["rho"])
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p in (p for group in self.param_groups for p in group["params"] if p in self.state):
+            p.copy_(self.state[p]["before"])
+        self.base_optimizer.step()
+        self.zero_grad()
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        self.second_step() if self.state else self.first_step()
+        return loss
+
+
+class ByTwoSteps(Net):
+    """Trains with SAM by hand; keeps what the weight of the head was before and after each of its steps."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        before = self.head.weight.detach().clone()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.first_step()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.gradient = self.head.weight.grad.clone()
+        optimizer.second_step()
+        self.step = self.head.weight.detach() - before
+
+    def configure_optimizers(self) -> Any:
+        return Sam(self.parameters())
+
+
+@pytest.mark.parametrize("optimizer", [None, "user"])
+def test_the_two_steps_of_sam_take_qparams_along_and_lengthen_once(tmp_path: Path, optimizer: Any) -> None:
+    rules = [lfq.Rule("head", weight=lfq.QuantSpec(bits=2, granularity="per_channel", lr_factor=8))]
+    model, _, callback = fit(tmp_path, ByTwoSteps(), callback=qat(optimizer=optimizer, rules=rules))
+    assert_all_learned(model)
+    torch.testing.assert_close(model.step, -8e-2 * model.gradient, rtol=1e-3, atol=1e-6)
+    if optimizer is None:
+        [own] = callback.qparam_optimizer.optimizers
+        assert {int(state["step"]) for state in own.state.values()} == {BATCHES}
+
+
+class CallsItsParent(SGD):
+    """A step within a step, both of which torch's hooks see."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class LooksLikeOne:
+    """What Lightning takes for an optimizer, without torch's hooks."""
+
+    def __init__(self, params: Any) -> None:
+        self.inner = SGD(params, lr=1e-2)
+        self.param_groups, self.defaults, self.state = self.inner.param_groups, {}, self.inner.state
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad()
+
+    def state_dict(self) -> Any:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.inner.load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("make", [partial(CallsItsParent, lr=1e-2), LooksLikeOne])
+def test_steps_within_steps_are_one(tmp_path: Path, make: Any) -> None:
+    SGD([torch.zeros(1)])  # torch hooks the step of a class where one is made
+    model, _, callback = fit(tmp_path, net_with(lambda net: make(net.parameters())))
+    assert_all_learned(model)
+    [own] = callback.qparam_optimizer.optimizers
+    assert {int(state["step"]) for state in own.state.values()} == {BATCHES}
+
+
+class ByRawUpdates(Net):
+    """Moves weights without an optimizer's step."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.optimizers().zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for p in self.parameters():
+            p.data.sub_(1e-2 * p.grad)
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("optimizer", [None, "user"])
+def test_updates_that_no_hook_sees_are_told_after_the_first_epoch_in_learn(tmp_path: Path, optimizer: Any) -> None:
+    with pytest.warns(UserWarning, match=r"Found no call of `step\(\)` of SGD so far: none has moved") as said:
+        fit(tmp_path, ByRawUpdates(), callback=qat(optimizer=optimizer), max_epochs=5, limit_val_batches=0)
+    assert sum("Found no call" in str(warning.message) for warning in said) == 1
+
+
+def test_a_schedule_of_steps_that_lightning_does_not_count_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning) as said:
+        fit(tmp_path, ByRawUpdates(), callback=qat(schedule=None), max_epochs=2, limit_val_batches=0)
+    found = [str(warning.message) for warning in said]
+    assert sum("give the schedule in epochs" in message for message in found) == 1
 
 
 class ByHand(Net):
@@ -316,6 +483,12 @@ def test_a_scheduler_with_a_list_for_each_group_is_refused_with_the_remedy(tmp_p
         fit(tmp_path, net_with(configure), callback=qat(optimizer="user"))
     assert "one entry more" in refused.value.__notes__[0]
     assert torch.optim.Optimizer.__init__.__name__ == "__init__"
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`:UserWarning")
+def test_without_an_optimizer_of_the_user_there_is_none_to_hold_qparams(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Found none: leave `optimizer` out"):
+        fit(tmp_path, net_with(lambda net: None), callback=qat(optimizer="user"))
 
 
 def test_an_optimizer_of_a_single_group_cannot_hold_qparams_and_says_so(tmp_path: Path) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.hooks import RemovableHandle
 
 from lfq_lightning.placement.host import QuantizedLayer, hosts, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.training.rates import Pace, Reading
 from lfq_lightning.training.slots import Row, Slot, rows_of
+from lfq_lightning.training.stepping import StepHooks, wrapped_by
+from lfq_lightning.training.wrapping import Wrappers
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
@@ -25,43 +28,34 @@ def default_optimizer(parameters: Iterable[Tensor]) -> Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3, foreach=True)
 
 
+def any_parameter(parameter: Tensor) -> bool:
+    """What `hidden` hides unless told."""
+    return True
+
+
 @contextmanager
-def hidden_qparams(model: nn.Module) -> Iterator[None]:
-    """Within it, `model.parameters()` does not know the qparams, so that no user optimizer decays or misses them."""
-    taken: list[tuple[LearnableFakeQuantize, dict[str, Any]]] = []
-    for quantizer in quantizers(model).values():
-        own = dict(quantizer._parameters)
-        for name in own:
+def hidden(found: Iterable[LearnableFakeQuantize], hide: Callable[[Tensor], bool] = any_parameter) -> Iterator[None]:
+    """Within it, quantizers do not list the scales and zero points that `hide` holds for, and compute with them."""
+    taken: list[tuple[LearnableFakeQuantize, dict[str, Any], list[str]]] = []
+    for quantizer in found:
+        listed = dict(quantizer._parameters)
+        names = [name for name, p in listed.items() if p is not None and hide(p)]
+        for name in names:
             object.__setattr__(quantizer, name, quantizer._parameters.pop(name))
-        taken.append((quantizer, own))
+        taken.append((quantizer, listed, names))
     try:
         yield
     finally:
-        for quantizer, own in taken:
-            for name in own:
+        for quantizer, listed, names in taken:
+            for name in names:
                 object.__delattr__(quantizer, name)
-            quantizer._parameters.update(own)
+            quantizer._parameters.clear()
+            quantizer._parameters.update(listed)  # in their order
 
 
-class _Pace:
-    """An optimizer's learning rate in proportion to another's: 1 where that stands at the peak of its schedule."""
-
-    def __init__(self, own: Optimizer, followed: Optimizer) -> None:
-        self.own, self.followed = own, followed
-        self._peaks = [group["lr"] for group in own.param_groups]
-        self._usual = followed.param_groups[0]["lr"]
-
-    def rates(self) -> list[float]:
-        """The learning rate of each group in the coming step."""
-        lead = self.followed.param_groups[0]
-        # Schedulers leave these names in the group that they drive.
-        peak = lead.get("max_lr") or lead.get("initial_lr") or self._usual
-        return [rate * (lead["lr"] / peak if peak else 1.0) for rate in self._peaks]
-
-    def keep(self) -> None:
-        """Set them."""
-        for group, rate in zip(self.own.param_groups, self.rates(), strict=True):
-            group["lr"] = rate
+def hidden_qparams(model: nn.Module) -> AbstractContextManager[None]:
+    """Within it, `model.parameters()` does not know the qparams, so that no user optimizer decays or misses them."""
+    return hidden(quantizers(model).values())
 
 
 class QParamOptimizer:
@@ -94,12 +88,12 @@ class QParamOptimizer:
         over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._scaler, self._over_ranks = scaler, over_ranks
+        self._unseen: dict[int, str] = {}
         self._slots: list[list[Slot]] = []
         self._rows: list[list[Row]] = []
         self.optimizers: list[Optimizer] = []
-        self._pace: list[_Pace] = []
-        self._handles: list[RemovableHandle] = []
-        self._cleared: list[Any] = []
+        self._pace: list[Pace] = []
+        self._hooks, self._wrappers = StepHooks(), Wrappers()
         assigned = _assign(model, followed)
         for index, slots in assigned.items():
             self._rows.append(rows_of(slots))
@@ -110,26 +104,33 @@ class QParamOptimizer:
                     f"that made {type(own).__name__}: `functools.partial(torch.optim.Adam, lr=1e-3)` is an example."
                 )
             self.optimizers.append(own)
-            self._pace.append(_Pace(own, followed[index]))
+            self._pace.append(Pace(own, followed[index]))
+            self._unseen[len(self._unseen)] = type(followed[index]).__name__
             self._slots.append(slots)
         self._schedules = [schedule(own) for own in self.optimizers] if schedule else []
         for position, (index, slots) in enumerate(assigned.items()):  # nothing can fail from here on
-            self._handles.append(followed[index].register_step_post_hook(_Step(self, position)))
-            for face in (followed[index], *faces[index : index + 1]):
-                face.zero_grad = _ZeroGrad(face, slots)
-                self._cleared.append(face)
+            self._hooks.add_once(followed[index], partial(self.step, position))
+            for face in (followed[index], *wrapped_by(followed[index]), *faces[index : index + 1]):
+                self._wrappers.around(face, "zero_grad", partial(_zero_grad, slots))
 
     @property
     def learning_rates(self) -> list[float]:
         """The learning rate of each optimizer in its coming step."""
         if self._schedules:
-            return [own.param_groups[0]["lr"] for own in self.optimizers]
+            return [Reading()(own.param_groups[0]["lr"]) for own in self.optimizers]
         return [pace.rates()[0] for pace in self._pace]
+
+    @property
+    def unseen(self) -> list[str]:
+        """The names of the user's optimizers that have not stepped yet, as far as hooks tell."""
+        return list(self._unseen.values()) if self._slots else ["any optimizer, as there is none"]
 
     @torch.no_grad()
     def step(self, position: int) -> None:
         """Step the qparams of one optimizer with the gradients they hold."""
+        self._unseen.pop(position, None)
         self._average(self._slots[position])
+        self._follow_devices(position)
         taken = [(row, row.take_gradients(self._scaler)) for row in self._rows[position]]
         if all(before is None for _, before in taken):
             return
@@ -157,6 +158,20 @@ class QParamOptimizer:
         for slot, gradient in zip(slots, mean, strict=True):
             slot.value.grad = gradient
 
+    def _follow_devices(self, position: int) -> None:
+        """Lay out anew what was moved to another device, with the optimizer's state."""
+        if all(row.is_in_place for row in self._rows[position]):
+            return
+        own, before = self.optimizers[position], [slot.proxy for slot in self._slots[position]]
+        self._rows[position] = rows_of(self._slots[position])
+        renewed = dict(zip(before, (slot.proxy for slot in self._slots[position]), strict=True))
+        for group in own.param_groups:
+            group["params"] = [renewed[proxy] for proxy in group["params"]]
+        for proxy in before:
+            if proxy in own.state:
+                own.state[renewed[proxy]] = own.state.pop(proxy)
+        own.load_state_dict(own.state_dict())  # to where the proxies are
+
     def forget(self, quantizer: LearnableFakeQuantize) -> None:
         """Drop what the optimizers remember of a quantizer."""
         for own, slots in zip(self.optimizers, self._slots, strict=True):
@@ -166,11 +181,8 @@ class QParamOptimizer:
 
     def remove(self) -> None:
         """Let go of the user's optimizers."""
-        for handle in self._handles:
-            handle.remove()
-        for face in self._cleared:
-            face.__dict__.pop("zero_grad", None)
-        self._handles, self._cleared = [], []
+        self._hooks.remove()
+        self._wrappers.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizers' and schedulers' states."""
@@ -196,26 +208,11 @@ class QParamOptimizer:
                 target.load_state_dict(saved)
 
 
-class _Step:
-    """A step hook of a user's optimizer."""
-
-    def __init__(self, owner: QParamOptimizer, position: int) -> None:
-        self.owner, self.position = owner, position
-
-    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.owner.step(self.position)
-
-
-class _ZeroGrad:
-    """A user optimizer's `zero_grad` that also clears the qparams that follow it."""
-
-    def __init__(self, face: Any, slots: list[Slot]) -> None:
-        self.face, self.slots = face, slots
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        type(self.face).zero_grad(self.face, *args, **kwargs)
-        for slot in self.slots:
-            slot.value.grad = None
+def _zero_grad(slots: Iterable[Slot], original: Any, *args: Any, **kwargs: Any) -> None:
+    """A user optimizer's `zero_grad` also clears the qparams that follow it."""
+    original(*args, **kwargs)
+    for slot in slots:
+        slot.value.grad = None
 
 
 def _assign(model: nn.Module, followed: Sequence[Optimizer]) -> dict[int, list[Slot]]:
@@ -236,8 +233,4 @@ def _assign(model: nn.Module, followed: Sequence[Optimizer]) -> dict[int, list[S
 
 
 def _slots_of(quantizer: LearnableFakeQuantize, host: QuantizedLayer | None) -> list[Slot]:
-    return [
-        Slot(quantizer, name, host, parameter)
-        for name, parameter in quantizer._parameters.items()
-        if parameter is not None
-    ]
+    return [Slot(quantizer, name, host) for name, value in quantizer._parameters.items() if value is not None]

@@ -31,6 +31,7 @@ class RunPhases:
         self._lead = leading_quantizer(found.quantizers.values())
         self.phase = "off" if self._lead is None else self._lead.phase
         self._late = self._find_late()
+        self.told_still = False  # by `warn_if_still`
 
     def enter(self, trainer: L.Trainer, model: L.LightningModule) -> None:
         """Put quantizers in the phase that the schedule says; those that have learned before go on learning."""

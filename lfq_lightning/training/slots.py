@@ -21,13 +21,21 @@ Kind = Literal["scale", "log scale", "zero point"]
 
 @dataclass
 class Slot:
-    """One qparam, and the dimensionless value that stands for it in the optimizer."""
+    """One qparam, and the dimensionless value that stands for it in the optimizer.
+
+    The qparam is looked up whenever it is used: moving a module puts other tensors, or other parameters, in its place.
+    """
 
     quantizer: LearnableFakeQuantize
     name: str
     host: QuantizedLayer | None  # None where the user has placed the quantizer
-    value: nn.Parameter
     proxy: nn.Parameter = field(init=False)
+
+    @property
+    def value(self) -> nn.Parameter:
+        """The scale or zero point, as it is now."""
+        value: nn.Parameter | None = self.quantizer._parameters.get(self.name)
+        return getattr(self.quantizer, self.name) if value is None else value  # it is hidden at times
 
     @property
     def kind(self) -> Kind:
@@ -48,6 +56,7 @@ class _Taken:
     """What a row held before a step."""
 
     moving: list[bool]
+    qparams: list[Tensor]
     values: Tensor
     units: Tensor
     proxies: Tensor
@@ -66,15 +75,20 @@ class Row:
 
     def __init__(self, slots: list[Slot]) -> None:
         self.slots, self.kind = slots, slots[0].kind
-        self._values = [slot.value.detach() for slot in slots]  # a step is no change that autograd should see
-        self._references = [slot.quantizer.scale_reference for slot in slots]
-        self._sizes = [value.numel() for value in self._values]
-        self._proxies = self._values[0].new_zeros(sum(self._sizes))
+        values = [slot.value for slot in slots]
+        self._sizes = [value.numel() for value in values]
+        self._device = values[0].device
+        self._proxies = values[0].new_zeros(sum(self._sizes))
         self._nothing = torch.zeros_like(self._proxies).split(self._sizes)
-        self._one = torch.ones((), device=self._proxies.device)
+        self._one = torch.ones((), device=self._device)
         self._ranges: list[tuple[int, int]] = []
         for slot, part in zip(slots, self._proxies.split(self._sizes), strict=True):
             slot.proxy = nn.Parameter(part)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether all qparams are on the row's device still."""
+        return {slot.value.device for slot in self.slots} == {self._device}
 
     def take_gradients(self, scaler: Any) -> _Taken | None:
         """Hand values and gradients to the proxies; None where there is nothing to learn from.
@@ -88,7 +102,8 @@ class Row:
             for slot in self.slots:
                 slot.proxy.grad = None
             return None
-        values, units = torch.cat(self._values), self._units()
+        qparams: list[Tensor] = [slot.value for slot in self.slots]
+        values, units = torch.cat(qparams), self._units()
         held = torch.cat([zeros if own is None else own for own, zeros in zip(found, self._nothing, strict=True)])
         gradients = held.nan_to_num(0.0, 0.0, 0.0)
         if self.kind == "log scale":
@@ -101,7 +116,7 @@ class Row:
         self._proxies.copy_(proxies)
         for slot, moves, part in zip(self.slots, moving, learned.split(self._sizes), strict=True):
             slot.proxy.grad = part if moves else None
-        return _Taken(moving, values, units, proxies, held == gradients)
+        return _Taken(moving, qparams, values, units, proxies, held == gradients)
 
     def write_back(self, taken: _Taken) -> None:
         """Add the step to the qparams: a value that did not move keeps every bit."""
@@ -112,12 +127,12 @@ class Row:
         else:
             moved = torch.minimum(torch.maximum(moved, values / 2), values * 2).clamp(min=_EPS)
         parts = torch.where(taken.sound & moved.isfinite(), moved, values).split(self._sizes)
-        torch._foreach_copy_(list(compress(self._values, taken.moving)), list(compress(parts, taken.moving)))
+        torch._foreach_copy_(list(compress(taken.qparams, taken.moving)), list(compress(parts, taken.moving)))
 
     def _units(self) -> Tensor:
         """What the qparams are measured in: the scales they began to learn with, or their ranges of codes."""
         if self.kind != "zero point":
-            return torch.cat(self._references)
+            return torch.cat([slot.quantizer.scale_reference for slot in self.slots])
         ranges = [slot.quantizer.code_range for slot in self.slots]
         if ranges != self._ranges:  # another bit width has another range
             self._ranges = ranges

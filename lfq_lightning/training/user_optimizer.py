@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lfq_lightning.placement.host import QuantizedLayer, hosts, qparams, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.training.gradients import complete_gradients
 from lfq_lightning.training.optimizer import (
     OptimizerFactory,
     QParamOptimizer,
@@ -21,7 +22,10 @@ from lfq_lightning.training.optimizer import (
     default_optimizer,
     hidden_qparams,
 )
+from lfq_lightning.training.rates import Reading
 from lfq_lightning.training.sharding import mean_over_shards
+from lfq_lightning.training.stepping import StepHooks, wrapped_by
+from lfq_lightning.training.wrapping import Wrappers
 
 _REMEDY = (
     'With `optimizer="user"` each optimizer has one parameter group more, its last, for scales and zero points. A '
@@ -96,7 +100,12 @@ class UserOptimizers:
         qparams = {id(p): p for _, quantizer in self._placed for p in quantizer.parameters(recurse=False)}
         held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
         missing = [p for key, p in qparams.items() if key not in held]
-        if missing and optimizers:
+        if missing:
+            if not any(optimizer.param_groups for optimizer in optimizers):
+                raise ValueError(
+                    '`optimizer="user"` puts scales and zero points into the optimizers of `configure_optimizers`. '
+                    "Found none: leave `optimizer` out for one of their own."
+                )
             if scheduled:
                 raise ValueError(
                     f'`optimizer="user"` must find the weights of quantized layers in an optimizer. Found '
@@ -105,18 +114,21 @@ class UserOptimizers:
                     "or leave `optimizer` out."
                 )
             _add_group(optimizers[0], missing)
-        holding = [(o, g) for o in optimizers for g in o.param_groups if any(id(p) in qparams for p in g["params"])]
+        # Positions, as an optimizer that takes up a checkpoint has other groups then.
+        groups = [(o, i, g["params"]) for o in optimizers for i, g in enumerate(o.param_groups)]
+        holding = [(o, i) for o, i, parameters in groups if any(id(p) in qparams for p in parameters)]
         self.optimizers = list(dict.fromkeys(optimizer for optimizer, _ in holding))
-        self._groups = [group for _, group in holding]
-        self._handles: list[RemovableHandle] = []
+        self._groups = [(optimizer, position, Reading()) for optimizer, position in holding]
+        self._hooks = StepHooks()
+        self._unseen = set(self.optimizers)
         for optimizer in self.optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(lambda *_: self.keep_still()))
-            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._project()))
+            for each in (optimizer, *wrapped_by(optimizer)):
+                self._hooks.add(each, lambda *_: self.keep_still(), partial(self._project, optimizer))
 
     @property
     def learning_rates(self) -> list[float]:
         """The present learning rate of each group of qparams."""
-        return [group["lr"] for group in self._groups]
+        return [read(optimizer.param_groups[position].get("lr")) for optimizer, position, read in self._groups]
 
     def keep_still(self) -> None:
         """Take gradients away that must move nothing: Adam's momentum moves a parameter whose gradient is zero."""
@@ -125,8 +137,14 @@ class UserOptimizers:
                 for parameter in quantizer.parameters(recurse=False):
                     parameter.grad = None
 
+    @property
+    def unseen(self) -> list[str]:
+        """The names of optimizers that have not stepped yet, as far as hooks tell."""
+        return [type(optimizer).__name__ for optimizer in self.optimizers if optimizer in self._unseen]
+
     @torch.no_grad()
-    def _project(self) -> None:
+    def _project(self, optimizer: Optimizer, *step: Any) -> None:
+        self._unseen.discard(optimizer)
         for _, quantizer in self._placed:
             quantizer.project_()
 
@@ -138,9 +156,7 @@ class UserOptimizers:
 
     def remove(self) -> None:
         """Let go of the optimizers."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._hooks.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing of its own: the optimizers are in the checkpoint already."""
@@ -196,13 +212,18 @@ def arranged_qparams(model: nn.Module, choice: Choice) -> AbstractContextManager
 
 
 def make_optimizer(
-    trainer: L.Trainer, model: L.LightningModule, choice: Choice, schedule: ScheduleFactory | None
+    wrappers: Wrappers,
+    trainer: L.Trainer,
+    model: L.LightningModule,
+    choice: Choice,
+    schedule: ScheduleFactory | None,
 ) -> QParamOptimizer | UserOptimizers:
-    """What steps the qparams of this run, once the Trainer has the user's optimizers.
+    """What steps the qparams of this run, once the Trainer has the user's optimizers, and what the module sees of it.
 
     Raises:
         ValueError: if they are to have an optimizer of their own and one of the user's holds them too.
     """
+    complete_gradients(wrappers, model, choice != "user")
     if choice == "user":
         return UserOptimizers(model, trainer.optimizers, scheduled=bool(trainer.lr_scheduler_configs))
     _check_apart(model, trainer.optimizers)

@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lfq_lightning.placement.host import QuantizedLayer, hosts
 from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.training.stepping import StepHooks, wrapped_by
 
 _Moved = tuple[float, list[Tensor], list[Tensor]]  # a factor, weights, and what they were before the step
 
@@ -21,13 +21,15 @@ class WeightSteps:
     """Multiplies what a step of the user's optimizers does to each quantized weight by its `QuantSpec.lr_factor`.
 
     Any optimizer will do: learning rates, parameter groups, schedulers and optimizer states stay as they are. A weight
-    is lengthened while it is quantized, and no other is touched or copied.
+    is lengthened while it is quantized, and no other is touched or copied. Where an optimizer wraps another that makes
+    the steps, those are lengthened: what the wrapper does to weights between them, as SAM's ascent, is no step.
     """
 
     def __init__(self) -> None:
         self._layers: list[tuple[QuantizedLayer, LearnableFakeQuantize]] = []
         self._before: dict[Optimizer, list[_Moved]] = {}
-        self._handles: list[RemovableHandle] = []
+        self._followed: list[Optimizer] = []
+        self._hooks = StepHooks()
 
     def follow(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Lengthen the steps of these optimizers from now on, where the model has weights of few bits."""
@@ -38,16 +40,16 @@ class WeightSteps:
             if layer.weight_quantizer is not None and spec is not None and spec.lr_factor_at(spec.bits) != 1.0:
                 self._layers.append((layer, layer.weight_quantizer))
                 lengthened.add((spec.bits, spec.lr_factor_at(spec.bits)))
-        for optimizer in optimizers if self._layers else ():
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._followed = [[optimizer, *wrapped_by(optimizer)][-1] for optimizer in (optimizers if self._layers else ())]
+        for optimizer in self._followed:
+            self._hooks.add(optimizer, self._before_step, self._after_step)
         for bits, factor in sorted(lengthened):
             rank_zero_info(f"Weights of {bits} bits move {factor:g} times as far a step (`QuantSpec.lr_factor`).")
 
     @torch.no_grad()
     def remember(self, optimizer: Optimizer) -> None:
         """Keep the weights that the optimizer is about to step; the first call before a step counts."""
-        if not self._layers or optimizer in self._before:
+        if optimizer not in self._followed or optimizer in self._before:
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         moving: dict[float, dict[int, Tensor]] = {}
@@ -67,9 +69,8 @@ class WeightSteps:
 
     def remove(self) -> None:
         """Let go of the optimizers."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._layers = [], []
+        self._hooks.remove()
+        self._followed, self._layers = [], []
         self.forget()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _SHOWN = 100  # characters of a value in a message
@@ -71,6 +72,29 @@ def check_share(name: str, value: object) -> None:
         raise ValueError(f"`{name}` must be a share from 0 to 1. Found {value}: 0.01 is a hundredth.")
 
 
+def check_texts(**texts: object) -> None:
+    """Raise TypeError unless each is a text."""
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise TypeError(f"`{name}` must be a text. Found {in_words(value)}: write it in quotes.")
+
+
+def check_rows(name: str, value: object, kind: type) -> None:
+    """Raise TypeError unless it is a tuple of one kind of rows, as the function makes it that gives them."""
+    if not isinstance(value, tuple) or not all(isinstance(row, kind) for row in value):
+        raise TypeError(f"`{name}` must be a tuple of {kind.__name__}. Found {in_words(value)}: take what was given.")
+
+
+def check_device(name: str, value: Any) -> None:
+    """Raise ValueError unless torch knows it as a device, or it is None."""
+    if value is None or isinstance(value, torch.device):
+        return
+    try:
+        torch.device(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f'`{name}` must be a device. Found {in_words(value)}: "cpu" is one.') from error
+
+
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise ValueError unless it is one of some words."""
     if not isinstance(value, str) or value not in choices:
@@ -91,12 +115,6 @@ def check_batches(name: str, value: object) -> None:
         raise TypeError(f"`{name}` must give batches. Found {in_words(value)}: pass a DataLoader or a list of batches.")
 
 
-def check_text(name: str, value: object) -> None:
-    """Raise TypeError unless it is a text, or None."""
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"`{name}` must be a name. Found {in_words(value)}: write it in quotes, or leave it out.")
-
-
 def check_path(name: str, value: object, *, written: bool = False, needed: bool = True) -> None:
     """Raise unless it is a path, and one that can be a file where it is to be written; None where it is not needed."""
     if value is None and not needed:
@@ -106,10 +124,13 @@ def check_path(name: str, value: object, *, written: bool = False, needed: bool 
     text = os.fspath(value)
     if not text or "\0" in text:
         raise ValueError(f"`{name}` must name a file or directory. Found {text!r}: give its path.")
-    if not written:
+    if "://" in text:  # of fsspec, which knows
         return
     path = Path(text)
     try:
+        path.exists()  # which fails for a name that is too long
+        if not written:
+            return
         if path.is_dir():
             raise ValueError(f"`{name}` must be a file to write. Found the directory {text!r}: add the file's name.")
         above = next((parent for parent in path.parents if parent.exists()), None)

@@ -58,7 +58,9 @@ def go_on(found: Found, phase: Phase) -> None:
 def _switch(found: Found, phase: Phase, keep_learning: bool) -> None:
     check_phase(phase)
     if not found.quantizers:
-        raise ValueError(f"The model has no quantizers to put in phase {phase!r}: call `lfq_lightning.attach` first.")
+        raise ValueError(
+            f"The model has no quantizers to put in phase {phase!r}. Found none: call `lfq_lightning.attach` first."
+        )
     inputs = {name: q for name, q in found.quantizers.items() if not (q.is_weight or q.learned)}
     late = set()
     if phase in ("learn", "freeze"):

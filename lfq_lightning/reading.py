@@ -10,7 +10,7 @@ from typing import IO, Any, cast
 import torch
 from lightning.fabric.utilities.cloud_io import _load, get_filesystem
 
-from lfq_lightning.checking import check_path, in_words
+from lfq_lightning.checking import check_device, check_path
 
 
 def read_checkpoint(
@@ -30,7 +30,8 @@ def read_checkpoint(
     """
     if not (hasattr(path, "read") and hasattr(path, "seek")):
         check_path("path", path)
-    _check_location(map_location)
+    if not callable(map_location) and not isinstance(map_location, Mapping):
+        check_device("map_location", map_location)
     if weights_only is None and str(path).startswith("http"):
         weights_only = True  # where Lightning would trust whoever answers
     try:
@@ -55,18 +56,6 @@ def read_checkpoint(
     if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
         raise ValueError(f"{path} must be a Lightning checkpoint. Found no `state_dict` in it: use `load_state_dict`.")
     return cast(dict[str, Any], checkpoint)
-
-
-def _check_location(location: Any) -> None:
-    if location is None or callable(location) or isinstance(location, (torch.device, Mapping)):
-        return
-    try:
-        torch.device(location)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"`map_location` must be a device, a mapping or a function. Found {in_words(location)}: leave it "
-            "out for the CPU."
-        ) from error
 
 
 def untrusted(path: str | Path | IO[bytes]) -> list[str]:

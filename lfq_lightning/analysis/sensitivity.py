@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lfq_lightning.analysis.evaluating import Forward, MetricLike, evaluation, is_higher_better
-from lfq_lightning.checking import check_model, in_words
+from lfq_lightning.checking import check_flags, check_model, check_number, check_rows, in_words
 from lfq_lightning.placement import attach, detach
 from lfq_lightning.placement.host import WEIGHT, QuantizedLayer, hosts, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
@@ -47,6 +47,11 @@ class Sensitivity:
     float_metric: float
     higher_is_better: bool
     rows: tuple[SensitivityRow, ...]
+
+    def __post_init__(self) -> None:
+        check_number("float_metric", self.float_metric)
+        check_flags(higher_is_better=self.higher_is_better)
+        check_rows("rows", self.rows, SensitivityRow)
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """The rows as plain dictionaries."""

@@ -21,6 +21,7 @@ from lfq_lightning.export.tallies import Codes, Outputs
 from lfq_lightning.ops import spread
 from lfq_lightning.placement.host import hosts, plain_name, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.running import explained
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -142,7 +143,8 @@ def _run(
             see = _See(codes, f"{plain_name(name)}.input_quantizer")
             handles.append(layer.input_quantizer.register_forward_hook(see))
     try:
-        with torch.no_grad():
+        rule = f"{type(model).__name__} must take what `batches` hold"
+        with torch.no_grad(), explained(rule, args or kwargs, "as `forward` does"):
             output = model(*args, **kwargs)
     finally:
         for handle in handles:

@@ -14,7 +14,10 @@ def check_estimated(model: nn.Module) -> None:
     """Raise ValueError unless the model has quantizers and each has its qparams."""
     found = quantizers(model)
     if not found:
-        raise ValueError("The model has no quantizers to export: call `lfq_lightning.attach` and train it first.")
+        raise ValueError(
+            f"The model has no quantizers to export. Found {type(model).__name__} in float: call "
+            "`lfq_lightning.attach` and train it first."
+        )
     blind = [name for name, quantizer in found.items() if not (quantizer.estimated or quantizer.learned)]
     if blind:
         raise ValueError(

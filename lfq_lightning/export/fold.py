@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lfq_lightning.export.integers import IntegerInput, IntegerWeight
 from lfq_lightning.placement.host import WEIGHT, QuantizedLayer, float_type, hosts
 from lfq_lightning.placement.layers import QUANTIZABLE, TRANSPOSED
+from lfq_lightning.running import explained
 
 MOST_QUANTA = 2.0**31 - 1  # back ends store a bias in 32 bits, in units of input scale times weight scale
 
@@ -114,7 +115,8 @@ def _pairs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
     handles = [m.register_forward_hook(see, prepend=True) for m in watched]
     reads = _Reads(outputs)
     try:
-        with torch.no_grad(), reads:
+        rule = f"{type(model).__name__} must take `example_inputs`"
+        with torch.no_grad(), reads, explained(rule, args or kwargs, "as `forward` does"):
             result = model(*args, **kwargs)
     finally:
         for handle in handles:

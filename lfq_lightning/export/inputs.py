@@ -73,13 +73,22 @@ def traced(
             name: {index: torch.export.Dim(dimension) for index, dimension in axes.items()}
             for name, axes in dynamic_axes.items()
         }
+    with torch.no_grad():
+        return program_of(model, args, kwargs, dynamic)
+
+
+def program_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
+    """`torch.export.export`, whose errors say what can be done.
+
+    Raises:
+        ValueError: if it cannot trace the model.
+    """
     try:
-        with torch.no_grad():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     except Exception as error:  # of torch's, of many types; and the model's own
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise ValueError(
-            f"A model is exported by `torch.export`, which traces `forward` with the example inputs. "
+            "A model is exported by `torch.export`, which traces `forward` with the example inputs. Found that "
             f"{type(model).__name__} cannot be traced: {type(error).__name__}: {reason[:300]} Let no value of a tensor "
             "decide what is computed, and give inputs as `forward` takes them; where the size of a batch decides, "
             "`dynamic_axes=False` fixes it."

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from lfq_lightning.checking import check_flags, check_model, check_path
 from lfq_lightning.export.fold import fold_batch_norm
-from lfq_lightning.export.inputs import arguments
+from lfq_lightning.export.inputs import arguments, program_of
 from lfq_lightning.export.integers import integer_copy
 
 
@@ -62,7 +62,7 @@ def export_pt2(
     integers = integer_copy(model, signed)
     if fold:
         fold_batch_norm(integers, args, kwargs)
-    program = torch.export.export(integers, args, kwargs, dynamic_shapes=dynamic_shapes)
+    program = program_of(integers, args, kwargs, dynamic_shapes)
     if path is not None:
         torch.export.save(program, path)
     return program

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.checking import check_flags, check_whole
+from lfq_lightning.checking import check_device, check_flags, check_whole
 from lfq_lightning.ops import check_range, nearest_power_of_two, power_of_two_above
 
 _EPS = torch.finfo(torch.float32).eps
@@ -72,6 +72,7 @@ class Observer(nn.Module):
         if group_size is not None:
             check_whole("group_size", group_size, 1)
         check_whole("channels", channels, 1)
+        check_device("device", device)
         self.quant_min, self.quant_max = quant_min, quant_max
         self.symmetric, self.axis, self.group_size = symmetric, axis, group_size
         self.whole, self.power_of_two = whole, power_of_two

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lfq_lightning.checking import check_number
 from lfq_lightning.observers.base import Observer, Statistics, rows_of
 
 # A bin is a sign, an exponent and the first bits of a mantissa: 16 bins an octave over all of float32. So histograms of
@@ -102,6 +103,7 @@ class PercentileObserver(HistogramObserver):
 
     def __init__(self, *args: Any, percentile: float = 99.99, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_number("percentile", percentile)
         if not 50.0 < percentile <= 100.0:
             raise ValueError(f"`percentile` must be above 50 and at most 100. Found {percentile}.")
         self.percentile = percentile

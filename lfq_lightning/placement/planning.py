@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from lfq_lightning.checking import check_model
+from lfq_lightning.checking import check_model, check_rows
 from lfq_lightning.placement.host import float_type
 from lfq_lightning.placement.layers import all_names, candidates, check_quantizable, is_lazy
 from lfq_lightning.records.tables import aligned, terminal_width
@@ -33,6 +33,10 @@ class Placement:
 
     layers: tuple[PlacedLayer, ...]
     left_in_float: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_rows("layers", self.layers, PlacedLayer)
+        check_rows("left_in_float", self.left_in_float, tuple)
 
     def __str__(self) -> str:
         rows = []
@@ -132,7 +136,10 @@ def _check_rules(
         asked = rule.weight, rule.activation
         excludes = None in asked and all(value is None or value == "default" for value in asked)
         if not taken and not (excludes and any(_speaks_of(rule, module, names) for module in in_float)):
-            raise ValueError(f"{rule!r} applies to nothing: {_why_unused(rule, names, found, left)}")
+            raise ValueError(
+                f"A rule must match a layer that can be quantized. Found that {rule!r} applies to nothing: "
+                f"{_why_unused(rule, names, found, left)}"
+            )
         for name in taken:
             del free[name]
 
@@ -147,11 +154,21 @@ def _why_unused(
     reasons = [f"{name} ({left[name]})" for name in other if name in left]
     if reasons:
         return f"left in float is {', '.join(reasons[:5])}. Remove the rule, or what stands in the way."
+    inside = [f"`{name}.*`" for name in other if any(layer.startswith(f"{name}.") for layer in found)]
+    if inside:
+        return f"a rule speaks of layers, and not of what holds them. Match {' or '.join(inside[:5])}."
     if other:
         return f"{', '.join(other[:5])} has no floating weights of a kind that can be quantized. Remove the rule."
+    owners = [
+        f"`{name}`"
+        for module, (name, *_) in names.items()
+        if name in found and any(rule.matches(f"{name}.{own}", type(None)) for own, _ in module.named_parameters())
+    ]
+    if owners:
+        return f"a rule speaks of layers, and not of their parameters. Match {' or '.join(owners[:5])}."
     known = [name for several in names.values() for name in several]
     near = get_close_matches(rule.match, known, n=3, cutoff=0.3) if isinstance(rule.match, str) else []
     return (
         f"no module has that {'name' if isinstance(rule.match, str) else 'type'}. "
-        f"Near are {', '.join(near or list(found)[:5])}."
+        f"Near are {', '.join(near or list(found)[:5]) or 'none'}."
     )

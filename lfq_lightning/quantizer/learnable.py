@@ -224,7 +224,8 @@ class LearnableFakeQuantize(Described, Observing):
 
 
 def _check_start(scale: float, zero_point: float, channel_len: int, grad_factor: float | str) -> None:
-    if channel_len != -1 and (isinstance(channel_len, bool) or not isinstance(channel_len, int) or channel_len < 1):
+    whole = isinstance(channel_len, int) and not isinstance(channel_len, bool)
+    if not whole or not (channel_len == -1 or 1 <= channel_len < 2**31):
         raise ValueError(
             f"`channel_len` must be the number of channels, or -1 for one scale in all. Found {channel_len!r}."
         )

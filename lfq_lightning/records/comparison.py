@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from omegaconf import OmegaConf
 
+from lfq_lightning.checking import check_flags, check_path, check_texts
 from lfq_lightning.records.tables import aligned, terminal_width
 
 
@@ -100,6 +101,9 @@ def compare(
     Example:
         >>> print(compare("outputs/multirun/2026-01-31/12-00-00"))  # doctest: +SKIP
     """
+    check_path("directory", directory)
+    check_texts(metric=metric, size=size, seed=seed)
+    check_flags(lower_is_better=lower_is_better)
     runs, skipped = read_runs(Path(directory), seed)
     names = _names([run.overrides for run in runs])
     found: dict[tuple[str, float], dict[tuple[str, float], None]] = {}

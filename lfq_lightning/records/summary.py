@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.audio import signal_noise_ratio
 
-from lfq_lightning.checking import check_model
+from lfq_lightning.checking import check_model, check_rows, check_whole
 from lfq_lightning.placement.host import hosts, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.tables import aligned, show, terminal_width
@@ -45,6 +45,11 @@ class Summary:
     float_weight_bytes: int
     parameter_bytes: int
     float_parameter_bytes: int
+
+    def __post_init__(self) -> None:
+        check_rows("rows", self.rows, SummaryRow)
+        for name in ("weight_bytes", "float_weight_bytes", "parameter_bytes", "float_parameter_bytes"):
+            check_whole(name, getattr(self, name), most=2**63)
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """The rows as plain dictionaries."""
@@ -139,7 +144,10 @@ def describe(model: nn.Module, batch: Any = None, forward: Callable[[nn.Module, 
     """What `summarize` prints; `forward` runs the model on the batch where that is not obvious."""
     found = quantizers(model)
     if not found:
-        raise ValueError("The model has no quantizers to describe: call `lfq_lightning.attach` first.")
+        raise ValueError(
+            f"The model has no quantizers to describe. Found {type(model).__name__} in float: call "
+            "`lfq_lightning.attach` first."
+        )
     captures = {name: _Capture() for name in found}
     if batch is not None:
         _run(model, batch, forward, {found[name]: capture for name, capture in captures.items()})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lfq_lightning.checking import check_batches, check_function, check_model
 from lfq_lightning.running import in_eval_mode, run_by
 
 
@@ -70,6 +71,10 @@ def reestimate_batch_norm(
         >>> model[0].running_mean
         tensor([2., 2.])
     """
+    check_model(model)
+    check_batches("batches", batches)
+    check_function("forward", forward, "the model and a batch")
+    check_function("total", total, "a flat tensor")
     with _only_batch_norm_training(model) as norms:
         if not norms:
             return

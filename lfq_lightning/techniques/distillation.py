@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from lfq_lightning.checking import check_number, check_path, check_text
+from lfq_lightning.checking import check_number, check_path, check_texts
 from lfq_lightning.checkpoint import load_state_dict
 from lfq_lightning.placement.host import quantizers
 from lfq_lightning.reading import read_checkpoint
@@ -86,7 +86,7 @@ class Distillation(L.Callback):
     ) -> None:
         check_number("weight", weight)
         check_number("temperature", temperature)
-        check_text("output_of", output_of)
+        check_texts(output_of=output_of or "")
         check_path("teacher", teacher, needed=False)
         if not 0.0 < weight <= 1.0:
             raise ValueError(f"`weight` must be in (0, 1]. Found {weight}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -228,7 +228,8 @@ class QuantizationAwareTraining(L.Callback):
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    @wraps(L.Callback.state_dict, assigned=())  # Lightning then leaves it to us to refuse two, with the remedy
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """The schedule in force, the qparams' optimizer, what records and sentinel know; plain values and tensors."""
         state: dict[str, Any] = {"recorder": self._recorder.state_dict(), "sentinel": self._sentinel.state_dict()}
         if self._schedule_in_force is not None:

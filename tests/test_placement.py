@@ -72,6 +72,8 @@ def test_the_first_matching_rule_decides_and_none_leaves_a_layer_in_float() -> N
         (lfq.Rule("haed", weight=8), "Near are head"),
         (lfq.Rule("norm", weight=8), "norm has no floating weights"),
         (lfq.Rule(nn.Conv3d, weight=8), "no module has that type"),
+        (lfq.Rule("head.weight", weight=8), "not of their parameters. Match `head`"),
+        (lfq.Rule("*.bias", weight=8), "Match `first` or `second` or `head`"),
     ],
 )
 def test_a_rule_that_applies_to_nothing_is_refused_before_anything_changes(rule: lfq.Rule, message: str) -> None:
@@ -79,6 +81,13 @@ def test_a_rule_that_applies_to_nothing_is_refused_before_anything_changes(rule:
     with pytest.raises(ValueError, match=message):
         lfq.attach(model, rules=[rule])
     assert not lfq.quantizers(model)
+
+
+@pytest.mark.parametrize("match", ["net", nn.Sequential])
+def test_a_rule_for_what_holds_layers_is_told_how_to_match_them(match: Any) -> None:
+    model = nn.ModuleDict({"net": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), "head": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=r"not of what holds them. Match `net\.\*`"):
+        lfq.attach(model, rules=[lfq.Rule(match, weight=8)])
 
 
 def test_a_rule_that_earlier_rules_leave_nothing_for_is_refused() -> None:

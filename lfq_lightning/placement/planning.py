@@ -144,6 +144,11 @@ def _check_rules(
             del free[name]
 
 
+def _speaks_of_parameters(rule: Rule, name: str, layer: nn.Module) -> bool:
+    parameters = (f"{name}.{own}" for own, _ in layer.named_parameters())
+    return isinstance(rule.match, str) and any(rule.matches(parameter, nn.Module) for parameter in parameters)
+
+
 def _why_unused(
     rule: Rule, names: Mapping[nn.Module, list[str]], found: Mapping[str, nn.Module], left: Mapping[str, str]
 ) -> str:
@@ -159,11 +164,7 @@ def _why_unused(
         return f"a rule speaks of layers, and not of what holds them. Match {' or '.join(inside[:5])}."
     if other:
         return f"{', '.join(other[:5])} has no floating weights of a kind that can be quantized. Remove the rule."
-    owners = [
-        f"`{name}`"
-        for module, (name, *_) in names.items()
-        if name in found and any(rule.matches(f"{name}.{own}", type(None)) for own, _ in module.named_parameters())
-    ]
+    owners = [f"`{name}`" for name, layer in found.items() if _speaks_of_parameters(rule, name, layer)]
     if owners:
         return f"a rule speaks of layers, and not of their parameters. Match {' or '.join(owners[:5])}."
     known = [name for several in names.values() for name in several]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -18,8 +18,9 @@ from lfq_lightning.checking import check_batches, check_function, check_whole, i
 from lfq_lightning.phases import model_phase
 from lfq_lightning.schedule import PHASES
 from lfq_lightning.techniques.batch_norm import batch_norms, reestimate_batch_norm
-from lfq_lightning.techniques.order import check_order
+from lfq_lightning.techniques.order import check_order, check_quantized
 from lfq_lightning.techniques.served import Served
+from lfq_lightning.training.run_length import is_dev_run, length_of
 
 Moment = int | Literal["off", "observe", "estimate", "learn", "freeze"]
 
@@ -69,6 +70,10 @@ class BatchNormStatistics(L.Callback):
         if freeze is None and reestimate is None:
             raise ValueError("Give `freeze` or `reestimate` an epoch or a phase. Found neither.")
         check_whole("batches", batches, 1)
+        if isinstance(loader, Mapping):
+            raise ValueError(
+                f"`loader` must give batches. Found a mapping with the keys {', '.join(map(str, loader))}."
+            )
         if loader is not None:
             check_batches("loader", loader)
         check_function("forward", forward, "the module and a batch")
@@ -88,6 +93,7 @@ class BatchNormStatistics(L.Callback):
         """See that the module can be run, and the training loader used beside training, before anything is trained."""
         if not batch_norms(pl_module):
             rank_zero_warn(f"BatchNormStatistics has nothing to do: {type(pl_module).__name__} has no BatchNorm.")
+        self._check_moments(trainer, pl_module)
         if self.reestimate is None:
             return
         combined = _training_loaders(trainer)
@@ -111,6 +117,17 @@ class BatchNormStatistics(L.Callback):
                 "Estimating BatchNorm must not disturb the training loader. Found one with persistent workers or a "
                 "state: pass another as `loader`."
             )
+
+    def _check_moments(self, trainer: L.Trainer, model: L.LightningModule) -> None:
+        epochs, _ = length_of(trainer)
+        for name, moment in (("freeze", self.freeze), ("reestimate", self.reestimate)):
+            if isinstance(moment, str) and moment != "end":
+                check_quantized(self, model)  # phases are those of quantizers
+            elif isinstance(moment, int) and moment >= epochs and not is_dev_run(trainer):
+                raise ValueError(
+                    f"`{name}` must be an epoch of the run, counted from 0. Found epoch {moment} in a run of "
+                    f"{epochs:g}: name an earlier one, or train longer."
+                )
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Estimate anew where that is due."""

@@ -16,7 +16,7 @@ from lfq_lightning.observers import Observer
 from lfq_lightning.phases import forget_compiled_code
 from lfq_lightning.placement.host import hosts, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.techniques.order import check_order, quantization_callback
+from lfq_lightning.techniques.order import check_order, check_quantized, quantization_callback
 from lfq_lightning.training.neighbours import share_with_averages
 
 
@@ -152,6 +152,7 @@ class BitAnnealing(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse stages that do not reach what checkpoints would say."""
+        check_quantized(self, pl_module)
         final = list(self.bits.values())[-1]
         missed = [n for n, q in quantizers(pl_module).items() if q.spec is not None and q.spec.bits < final]
         if missed:

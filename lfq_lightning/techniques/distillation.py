@@ -18,6 +18,7 @@ from lfq_lightning.checking import check_number, check_path, check_texts
 from lfq_lightning.checkpoint import load_state_dict
 from lfq_lightning.placement.host import quantizers
 from lfq_lightning.reading import read_checkpoint
+from lfq_lightning.techniques.order import check_quantized
 from lfq_lightning.techniques.served import Served
 from lfq_lightning.techniques.teacher import Calls, float_copy
 from lfq_lightning.training.wrapping import Wrappers
@@ -86,7 +87,7 @@ class Distillation(L.Callback):
     ) -> None:
         check_number("weight", weight)
         check_number("temperature", temperature)
-        check_texts(output_of=output_of or "")
+        check_texts(output_of="" if output_of is None else output_of)
         check_path("teacher", teacher, needed=False)
         if not 0.0 < weight <= 1.0:
             raise ValueError(f"`weight` must be in (0, 1]. Found {weight}.")
@@ -107,6 +108,8 @@ class Distillation(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the teacher, and listen to the student."""
         self._let_go()
+        if self.teacher is None:
+            check_quantized(self, pl_module)
         _check_served(trainer, pl_module, self.output_of)
         self._copy = self._make_teacher(pl_module)
         calls = {name: Calls() for name in {"", self.output_of or ""}}

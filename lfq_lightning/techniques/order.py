@@ -5,12 +5,23 @@ from __future__ import annotations
 import lightning as L
 
 from lfq_lightning.callback import QuantizationAwareTraining
+from lfq_lightning.placement.host import first_quantizer
 
 
 def quantization_callback(trainer: L.Trainer) -> QuantizationAwareTraining | None:
     """The Trainer's QuantizationAwareTraining, or None where a user places and switches quantizers by hand."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
+
+
+def check_quantized(own: L.Callback, model: L.LightningModule) -> None:
+    """Raise ValueError if there is nothing that a technique could work on, when a fit begins."""
+    if first_quantizer(model) is None:
+        name = type(own).__name__
+        raise ValueError(
+            f"{name} works on a quantized model. Found {type(model).__name__} in float: use "
+            f"`callbacks=[QuantizationAwareTraining(...), {name}(...)]`, or call `lfq_lightning.attach` first."
+        )
 
 
 def check_order(trainer: L.Trainer, own: L.Callback) -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lfq_lightning.checking import check_number, in_words
 from lfq_lightning.placement.host import QuantizedLayer, hosts, plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.techniques.order import check_order
+from lfq_lightning.techniques.order import check_order, check_quantized
 from lfq_lightning.techniques.oscillation import (
     Oscillation,
     annealed,
@@ -86,6 +86,7 @@ class OscillationControl(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn how long the run is, and check that weights are whole."""
+        check_quantized(self, pl_module)
         _, self._length = length_of(trainer)
         if math.isinf(self._length) and any(isinstance(value, tuple) for value in (self.dampen, self.freeze)):
             raise ValueError("A pair is annealed over the run, which must have an end. Found none: give one number.")

@@ -29,6 +29,12 @@ def check_neighbours(trainer: L.Trainer, own: L.Callback) -> None:
         ValueError: if a callback that copies the model stands before ours, or the precision plugin swaps layers.
     """
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    ours = sum(isinstance(callback, type(own)) for callback in callbacks)
+    if ours > 1:
+        raise ValueError(
+            f"A model is quantized by one {type(own).__name__}. Found {ours} among the Trainer's callbacks: leave one, "
+            "and say what differs between layers by its `rules`."
+        )
     for callback in callbacks[: callbacks.index(own)]:
         if isinstance(callback, _AVERAGING):
             name = type(callback).__name__

@@ -60,8 +60,8 @@ class QuantizationAwareTraining(L.Callback):
         compress_saved: make quantized tensors again in backward instead of keeping them, bit for bit; eager only.
         frozen_layers: whether scales and zero points of layers whose weight is frozen as a fit begins "keep" their
             estimates, or "learn" without it (such as below LoRA adapters; nothing else need be trained at all).
-        record_every_n_steps: optimizer steps between two records; None takes the Trainer's `log_every_n_steps`, or less
-            in a run so short that there would be fewer than 50.
+        record_every_n_steps: optimizer steps between two records; None takes `log_every_n_steps`, less in a short run.
+        write_files: False leaves records to the loggers; a run without a directory of its own writes none either.
         on_collapse: what happens to a quantizer that passes nothing useful any more: "warn" names it once, "reinit"
             also estimates its qparams anew, "raise" ends the run.
         export: write the best checkpoint, or the last, to this ONNX file when a fit ends, and compare the two: see
@@ -87,10 +87,11 @@ class QuantizationAwareTraining(L.Callback):
         compress_saved: bool = False,
         frozen_layers: FrozenLayers = "keep",
         record_every_n_steps: int | None = None,
+        write_files: bool = True,
         on_collapse: Reaction = "warn",
         export: str | Path | None = None,
     ) -> None:
-        check_flags(reobserve=reobserve, compress_saved=compress_saved)
+        check_flags(reobserve=reobserve, compress_saved=compress_saved, write_files=write_files)
         check_choice("frozen_layers", frozen_layers, get_args(FrozenLayers))
         check_path("export", export, needed=False)
         self.weight: SpecLike = weight if isinstance(weight, int) else weight_spec(weight)
@@ -102,7 +103,7 @@ class QuantizationAwareTraining(L.Callback):
         self.reobserve, self.compress_saved = reobserve, compress_saved
         self.frozen_layers, self.record_every_n_steps, self.export = frozen_layers, record_every_n_steps, export
 
-        self._recorder, self._sentinel = Recorder(record_every_n_steps), Sentinel(on_collapse)
+        self._recorder, self._sentinel = Recorder(record_every_n_steps, write_files), Sentinel(on_collapse)
         self._export, self._weight_steps = FitExport(export), WeightSteps()
         self.placement: Placement | None = None
         self.parity: Parity | None = None

@@ -49,6 +49,8 @@ FLOORS = [
     ["export.to_onnx", "export.to_pt2"],
     ["export"],
     ["training.loggers", "training.slots", "training.sentinel", "training.sharding", "training.rates"],
+    ["training.place"],
+    ["training.run_files"],
     ["training.stepping", "training.frozen_layers"],
     ["training.optimizer", "training.weight_steps"],
     ["training.gradients", "training.neighbours", "training.recorder", "training.resuming", "training.run_length"],

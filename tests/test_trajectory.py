@@ -126,12 +126,12 @@ def test_a_run_that_carries_no_row_over_keeps_the_file_aside(tmp_path: Path) -> 
     assert path.with_name("trajectory.csv.bak").read_bytes() == written
 
 
-def test_a_run_that_continues_nothing_keeps_every_earlier_file_aside(tmp_path: Path) -> None:
+def test_a_run_that_continues_nothing_keeps_the_last_file_aside_and_no_other(tmp_path: Path) -> None:
     for last in (2, 3, 4):
         write(tmp_path, range(1, last))
-    assert_steps(tmp_path / "trajectory.csv.bak", [1])
-    assert_steps(tmp_path / "trajectory.csv.bak1", [1, 2])
+    assert_steps(tmp_path / "trajectory.csv.bak", [1, 2])
     assert_steps(tmp_path / "trajectory.csv", [1, 2, 3])
+    assert {path.name for path in tmp_path.iterdir()} == {"trajectory.csv", "trajectory.csv.bak"}
 
 
 def test_a_vanished_trajectory_is_named_once_and_recording_starts_afresh(tmp_path: Path) -> None:

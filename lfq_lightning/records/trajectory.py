@@ -58,13 +58,10 @@ COLUMNS = [field.name for field in fields(TrajectoryRow)]
 
 
 def keep_aside(path: Path) -> Path | None:
-    """Rename a file of another run to ``<name>.bak`` (``.bak1``, ...); the new name, or None without such a file."""
+    """Rename a file of another run to ``<name>.bak``, in place of an earlier one; None without such a file."""
     if not path.is_file():
         return None
-    aside, number = path.with_name(path.name + ".bak"), 0
-    while aside.exists():
-        number += 1
-        aside = path.with_name(f"{path.name}.bak{number}")
+    aside = path.with_name(path.name + ".bak")
     os.replace(path, aside)
     return aside
 
@@ -73,7 +70,7 @@ class Trajectory:
     """Appends rows to ``<directory>/trajectory.csv``, and never stops a training because it cannot.
 
     A file that is already there and is not continued belongs to another run: it is kept aside as
-    ``trajectory.csv.bak`` (``.bak1``, ... where that name is taken). If writing fails, one warning names the
+    ``trajectory.csv.bak``, and the one that was kept so before is gone. If writing fails, one warning names the
     path and the error, and recording stays off from then on. In a distributed run, make one on rank zero.
 
     Args:

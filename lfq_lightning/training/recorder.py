@@ -9,18 +9,19 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lfq_lightning.checking import check_whole
 from lfq_lightning.phases import phase_of
 from lfq_lightning.placement.found import Found
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.records.history import FILE_NAME as HISTORY
-from lfq_lightning.records.history import History
 from lfq_lightning.records.recording import measure_weights, probed, snapshot
-from lfq_lightning.records.trajectory import Trajectory, TrajectoryRow
+from lfq_lightning.records.trajectory import TrajectoryRow
 from lfq_lightning.schedule import PHASES, Phase
 from lfq_lightning.training.loggers import log_histograms, log_picture
+from lfq_lightning.training.place import directory_for
+from lfq_lightning.training.run_files import RunFiles
 
 
 class Recorder:
@@ -28,19 +29,20 @@ class Recorder:
 
     Args:
         every: optimizer steps between two records; None is settled when the run begins.
+        write_files: whether there are files beside what loggers get.
 
     Raises:
         ValueError: if `every` is less than 1.
     """
 
-    def __init__(self, every: int | None) -> None:
+    def __init__(self, every: int | None, write_files: bool = True) -> None:
         if every is not None:
             check_whole("record_every_n_steps", every, 1)
-        self.every = every
+        self.every, self.write_files = every, write_files
         self.interval = every or 1
         self._found = Found({}, {})
-        self._trajectory: Trajectory | None = None
-        self._history: History | None = None
+        self._files: RunFiles | None = None  # on rank zero, where the run has a directory
+        self._barebones = False
         self._probes = ExitStack()
         self._measured: dict[str, Tensor] = {}
         self._step_before = 0
@@ -49,7 +51,7 @@ class Recorder:
     @property
     def path(self) -> Path | None:
         """Where the trajectory is written, on the rank that writes it."""
-        return None if self._trajectory is None else self._trajectory.path
+        return None if self._files is None else self._files.path
 
     def open(self, trainer: L.Trainer, found: Found, steps: float, restored: Mapping[str, Any]) -> None:
         """Begin in the run's directory, with the interval and the rows of the run that is resumed.
@@ -63,20 +65,23 @@ class Recorder:
         usual = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         self._found, self._logged_epoch = found, None
         self.interval = self.every or restored.get("every") or int(max(1, min(usual, steps // 50)))
-        directory = trainer.log_dir or trainer.default_root_dir  # every rank takes part in the first
-        if trainer.is_global_zero:
-            before = restored.get("path")
-            self._trajectory = Trajectory(directory, before, trainer.global_step)
-            vectors = None if before is None else Path(before).with_name(HISTORY)
-            self._history = History(directory, vectors, trainer.global_step)
+        self._files, self._barebones = None, trainer.barebones
+        directory = directory_for(trainer) if self.write_files else None  # every rank takes part
+        if directory is not None and trainer.is_global_zero:
+            self._files = RunFiles(directory, restored.get("path"), trainer.global_step)
+        elif self.write_files and directory is None and not self._barebones:
+            rank_zero_info(
+                "This run leaves no trajectory.csv and qparams.npz: it has no directory of its own. Give the Trainer a "
+                "logger that writes to one, or a `default_root_dir`."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The interval, and where the rows are on the rank that writes them."""
-        return {"every": self.interval, "path": None if self.path is None else str(self.path)}
+        return {"every": self.interval, "path": None if self._files is None else self._files.name}
 
     def log_epoch(self, trainer: L.Trainer, model: L.LightningModule, rates: Sequence[float]) -> None:
         """Log the phase and the qparams' learning rate, in an epoch's first batch: a resumed epoch has no start."""
-        if self._logged_epoch == trainer.current_epoch:
+        if self._barebones or self._logged_epoch == trainer.current_epoch:
             return
         self._logged_epoch = trainer.current_epoch
         values: dict[str, float] = {"lfq/phase": PHASES.index(cast(Phase, self._phase))}
@@ -102,8 +107,8 @@ class Recorder:
         for name, flag in zip(state.names, state.not_finite, strict=True):
             if flag > 0:
                 self._found.quantizers[name].warn_non_finite(name)
-        if self._trajectory is not None:
-            self._trajectory.append(rows)
+        if self._files is not None:
+            self._files.append(rows)
         for logger in trainer.loggers:
             logger.log_metrics(metrics_of(rows, self._found.quantizers), step=trainer.global_step)
         for name, value in summary_of(rows).items():
@@ -112,27 +117,30 @@ class Recorder:
 
     def after_epoch(self, trainer: L.Trainer) -> None:
         """Keep every scale and zero point, and give their distributions to the loggers that draw them."""
-        if self._trajectory is None or self._history is None or not self._trajectory.recording:
-            return  # where one file cannot be written, the other is not tried: one warning is enough
+        if self._barebones or not trainer.is_global_zero:
+            return
         vectors = snapshot(self._found.quantizers, {}).vectors()
-        self._history.append(trainer.global_step, trainer.current_epoch, self._phase, vectors)
+        if self._files is not None:
+            self._files.keep(trainer.global_step, trainer.current_epoch, self._phase, vectors)
         log_histograms(trainer.loggers, vectors, trainer.global_step)
 
     def after_fit(self, trainer: L.Trainer) -> None:
         """Give the picture of the trajectories to the loggers that take pictures."""
-        if self.path is not None:
+        if self.path is not None and self._files is not None and self._files.written:
             log_picture(trainer.loggers, self.path, trainer.global_step)
 
     def close(self) -> None:
-        """Stop measuring."""
+        """Stop measuring and writing."""
         self._probes.close()
+        if self._files is not None:
+            self._files.close()
 
     @property
     def _phase(self) -> str:
         return phase_of(self._found.quantizers.values())
 
     def _is_due(self, step: int) -> bool:
-        return step // self.interval > self._step_before // self.interval
+        return not self._barebones and step // self.interval > self._step_before // self.interval
 
 
 def summary_of(rows: Iterable[TrajectoryRow]) -> dict[str, float]:

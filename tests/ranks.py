@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -26,6 +25,7 @@ from torch.utils.data import DataLoader
 import lfq_lightning as lfq
 from lfq_lightning.placement.host import qparams
 from lfq_lightning.techniques.batch_norm import reestimate_batch_norm
+from tests.processes import Program
 from tests.runs import Net, fit, images, qat
 
 SCHEDULE = lfq.PhaseSchedule(observe=0, estimate=1, learn=2)
@@ -299,23 +299,16 @@ def start_two(directory: Path, kind: str, timeout: float = 280) -> dict[str, str
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     shared |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.ranks", str(directory), kind]
     started = []
     for rank in "01":
-        with open(directory / f"log{rank}", "w") as log:
-            environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
-            root = Path(__file__).parents[1]
-            started.append(subprocess.Popen(command, env=environment, cwd=root, stdout=log, stderr=log))
+        environment, log = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, directory / f"log{rank}"
+        started.append(Program(["-m", "tests.ranks", directory, kind], log, log, environment=environment))
     end, waited = time.monotonic() + timeout, {}
-    for rank, process in enumerate(started):
-        try:
-            process.wait(timeout=max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        if process.returncode:
-            log = (directory / f"log{rank}").read_text()[-3000:]
-            waited[f"rank {rank}"] = f"ended with {process.returncode}, or was ended after {timeout:g} s:\n{log}"
+    for number, process in enumerate(started):
+        code = process.wait(end - time.monotonic())
+        if code:
+            log = (directory / f"log{number}").read_text()[-3000:]
+            waited[f"rank {number}"] = f"ended with {code}, or was ended after {timeout:g} s:\n{log}"
     return waited | {path.stem: path.read_text() for path in directory.glob("*.failed")}
 
 

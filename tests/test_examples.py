@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +11,14 @@ import torch
 from lfq_lightning.records.comparison import compare
 from lfq_lightning.records.plot_comparison import plot_comparison
 from lfq_lightning.records.trajectory import read_trajectory
+from tests.processes import run_python
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(example: str, *arguments: str, directory: Path, timeout: int = 280) -> str:
     """Run an example as a user does, in an empty directory, and return what it printed."""
-    command = [sys.executable, str(ROOT / "examples" / example), *arguments]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=timeout, check=False)
+    done = run_python(ROOT / "examples" / example, *arguments, cwd=directory, directory=directory, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -71,8 +69,8 @@ def test_a_float_job_leaves_the_float_model_alone(tmp_path: Path) -> None:
 
 
 def test_a_mistake_in_the_configuration_ends_the_job_before_training(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples/train.py"), "quant.weight=1", f"hydra.run.dir={tmp_path}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    arguments = ["quant.weight=1", f"hydra.run.dir={tmp_path}"]
+    done = run_python(ROOT / "examples/train.py", *arguments, cwd=tmp_path, directory=tmp_path)
     assert done.returncode == 1
     assert "`weight`: `bits` must be between 2 and 16. Found 1" in done.stderr
     assert "full_key: quant" in done.stderr

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import lfq_lightning as lfq
+from tests.processes import run_python
 from tests.runs import BATCHES, Net, every_epoch, fit, images, loader, qat, trainer
 
 ROOT = Path(__file__).parents[1]
@@ -80,8 +81,8 @@ assert in_a_process(directory / "killed") == 0
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
     tmp_path: Path, kills: int, epochs: int
 ) -> None:
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(kills), str(epochs)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    arguments = ["-c", KILLED, tmp_path, str(kills), str(epochs)]
+    done = run_python(*arguments, cwd=ROOT, directory=tmp_path, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     whole, killed = (torch.load(tmp_path / kind / "final.pt") for kind in ("whole", "killed"))
     for key, value in whole.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import lfq_lightning as lfq
 from lfq_lightning.__main__ import main
 from lfq_lightning.report.findings import bytes_in_float, describe_weights
 from lfq_lightning.report.stored import stored_model
+from tests.processes import run_python
 from tests.runs import Net, every_epoch, fit, images, loader
 
 pytest.importorskip("plotly")
@@ -242,9 +242,10 @@ def test_the_command_measures_sensitivity_by_a_model_and_its_data(
 
 
 def test_the_commands_run_as_a_program(run: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lfq_lightning"]
-    subprocess.run([*command, "report", run, "-o", tmp_path / "page.html"], check=True, timeout=200)
-    subprocess.run([*command, "plot", run, "-o", tmp_path / "picture.svg"], check=True, timeout=200)
+    for command, made in (("report", "page.html"), ("plot", "picture.svg")):
+        arguments = ["-m", "lfq_lightning", command, run, "-o", tmp_path / made]
+        done = run_python(*arguments, cwd=tmp_path, directory=tmp_path)
+        assert done.returncode == 0, done.stderr
     assert (tmp_path / "page.html").stat().st_size > 1_000_000  # plotly is inside
     assert (tmp_path / "picture.svg").read_text().startswith("<?xml")
 

@@ -48,6 +48,7 @@ FLOORS = [
     ["export.comparing", "export.fold", "export.packing"],
     ["export.to_onnx", "export.to_pt2"],
     ["export"],
+    ["training.package"],
     ["training.loggers", "training.slots", "training.sentinel", "training.sharding", "training.rates"],
     ["training.place"],
     ["training.run_files"],

@@ -21,6 +21,7 @@ from lfq_lightning.reading import read_checkpoint
 from lfq_lightning.techniques.order import check_quantized
 from lfq_lightning.techniques.served import Served
 from lfq_lightning.techniques.teacher import Calls, float_copy
+from lfq_lightning.training.package import check_package
 from lfq_lightning.training.wrapping import Wrappers
 
 
@@ -102,6 +103,7 @@ class Distillation(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forget the teacher of another model."""
+        check_package(trainer, self)
         if self._served.is_another(pl_module):
             self._copy = self._restored = None
 

@@ -6,6 +6,7 @@ import lightning as L
 
 from lfq_lightning.callback import QuantizationAwareTraining
 from lfq_lightning.placement.host import first_quantizer
+from lfq_lightning.training.package import check_package
 
 
 def quantization_callback(trainer: L.Trainer) -> QuantizationAwareTraining | None:
@@ -25,7 +26,12 @@ def check_quantized(own: L.Callback, model: L.LightningModule) -> None:
 
 
 def check_order(trainer: L.Trainer, own: L.Callback) -> None:
-    """Raise ValueError if a technique stands before QuantizationAwareTraining, whose phases it follows."""
+    """Raise ValueError if a technique stands before QuantizationAwareTraining, whose phases it follows.
+
+    Raises:
+        TypeError: if the Trainer is that of `pytorch_lightning`.
+    """
+    check_package(trainer, own)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     quantization = quantization_callback(trainer)
     if quantization is not None and callbacks.index(own) < callbacks.index(quantization):

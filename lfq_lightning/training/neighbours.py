@@ -15,6 +15,7 @@ from lfq_lightning.checking import in_words
 from lfq_lightning.phases import model_phase
 from lfq_lightning.placement.host import INPUT, WEIGHT, hosts, qparams, quantizers
 from lfq_lightning.training.optimizer import hidden_qparams
+from lfq_lightning.training.package import change_of_import, check_package
 from lfq_lightning.training.wrapping import Wrappers
 
 SomeCallback = TypeVar("SomeCallback", bound=L.Callback)
@@ -26,8 +27,10 @@ def check_neighbours(trainer: L.Trainer, own: L.Callback) -> None:
     """Refuse what cannot work.
 
     Raises:
+        TypeError: if the Trainer is that of `pytorch_lightning`.
         ValueError: if a callback that copies the model stands before ours, or the precision plugin swaps layers.
     """
+    check_package(trainer, own)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     ours = sum(isinstance(callback, type(own)) for callback in callbacks)
     if ours > 1:
@@ -129,7 +132,7 @@ def while_learning(callback: SomeCallback) -> SomeCallback:
     if not isinstance(callback, L.Callback):
         raise TypeError(
             f"`callback` must be a Lightning callback, for instance a ModelCheckpoint. Found {in_words(callback)}: "
-            "pass what goes into the Trainer's `callbacks`."
+            f"{change_of_import(callback) or 'pass what goes into the callbacks of a Trainer'}."
         )
     if any(kind.__module__.startswith("lfq_lightning.") for kind in type(callback).__mro__):
         raise TypeError(

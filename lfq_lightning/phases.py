@@ -61,7 +61,7 @@ def _switch(found: Found, phase: Phase, keep_learning: bool) -> None:
         raise ValueError(
             f"The model has no quantizers to put in phase {phase!r}. Found none: call `lfq_lightning.attach` first."
         )
-    inputs = {name: q for name, q in found.quantizers.items() if not (q.is_weight or q.learned)}
+    inputs = {name: q for name, q in found.quantizers.items() if not (q.role == "weight" or q.learned)}
     late = set()
     if phase in ("learn", "freeze"):
         _check_some_saw_data(found.quantizers, phase)

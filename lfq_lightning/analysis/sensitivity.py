@@ -12,7 +12,7 @@ from torch import nn
 from lfq_lightning.analysis.evaluating import Forward, MetricLike, evaluation, is_higher_better
 from lfq_lightning.checking import check_flags, check_model, check_number, check_rows, in_words
 from lfq_lightning.placement import attach, detach
-from lfq_lightning.placement.host import WEIGHT, QuantizedLayer, hosts, quantizers, whole_weight
+from lfq_lightning.placement.host import WEIGHT, QuantizedLayer, hosts, placed_by_users, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.summary import packed_bytes
 from lfq_lightning.records.tables import aligned, terminal_width
@@ -128,6 +128,11 @@ def sensitivity(
                     size = _bytes(layers[0])
                 drop = in_float - value if better else value - in_float
                 rows.append(SensitivityRow(names, width, size, value, drop, None if spec is None else spec.to_dict()))
+        for name, quantizer in placed_by_users(model).items() if widths is None else ():
+            quantizer.phase = "freeze"
+            value = evaluate()
+            quantizer.phase = "off"
+            rows.append(SensitivityRow((name,), None, 0, value, in_float - value if better else value - in_float, None))
     return Sensitivity(in_float, better, tuple(rows))
 
 

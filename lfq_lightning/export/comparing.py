@@ -102,14 +102,22 @@ def _session(proto: onnx.ModelProto, level: Any, precise: bool = True) -> onnxru
         return _session(proto, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC, precise=False)
 
 
-def codes_by_quantizer(proto: onnx.ModelProto) -> dict[str, list[str]]:
-    """The results of QuantizeLinear nodes by the quantizer that they are of, in order of use, as the exporter notes."""
+def codes_by_quantizer(proto: onnx.ModelProto, model: nn.Module) -> dict[str, list[str]]:
+    """The results of QuantizeLinear nodes by the quantizer that they are of, in order of use, as the exporter notes.
+
+    Args:
+        proto: the exported file, with the notes.
+        model: what was exported, of which one quantizer may have several names.
+    """
+    first = {id(quantizer): name for name, quantizer in quantizers(model).items()}
+    every = model.named_modules(remove_duplicate=False)
+    names = {plain_name(name): first[id(module)] for name, module in every if id(module) in first}
     found: dict[str, list[str]] = {}
     for node in proto.graph.node:
         if node.op_type == "QuantizeLinear":
             notes = {note.key: note.value for note in node.metadata_props}
             scopes = ast.literal_eval(notes["pkg.torch.onnx.name_scopes"])
-            name = next(scope for scope in reversed(scopes) if scope.endswith("input_quantizer"))
+            name = next(names[scope] for scope in reversed(scopes) if scope in names)
             found.setdefault(name, []).append(node.output[0])
     return found
 
@@ -138,10 +146,9 @@ def _run(
     """The outputs, and by input quantizer the codes of each use."""
     codes: dict[str, list[np.ndarray]] = {}
     handles = []
-    for name, layer in hosts(model).items():
-        if layer.input_quantizer is not None:
-            see = _See(codes, f"{plain_name(name)}.input_quantizer")
-            handles.append(layer.input_quantizer.register_forward_hook(see))
+    for name, quantizer in quantizers(model).items():
+        if quantizer.role != "weight":
+            handles.append(quantizer.register_forward_hook(_See(codes, name)))
     try:
         rule = f"{type(model).__name__} must take what `batches` hold"
         with torch.no_grad(), explained(rule, args or kwargs, "as `forward` does"):
@@ -190,6 +197,7 @@ def _twin(name: str, codes: Mapping[str, Sequence[np.ndarray]], watched: Mapping
 
 def _quantum(model: nn.Module) -> float:
     """One step of the last layer's integer accumulator, the largest of its channels."""
-    *_, last = hosts(model).values()
-    parts = [q.used_qparams()[0].max() for q in (last.weight_quantizer, last.input_quantizer) if q is not None]
+    layers, placed = list(hosts(model).values()), list(quantizers(model).values())
+    last = (layers[-1].weight_quantizer, layers[-1].input_quantizer) if layers else placed[-1:]
+    parts = [q.used_qparams()[0].max() for q in last if q is not None]
     return float(torch.stack(parts).prod())

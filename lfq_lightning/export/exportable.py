@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lfq_lightning.placement.host import hosts, quantizers
+from lfq_lightning.placement.host import hosts, placed_by_users, quantizers
+from lfq_lightning.quantizer import LearnableFakeQuantize
 
 MOST_BITS = 8
 
@@ -35,12 +36,21 @@ def check_exportable(model: nn.Module) -> None:
         for role, quantizer in (("weight", layer.weight_quantizer), ("input", layer.input_quantizer)):
             if quantizer is None:
                 continue
-            low, high = quantizer.code_range
-            if quantizer.bitwidth > MOST_BITS:
-                reasons.append(f"the {role} of {name!r} has {quantizer.bitwidth} bits, of at most {MOST_BITS}")
-            elif not (low >= -128 and high <= 127) and not (low >= 0 and high <= 255):
-                reasons.append(f"the codes {low} to {high} of the {role} of {name!r} are neither int8 nor uint8")
-            elif role == "weight" and quantizer.axis not in (None, 0, 1):
+            reasons += _against(quantizer, f"the {role} of {name!r}")
+            if role == "weight" and quantizer.axis not in (None, 0, 1):
                 reasons.append(f"the weight of {name!r} has a scale for each index of dimension {quantizer.axis}")
+    for name, quantizer in placed_by_users(model).items():
+        reasons += _against(quantizer, repr(name))
+        if quantizer.group_size is not None:
+            reasons.append(f"{name!r} has groups, which only the weight of a layer can have there")
     if reasons:
         raise ValueError(f"This model cannot be exported to integers: {'; '.join(reasons)}. Change those settings.")
+
+
+def _against(quantizer: LearnableFakeQuantize, what: str) -> list[str]:
+    low, high = quantizer.code_range
+    if quantizer.bitwidth > MOST_BITS:
+        return [f"{what} has {quantizer.bitwidth} bits, of at most {MOST_BITS}"]
+    if not (low >= -128 and high <= 127) and not (low >= 0 and high <= 255):
+        return [f"the codes {low} to {high} of {what} are neither int8 nor uint8"]
+    return []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lfq_lightning.checking import check_model
 from lfq_lightning.export.exportable import check_estimated
-from lfq_lightning.placement.host import hosts, restore_layer, whole_weight
+from lfq_lightning.placement.host import hosts, replace_placed, restore_layer, whole_weight
 from lfq_lightning.placement.layers import TRANSPOSED
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
@@ -60,7 +60,18 @@ def freeze(model: nn.Module) -> nn.Module:
             constant = _after(_InputQuantizer(activation), constant, name)
         layer.add_module("constant", constant)
         layer.__dict__["forward"] = constant  # nn.Module calls what the instance has, before what its type has
+    replace_placed(frozen, _constant)
     return frozen
+
+
+def _constant(name: str, quantizer: LearnableFakeQuantize) -> nn.Module:
+    """What the user calls in place of a quantizer of their own."""
+    if quantizer.group_size is not None:
+        raise ValueError(
+            f"`freeze` gives a tensor one scale, or one for each channel. Found groups in {name!r}: use "
+            "granularity 'per_channel' there."
+        )
+    return torch.fx.symbolic_trace(_InputQuantizer(quantizer)).eval()
 
 
 def _with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:

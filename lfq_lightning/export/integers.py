@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lfq_lightning.export.exportable import check_estimated, check_exportable
 from lfq_lightning.ops import spread
-from lfq_lightning.placement.host import INPUT, WEIGHT, float_type, hosts, whole_weight
+from lfq_lightning.placement.host import INPUT, WEIGHT, float_type, hosts, replace_placed, whole_weight
 from lfq_lightning.placement.layers import QUANTIZABLE
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
@@ -144,7 +144,10 @@ class IntegerWeight(nn.Module):
 
 
 class IntegerInput(nn.Module):
-    """Stands for an input quantizer: quantize and dequantize operations, with a clip where codes are fewer than 256."""
+    """Stands for an input quantizer, or one of the user's: quantize and dequantize operations.
+
+    A clip goes before them where codes are fewer than 256.
+    """
 
     scale: Tensor
     zero_point: Tensor
@@ -211,6 +214,7 @@ def integer_copy(model: nn.Module, signed: bool = False) -> nn.Module:
             layer._modules[WEIGHT] = weights[id(weight)]
         if activation is not None:
             layer._modules[INPUT] = IntegerInput(activation, signed)
+    replace_placed(made, lambda _, quantizer: IntegerInput(quantizer, signed))
     return made
 
 

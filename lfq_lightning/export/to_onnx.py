@@ -21,7 +21,7 @@ from lfq_lightning.export.fold import fold_batch_norm
 from lfq_lightning.export.inputs import arguments, check_dynamic_axes, on_cpu, traced
 from lfq_lightning.export.integers import IntegerWeight, integer_copy, keep_biases_exact
 from lfq_lightning.export.packing import pack
-from lfq_lightning.placement import detach
+from lfq_lightning.placement import to_float
 
 if TYPE_CHECKING:
     import onnx
@@ -107,12 +107,12 @@ def export_onnx(
     modules = integers.named_modules(remove_duplicate=False)  # one that is shared may be stored under any of its names
     weights = {name: module for name, module in modules if isinstance(module, IntegerWeight)}
     pack(proto, weights, opset)
-    watched = codes_by_quantizer(proto)
+    watched = codes_by_quantizer(proto, model)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(_bare(proto), path)
     plain = copy.deepcopy(model).cpu().eval()
-    detach(plain)
+    to_float(plain)
     float_bytes = _bare(_exported(plain, args, kwargs, dynamic_axes, opset)).ByteSize()
     parity = compare(
         model,

@@ -16,6 +16,7 @@ from lfq_lightning.placement.host import (
     hosts,
     plain_name,
     quantize_layer,
+    quantizers,
     restore_layer,
     set_compressed,
     set_learning_alone,
@@ -148,7 +149,9 @@ def _activation_quantizer(layer: nn.Module, spec: QuantSpec | None) -> Learnable
 
 
 def detach(model: nn.Module) -> None:
-    """Take every quantizer off a model, in place: types, keys and outputs are again what `attach` found.
+    """Take every quantizer off a model's layers, in place: types and keys are again what `attach` found, and outputs.
+
+    A quantizer that you have placed yourself is yours: it stays, in the phase and with the scale that it has now.
 
     Args:
         model: any module; without quantizers nothing happens.
@@ -164,3 +167,10 @@ def detach(model: nn.Module) -> None:
     check_model(model)
     for layer in hosts(model).values():
         restore_layer(layer)
+
+
+def to_float(model: nn.Module) -> None:
+    """Detach, and switch off the quantizers that the user has placed: the float model, as for a comparison."""
+    detach(model)
+    for quantizer in quantizers(model).values():
+        quantizer.phase = "off"

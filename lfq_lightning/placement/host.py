@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -179,6 +179,20 @@ def quantizers(model: nn.Module) -> dict[str, LearnableFakeQuantize]:
     return {
         plain_name(name): module for name, module in model.named_modules() if isinstance(module, LearnableFakeQuantize)
     }
+
+
+def placed_by_users(model: nn.Module) -> dict[str, LearnableFakeQuantize]:
+    """The quantizers of a model that `attach` did not put on a layer."""
+    return {name: quantizer for name, quantizer in quantizers(model).items() if quantizer.role is None}
+
+
+def replace_placed(model: nn.Module, make: Callable[[str, LearnableFakeQuantize], nn.Module]) -> None:
+    """Put other modules in place of the quantizers that the user has placed, under every name that each has."""
+    made = {quantizer: make(name, quantizer) for name, quantizer in placed_by_users(model).items()}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in made:
+                parent._modules[name] = made[child]
 
 
 def first_quantizer(model: nn.Module) -> LearnableFakeQuantize | None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torchmetrics import Metric
 
-from lfq_lightning.placement.host import QuantizedLayer, float_type, plain_name
+from lfq_lightning.placement.host import INPUT, WEIGHT, QuantizedLayer, float_type, plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.rules import Rule
 from lfq_lightning.spec import QuantSpec
@@ -52,6 +52,9 @@ def all_names(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 def _reason_against(module: nn.Module, layer_type: type[nn.Module], asked: bool) -> str | None:
     """None: it can be quantized. Empty: it has no weights to speak of. Else: the reason to name."""
+    taken = [name for name in (WEIGHT, INPUT) if name in module._modules]
+    if taken and isinstance(module, QUANTIZABLE) and not isinstance(module, QuantizedLayer):
+        return f"it has a `{taken[0]}` of its own; give that another name"
     parametrized = isinstance(module, QUANTIZABLE) and parametrize.is_parametrized(module, "weight")
     if parametrized and not isinstance(module, QuantizedLayer):
         return "a parametrized weight; `torch.nn.utils.parametrize.remove_parametrizations` makes it a plain one"

@@ -12,6 +12,7 @@ from torch import nn
 from lfq_lightning.checking import check_model, check_rows
 from lfq_lightning.placement.host import float_type
 from lfq_lightning.placement.layers import all_names, candidates, check_quantizable, is_lazy
+from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.tables import aligned, terminal_width
 from lfq_lightning.rules import Rule, check_listed
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, weight_spec
@@ -149,6 +150,10 @@ def _speaks_of_parameters(rule: Rule, name: str, layer: nn.Module) -> bool:
     return isinstance(rule.match, str) and any(rule.matches(parameter, nn.Module) for parameter in parameters)
 
 
+def _is_users(module: nn.Module) -> bool:
+    return isinstance(module, LearnableFakeQuantize) and module.role is None
+
+
 def _why_unused(
     rule: Rule, names: Mapping[nn.Module, list[str]], found: Mapping[str, nn.Module], left: Mapping[str, str]
 ) -> str:
@@ -156,6 +161,12 @@ def _why_unused(
     if shadowed:
         return f"an earlier rule already decides for {', '.join(shadowed)}. Put it before that rule."
     other = [name for module, (name, *_) in names.items() if _speaks_of(rule, module, names) and name]
+    users = [name for module, (name, *_) in names.items() if name in other and _is_users(module)]
+    if users:
+        return (
+            f"{', '.join(users[:5])} is a quantizer that you have placed, and has the QuantSpec that you made it with. "
+            "Change that, and remove the rule."
+        )
     reasons = [f"{name} ({left[name]})" for name in other if name in left]
     if reasons:
         return f"left in float is {', '.join(reasons[:5])}. Remove the rule, or what stands in the way."

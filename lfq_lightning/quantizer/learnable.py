@@ -200,7 +200,8 @@ class LearnableFakeQuantize(Described, Observing):
         if self.static_enabled:
             self._observe(x)
         if not self.quantizes:
-            return x
+            # In a run, one that the user calls must be in the graph too; a layer sees to its own.
+            return x if self.gathering is None or self.role is not None else self.in_graph(x)
         return self.quantized(x, self._gradient_factor(x) if self.learning_enabled and learn else 0.0)
 
     def in_graph(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.observers import Observer, Statistics
+from lfq_lightning.quantizer.saved import Role
 from lfq_lightning.spec import QuantSpec
 
 
@@ -30,6 +31,7 @@ class Observing(nn.Module):
     observer: nn.Module
     spec: QuantSpec | None
     is_weight: bool
+    role: Role | None
     quant_min: int
     quant_max: int
     fake_quant_enabled: bool
@@ -104,21 +106,27 @@ class Observing(nn.Module):
     def _observe(self, x: Tensor) -> None:
         if self.gathering is None:
             if self.training:
-                if isinstance(self.observer, Observer):
-                    if self.is_weight:
-                        self.observer.reset()
-                    at_fault = self.observer.observe(x)
-                    if not torch.compiler.is_compiling() and bool(at_fault.any()):
-                        self.warn_non_finite()
-                else:
-                    self.observer(x.detach())
-                if self.fake_quant_enabled and not self.learned:
-                    self.estimate()
+                self._observe_alone(x)
         elif self.gathering and not self.is_weight and isinstance(self.observer, Observer):
             statistics = self.observer.statistics(x)
             if self.batch_statistics is not None:
                 statistics = self.observer.merge(self.batch_statistics, statistics)
             self.batch_statistics = statistics
+        elif self.gathering and self.role is None:
+            # A weight that the user hands in is the same on every rank; other libraries' observers cannot be merged.
+            self._observe_alone(x)
+
+    def _observe_alone(self, x: Tensor) -> None:
+        if isinstance(self.observer, Observer):
+            if self.is_weight:
+                self.observer.reset()
+            at_fault = self.observer.observe(x)
+            if not torch.compiler.is_compiling() and bool(at_fault.any()):
+                self.warn_non_finite()
+        else:
+            self.observer(x.detach())
+        if self.fake_quant_enabled and not self.learned:
+            self.estimate()
 
     def warn_non_finite(self, name: str = "A quantizer used alone") -> None:
         """Warn once that values were met that are not finite."""

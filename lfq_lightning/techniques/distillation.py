@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lfq_lightning.checking import check_number, check_path, check_texts
 from lfq_lightning.checkpoint import load_state_dict
+from lfq_lightning.placement import to_float
 from lfq_lightning.placement.host import quantizers
 from lfq_lightning.reading import read_checkpoint
 from lfq_lightning.techniques.order import check_quantized
@@ -149,6 +150,7 @@ class Distillation(L.Callback):
             load_state_dict(made, self._restored)
         elif self._copy is not None:  # a second fit of a model that has learned meanwhile
             load_state_dict(made, self._copy.state_dict())
+        to_float(made)  # a state that was loaded may have a phase
         self._restored = None
         return made
 

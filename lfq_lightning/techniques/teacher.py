@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from torch import nn
 
-from lfq_lightning.placement import detach
+from lfq_lightning.placement import to_float
 
 
 class Calls:
@@ -30,5 +30,5 @@ def float_copy(module: L.LightningModule) -> L.LightningModule:
         made = copy.deepcopy(module)
     finally:
         module._trainer = trainer
-    detach(made)
+    to_float(made)
     return made.requires_grad_(False).eval()

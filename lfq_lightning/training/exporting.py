@@ -22,7 +22,7 @@ from lfq_lightning.export.exportable import check_exportable
 from lfq_lightning.export.inputs import arguments, on_cpu, traced
 from lfq_lightning.export.parity import Parity
 from lfq_lightning.export.to_onnx import require_onnx
-from lfq_lightning.placement import detach
+from lfq_lightning.placement import to_float
 from lfq_lightning.placement.host import quantizers
 from lfq_lightning.running import example_of, inputs_of
 
@@ -83,7 +83,7 @@ def check_batch(model: L.LightningModule, batch: Any) -> None:
         ValueError: with torch's reason; or if the module cannot be copied.
     """
     plain = _copy(model)
-    detach(plain)
+    to_float(plain)
     traced(plain, *arguments(plain, _inputs(model, batch)))
 
 

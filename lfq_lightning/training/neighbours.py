@@ -74,13 +74,18 @@ def arrange(wrappers: Wrappers, trainer: L.Trainer, model: L.LightningModule) ->
 
 @contextmanager
 def hidden_quantizers(model: nn.Module) -> Iterator[None]:
-    """Within it, the model has no quantizers, and computes in float."""
+    """Within it, the model has no quantizers but those that the user has placed, and computes in float."""
     layers = [(layer, dict(layer._modules)) for layer in hosts(model).values()]
+    users = {q: q.switches for q in quantizers(model).values() if q.role is None}
     for layer, _ in layers:
         layer._modules[WEIGHT] = layer._modules[INPUT] = None
+    for quantizer in users:
+        quantizer.phase = "off"
     try:
         yield
     finally:
+        for quantizer, switches in users.items():
+            quantizer.fake_quant_enabled, quantizer.static_enabled, quantizer.learning_enabled = switches
         for layer, modules in layers:
             layer._modules.update(modules)
 

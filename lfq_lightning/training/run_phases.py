@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lfq_lightning.gathering import Reduce, estimate_weights, merge_statistics, set_gathering
-from lfq_lightning.phases import check_ranks_agree, go_on, join, leading_quantizer, model_phase
+from lfq_lightning.phases import check_ranks_agree, go_on, join, leading_quantizer, model_phase, phase_of
 from lfq_lightning.placement.found import Found
 from lfq_lightning.placement.host import quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
@@ -29,7 +29,8 @@ class RunPhases:
     def __init__(self, found: Found, schedule: PhaseSchedule) -> None:
         self.found, self.schedule = found, schedule
         self._lead = leading_quantizer(found.quantizers.values())
-        self.phase = "off" if self._lead is None else self._lead.phase
+        waiting = [quantizer for quantizer in found.quantizers.values() if not (quantizer.learned or quantizer.late)]
+        self.phase = phase_of(waiting or found.quantizers.values())
         self._late = self._find_late()
         self.told_still = False  # by `warn_if_still`
 
@@ -83,6 +84,14 @@ class RunPhases:
         share_with_averages(trainer, model)
         if trainer.world_size > 1:
             check_ranks_agree(model, lambda flat: _over_ranks(trainer)(flat, "max"))
+
+
+def begin_together(model: L.LightningModule) -> None:
+    """Switch off quantizers that the user has placed and that know nothing yet, as those of layers begin."""
+    for quantizer in quantizers(model).values():
+        known = quantizer.estimated or quantizer.learned or quantizer.late
+        if quantizer.role is None and not known and not quantizer.saw_data():
+            quantizer.start_off()
 
 
 def start_over(model: L.LightningModule) -> None:

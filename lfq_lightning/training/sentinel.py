@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lfq_lightning.checking import check_choice
-from lfq_lightning.placement.host import INPUT, WEIGHT, hosts, quantizers, whole_weight
+from lfq_lightning.placement.host import hosts, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.trajectory import TrajectoryRow
 
@@ -130,10 +130,9 @@ class Sentinel:
 def _reinitialise(model: nn.Module, name: str) -> LearnableFakeQuantize:
     """Estimate a quantizer anew, from the weight as it is or from what was observed of the input."""
     quantizer = quantizers(model)[name]
-    layer, _, role = name.rpartition(".")
-    if role == WEIGHT:
-        quantizer.estimate_from(whole_weight(hosts(model)[layer]))
-    elif role == INPUT and quantizer.saw_data():
+    if quantizer.role == "weight":
+        quantizer.estimate_from(whole_weight(hosts(model)[name.rpartition(".")[0]]))
+    elif quantizer.saw_data():
         quantizer.estimate()
     quantizer.scale_reference.copy_(quantizer.scale)
     return quantizer

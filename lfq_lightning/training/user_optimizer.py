@@ -34,13 +34,15 @@ _REMEDY = (
 )
 
 
-def _placed(model: nn.Module) -> list[tuple[QuantizedLayer, LearnableFakeQuantize]]:
-    """Each quantizer once, with the first layer that has it."""
-    found: dict[LearnableFakeQuantize, QuantizedLayer] = {}
+def _placed(model: nn.Module) -> list[tuple[QuantizedLayer | None, LearnableFakeQuantize]]:
+    """Each quantizer once, with the first layer that has it; None where the user has placed it."""
+    found: dict[LearnableFakeQuantize, QuantizedLayer | None] = {}
     for layer in hosts(model).values():
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
             if quantizer is not None:
                 found.setdefault(quantizer, layer)
+    for quantizer in quantizers(model).values():
+        found.setdefault(quantizer, None)
     return [(layer, quantizer) for quantizer, layer in found.items()]
 
 
@@ -56,8 +58,9 @@ def _add_group(optimizer: Optimizer, qparams: Sequence[nn.Parameter]) -> None:
 def grouped_qparams(model: nn.Module) -> Iterator[None]:
     """Within it, an optimizer that is made takes the qparams of the layers whose parameters it holds as its last group.
 
-    The group is there before a scheduler can look at the optimizer. `model.parameters()` does not know the qparams, as
-    they would end up in groups that decay, or nowhere.
+    Those of quantizers that the user has placed go to the first that is made. The group is there before a scheduler can
+    look at the optimizer. `model.parameters()` does not know the qparams, as they would end up in groups that decay, or
+    nowhere.
     """
     free = [(layer, list(quantizer.parameters(recurse=False))) for layer, quantizer in _placed(model)]
     init = Optimizer.__init__
@@ -65,7 +68,7 @@ def grouped_qparams(model: nn.Module) -> Iterator[None]:
     def init_with_group(self: Optimizer, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         held = {id(p) for group in self.param_groups for p in group["params"]}
-        joining = [entry for entry in free if any(id(p) in held for p in entry[0].parameters(recurse=False))]
+        joining = [entry for entry in free if entry[0] is None or _holds(held, entry[0])]
         free[:] = [entry for entry in free if not any(entry is other for other in joining)]
         if joining:
             _add_group(self, [p for _, qparams in joining for p in qparams])
@@ -79,6 +82,10 @@ def grouped_qparams(model: nn.Module) -> Iterator[None]:
         raise
     finally:
         Optimizer.__init__ = init  # type: ignore[method-assign]
+
+
+def _holds(held: set[int], layer: QuantizedLayer) -> bool:
+    return any(id(p) in held for p in layer.parameters(recurse=False))
 
 
 class UserOptimizers:
@@ -133,7 +140,7 @@ class UserOptimizers:
     def keep_still(self) -> None:
         """Take gradients away that must move nothing: Adam's momentum moves a parameter whose gradient is zero."""
         for layer, quantizer in self._placed:
-            if not quantizer.learning_enabled or not layer.learns:
+            if not quantizer.learning_enabled or (layer is not None and not layer.learns):
                 for parameter in quantizer.parameters(recurse=False):
                     parameter.grad = None
 

@@ -27,7 +27,7 @@ from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, 
 from lfq_lightning.training.recorder import Recorder
 from lfq_lightning.training.resuming import explain_torn_checkpoint, open_epoch
 from lfq_lightning.training.run_length import check_configured_length, has_learned, settle_schedule
-from lfq_lightning.training.run_phases import RunPhases, begin_together, show_phase, start_over, warn_if_unlearned
+from lfq_lightning.training.run_phases import RunPhases, begin, show_phase, warn_if_unlearned
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.sharding import check_strategy
 from lfq_lightning.training.stillness import warn_if_still
@@ -139,10 +139,7 @@ class QuantizationAwareTraining(L.Callback):
         self.qparam_optimizer = make_optimizer(self._arranged, trainer, pl_module, self.optimizer, self.lr_schedule)
         self._weight_steps.follow(pl_module, trainer.optimizers)
         settle_frozen_layers(pl_module, trainer.optimizers, self.frozen_layers)
-        if not self._take_up() and self.reobserve:
-            start_over(pl_module)
-        begin_together(pl_module)
-        set_gathering(quantizers(pl_module).values(), False)
+        begin(pl_module, anew=not self._take_up() and self.reobserve)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up a checkpoint, settle the schedule and where the trajectory goes, and enter the phase."""

@@ -86,18 +86,20 @@ class RunPhases:
             check_ranks_agree(model, lambda flat: _over_ranks(trainer)(flat, "max"))
 
 
-def begin_together(model: L.LightningModule) -> None:
-    """Switch off quantizers that the user has placed and that know nothing yet, as those of layers begin."""
+def begin(model: L.LightningModule, anew: bool) -> None:
+    """Have every quantizer gather nothing before a training batch says so, and those that know nothing begin together.
+
+    Args:
+        model: the run's module.
+        anew: whether all return to the state before any data.
+    """
     for quantizer in quantizers(model).values():
+        if anew:
+            quantizer.forget()
         known = quantizer.estimated or quantizer.learned or quantizer.late
         if quantizer.role is None and not known and not quantizer.saw_data():
-            quantizer.start_off()
-
-
-def start_over(model: L.LightningModule) -> None:
-    """Return every quantizer to the state before any data."""
-    for quantizer in quantizers(model).values():
-        quantizer.forget()
+            quantizer.start_off()  # as those of layers are; one that the user has placed is made in phase "estimate"
+        quantizer.gathering = False
 
 
 def warn_if_unlearned(trainer: L.Trainer, model: L.LightningModule) -> None:

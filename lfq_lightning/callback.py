@@ -27,7 +27,7 @@ from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, 
 from lfq_lightning.training.recorder import Recorder
 from lfq_lightning.training.resuming import explain_torn_checkpoint, open_epoch
 from lfq_lightning.training.run_length import check_configured_length, has_learned, settle_schedule
-from lfq_lightning.training.run_phases import RunPhases, begin, show_phase, warn_if_unlearned
+from lfq_lightning.training.run_phases import RunPhases, begin, show_phase, warn_if_float, warn_if_unlearned
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.sharding import check_strategy
 from lfq_lightning.training.stillness import warn_if_still
@@ -113,8 +113,6 @@ class QuantizationAwareTraining(L.Callback):
         self._restored: dict[str, Any] = {}
         self._wrappers, self._arranged = Wrappers(), Wrappers()  # until training starts, and until the run ends
 
-    # ---- before the run -------------------------------------------------------------------------------------------
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Attach, and see to it that layers made later, optimizers and checkpoints meet the quantizers in order."""
         self._restored = {}  # a stage that does not train takes nothing up, and leaves it
@@ -159,8 +157,6 @@ class QuantizationAwareTraining(L.Callback):
         self.qparam_optimizer.load_state_dict(self._restored.pop("qparam_optimizer"))
         return True
 
-    # ---- the run --------------------------------------------------------------------------------------------------
-
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Enter the epoch's phase."""
         self._phases.enter(trainer, pl_module)
@@ -198,8 +194,6 @@ class QuantizationAwareTraining(L.Callback):
             self.qparam_optimizer.keep_still()
         self._weight_steps.remember(optimizer)
 
-    # ---- after the run --------------------------------------------------------------------------------------------
-
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if the run ended before anything was learned."""
         warn_if_unlearned(trainer, pl_module)
@@ -208,6 +202,12 @@ class QuantizationAwareTraining(L.Callback):
         """Show what was recorded, and export, on rank zero."""
         self._recorder.after_fit(trainer)
         self.parity = self._export.end(trainer, pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say so where the numbers that follow are those of the float model."""
+        warn_if_float(trainer, pl_module)
+
+    on_validation_start = on_predict_start = on_test_start
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave nothing behind but the quantizers."""
@@ -224,8 +224,6 @@ class QuantizationAwareTraining(L.Callback):
             if attached is not None:
                 attached.remove()
         set_gathering(quantizers(pl_module).values(), None)
-
-    # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     @wraps(L.Callback.state_dict, assigned=())  # Lightning then leaves it to us to refuse two, with the remedy
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]

@@ -25,7 +25,7 @@ import lfq_lightning as lfq
 from lfq_lightning.observers import MinMaxObserver
 from lfq_lightning.placement.host import QuantizedLayer
 from lfq_lightning.records.trajectory import read_trajectory
-from tests.runs import BATCHES, Net, fit, qat, trainer
+from tests.runs import BATCHES, Net, every_epoch, fit, loader, qat, trainer
 
 
 class Tokens(IterableDataset[Any]):
@@ -358,3 +358,17 @@ def test_it_prints_as_the_call_that_makes_it() -> None:
     callback = qat(rules=[lfq.Rule("head", weight=8)])
     again = eval(repr(callback), vars(lfq))
     assert repr(again) == repr(callback)
+
+
+@pytest.mark.parametrize("verb", ["test", "validate", "predict"])
+def test_numbers_of_a_model_that_computes_in_float_are_called_so_once(tmp_path: Path, verb: str) -> None:
+    with pytest.warns(UserWarning, match=rf"What `trainer\.{verb}` gives here are numbers of the float model") as said:
+        getattr(trainer(tmp_path, [qat()]), verb)(Net(), loader())
+    assert len([warning for warning in said if "float model" in str(warning.message)]) == 1
+
+
+def test_numbers_of_an_epoch_from_before_quantization_are_called_float_and_later_ones_are_not(tmp_path: Path) -> None:
+    model, made, _ = fit(tmp_path, callbacks=[every_epoch(tmp_path)])
+    made.test(model, loader(), ckpt_path=tmp_path / "epoch=2.ckpt", verbose=False, weights_only=True)
+    with pytest.warns(UserWarning, match=r"in phase 'observe'.*while_learning"):
+        made.test(model, loader(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False, weights_only=True)

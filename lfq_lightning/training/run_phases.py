@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lfq_lightning.gathering import Reduce, estimate_weights, merge_statistics, set_gathering
@@ -107,6 +108,18 @@ def warn_if_unlearned(trainer: L.Trainer, model: L.LightningModule) -> None:
     phase = model_phase(model)
     if quantizers(model) and phase not in ("learn", "freeze") and not is_dev_run(trainer):
         rank_zero_warn(f"The run ended in phase {phase!r}: scales and zero points were not learned.")
+
+
+def warn_if_float(trainer: L.Trainer, model: L.LightningModule) -> None:
+    """Say so if a model that is evaluated outside a fit computes in float, as one that was never fitted does."""
+    found = quantizers(model).values()
+    if trainer.state.fn in (None, TrainerFn.FITTING) or not found or any(q.quantizes for q in found):
+        return
+    rank_zero_warn(
+        f"What `trainer.{trainer.state.fn.value}` gives here are numbers of the float model: its quantizers are in "
+        f"phase {model_phase(model)!r}. Fit it with this callback, or give a checkpoint of a quantized epoch: for "
+        '`ckpt_path="best"`, `lfq_lightning.while_learning(ModelCheckpoint(...))` compares no others.'
+    )
 
 
 def show_phase(wrappers: Wrappers, trainer: L.Trainer, phases: RunPhases) -> None:

@@ -85,6 +85,14 @@ def test_of_large_inputs_an_even_choice_is_measured_and_every_element_is_checked
     assert measured["0.input_quantizer"].tolist() == [1.0, 1.0]
 
 
+def test_what_is_not_finite_in_one_of_several_uses_is_known(model: Net) -> None:
+    x = images().tensors[0]
+    with probed(lfq.quantizers(model)) as measured:
+        model(torch.where(x == x.max(), torch.inf, x))
+        model(x)
+    assert measured["first.input_quantizer"][1] == 1
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (0,)])
 def test_an_empty_batch_has_no_saturation(shape: tuple[int, ...]) -> None:
     quantizer = lfq.LearnableFakeQuantize.from_spec(lfq.QuantSpec(bits=4))

@@ -13,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import lfq_lightning as lfq
 from lfq_lightning.__main__ import main
@@ -185,6 +186,17 @@ def test_layers_stored_in_a_checkpoint_are_described_as_those_of_the_model() -> 
     assert (ours.weight_bytes, ours.float_weight_bytes) == (theirs.weight_bytes, theirs.float_weight_bytes)
     assert describe_weights(stored) == describe_weights(model)
     assert bytes_in_float(stored) == bytes_in_float(model) == 4 * (4 + 6 + 3)
+
+
+def test_a_tied_weight_is_described_once_and_a_pruned_one_as_it_is_used() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[2].weight = model[1].weight
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    lfq.attach(model, weight=4, activation=None, rules=[lfq.Rule("*", weight=4)])
+    lfq.set_phase(model, "estimate")
+    for found in (describe_weights(model), describe_weights(stored_model(model.state_dict()))):
+        assert [one.layer for one in found] == ["0", "1"]
+        assert found[0].used[found[0].codes.index(0)] >= 32
 
 
 def test_histograms_count_every_weight_before_and_after_and_every_code() -> None:

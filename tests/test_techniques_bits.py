@@ -47,6 +47,13 @@ def test_the_clipping_range_is_kept(new: tuple[int, int]) -> None:
         torch.testing.assert_close(then_scale * (code_then - then_zero_point), scale * (code - zero_point))
 
 
+def test_a_range_that_does_not_begin_at_zero_keeps_its_clipping_range_too() -> None:
+    scale, zero_point = torch.tensor([0.1]), torch.tensor([-128.0])
+    then_scale, then_zero_point = carried_over(scale, zero_point, (-128, 127), (-8, 7))
+    torch.testing.assert_close(then_scale, torch.tensor([1.7]))
+    torch.testing.assert_close(then_zero_point, torch.tensor([-8.0]))  # 0 stays the least that is represented
+
+
 def test_without_data_the_clipping_range_is_kept_and_the_reference_scale_follows() -> None:
     quantizer = lfq.LearnableFakeQuantize.from_spec(lfq.QuantSpec(bits=2), weight=True)
     change_range(quantizer, (-128, 127))

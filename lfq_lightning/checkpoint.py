@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.checking import check_flags, check_model, in_words
+from lfq_lightning.observers.passing import lasting
 from lfq_lightning.placement import PlacedLayer, Placement, apply
 from lfq_lightning.placement.host import plain_name
 from lfq_lightning.quantizer.saved import described
@@ -70,7 +71,7 @@ def check_loadable(model: L.LightningModule, checkpoint: Mapping[str, Any]) -> N
 
 
 def _check_fits(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    own = model.state_dict()
+    own, state_dict = lasting(model.state_dict()), lasting(state_dict)
     problems = [f"missing {key}" for key in own if key not in state_dict]
     problems += [f"unexpected {key}" for key in state_dict if key not in own]
     misfits = ((key, _misfit(value, state_dict[key])) for key, value in own.items() if key in state_dict)

@@ -83,6 +83,8 @@ def _put(quantizer: LearnableFakeQuantize, phase: Phase, keep_learning: bool, la
         own = "observe"
     elif own == "learn":
         quantizer.begin_learning()
+    elif own == "freeze":
+        quantizer.settle()
     quantizer.phase, quantizer.late = own, late
 
 

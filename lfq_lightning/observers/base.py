@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lfq_lightning.checking import check_device, check_flags, check_whole
+from lfq_lightning.observers.outliers import MAGNITUDES, beyond_the_rest, bin_of_range
+from lfq_lightning.observers.passing import Passing
+from lfq_lightning.observers.rows import rows_of
 from lfq_lightning.ops import check_range, nearest_power_of_two, power_of_two_above
 
 _EPS = torch.finfo(torch.float32).eps
@@ -27,7 +29,7 @@ class Statistics(NamedTuple):
     sums: Tensor
 
 
-class Observer(nn.Module):
+class Observer(Passing):
     """Keeps a range per tensor, channel or group, and turns it into qparams.
 
     An observation has three steps, so that a batch can be merged over uses and over ranks before it counts:
@@ -136,6 +138,33 @@ class Observer(nn.Module):
         self.minimum.copy_(torch.minimum(self.minimum, -statistics.extremes[0]))
         self.maximum.copy_(torch.maximum(self.maximum, statistics.extremes[1]))
 
+    def _count(self, statistics: Statistics) -> tuple[Tensor, Tensor]:
+        """Batches by their greatest magnitude, of shape (channels, MAGNITUDES), and this one's bin, (channels, 1)."""
+        where = bin_of_range(-statistics.extremes[0], statistics.extremes[1])
+        batches = self._kept("batches", MAGNITUDES, torch.int64)
+        batches.scatter_add_(1, where, torch.ones_like(where))
+        return batches, where
+
+    def _kept(self, name: str, columns: int, dtype: torch.dtype) -> Tensor:
+        """A tensor of shape (channels, columns) of what comes and goes, zeros at first."""
+        if name not in self.passing:
+            self.passing[name] = torch.zeros((self.channels, columns), dtype=dtype, device=self.minimum.device)
+        return self.passing[name]
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Keep the range as it was found, and let go of what is only needed to go on observing."""
+        if not self.passing:
+            return
+        seen = self.maximum.isfinite()
+        for end, found in zip((self.minimum, self.maximum), self._found_range(), strict=True):
+            end.copy_(torch.where(seen, found, end))
+        self.passing = {}
+
+    def _found_range(self) -> tuple[Tensor, Tensor]:
+        """The range that `settle` keeps."""
+        return self._range()
+
     def observe(self, x: Tensor) -> Tensor:
         """Observe x as one batch; the result is positive where it has values that are not finite, shape (channels,)."""
         statistics = self.statistics(x)
@@ -155,6 +184,7 @@ class Observer(nn.Module):
         """Forget everything."""
         self.minimum.fill_(torch.inf)
         self.maximum.fill_(-torch.inf)
+        self.passing = {}
 
     @torch.no_grad()
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
@@ -165,8 +195,11 @@ class Observer(nn.Module):
         return torch.where(seen, scale.clamp(min=_EPS), 1.0), torch.where(seen, zero_point, 0.0)
 
     def _range(self) -> tuple[Tensor, Tensor]:
-        """The least range that holds 0 and all that was seen."""
+        """The least range that holds 0 and all that was seen, outliers of few batches left out."""
         low, high = (torch.where(end.isfinite(), end, 0.0) for end in (self.minimum, self.maximum))
+        if "batches" in self.passing:
+            limit = beyond_the_rest(self.passing["batches"])
+            low, high = torch.maximum(low, -limit), torch.minimum(high, limit)
         return low.clamp(max=0.0), high.clamp(min=0.0)
 
     def _qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,46 +207,33 @@ class Observer(nn.Module):
         return self.covering(low, high)
 
     def covering(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The scale and zero point whose codes reach from low <= 0 to high >= 0.
+        """The scale and zero point whose codes reach from low <= 0 to high >= 0, the scale one that is allowed.
 
         Krishnamoorthi 2018 (arXiv 1806.08342), equations 2 to 5.
         """
-        if self.symmetric:
-            # The side with codes decides; an unsigned range sees nothing below 0.
-            scale = high / max(self.quant_max, 1)
-            if self.quant_min < 0:
-                scale = torch.maximum(scale, low / self.quant_min)
-            return self._allowed(scale), torch.zeros_like(scale)
-        levels = self.quant_max - self.quant_min
-        scale = self._allowed(high / levels - low / levels)  # the difference itself may overflow
-        zero_point = self.quant_min - low / scale.clamp(min=_EPS)
-        return scale, zero_point.clamp(self.quant_min, self.quant_max).round()
+        scale = self._width(low, high)
+        scale = power_of_two_above(scale) if self.power_of_two else scale
+        return scale, self._zero_point(low, scale)
 
-    def _allowed(self, scale: Tensor) -> Tensor:
-        return power_of_two_above(scale) if self.power_of_two else scale
+    def reaching(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """`covering`, of a range that qparams gave: the scale is what it was, but for rounding."""
+        scale = self._width(low, high)
+        scale = nearest_power_of_two(scale) if self.power_of_two else scale
+        return scale, self._zero_point(low, scale)
+
+    def _width(self, low: Tensor, high: Tensor) -> Tensor:
+        if not self.symmetric:
+            levels = self.quant_max - self.quant_min
+            return high / levels - low / levels  # the difference itself may overflow
+        # The side with codes decides; an unsigned range sees nothing below 0.
+        scale = high / max(self.quant_max, 1)
+        return torch.maximum(scale, low / self.quant_min) if self.quant_min < 0 else scale
+
+    def _zero_point(self, low: Tensor, scale: Tensor) -> Tensor:
+        if self.symmetric:
+            return torch.zeros_like(scale)
+        zero_point = self.quant_min - low / scale.clamp(min=_EPS)
+        return zero_point.clamp(self.quant_min, self.quant_max).round()
 
     def extra_repr(self) -> str:
         return f"quant_min={self.quant_min}, quant_max={self.quant_max}, channels={self.channels}"
-
-
-def rows_of(x: Tensor, axis: int | None, group_size: int | None, padding: float | None = None) -> Tensor:
-    """The elements that share one range as rows, shape (channels, elements).
-
-    Where the last group is short, `padding` fills it; without one its last input does, which changes no range.
-    """
-    if group_size is not None:
-        rows, inputs = x.shape[0], x.shape[1]
-        groups = math.ceil(inputs / group_size)
-        index = torch.arange(groups * group_size, device=x.device)
-        filled = x[:, index.clamp(max=inputs - 1)]
-        if padding is not None and groups * group_size > inputs:
-            filled[:, inputs:] = padding
-        return filled.reshape(rows * groups, -1)
-    if axis is None:
-        return x.reshape(1, -1) if x.is_contiguous() else x.permute(_dense_order(x)).reshape(1, -1)
-    return x.movedim(axis, 0).reshape(x.shape[axis], -1)
-
-
-def _dense_order(x: Tensor) -> list[int]:
-    """Dimensions in memory order, so that flattening a channels_last tensor copies nothing."""
-    return sorted(range(x.ndim), key=lambda d: -x.stride()[d])

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from lfq_lightning.checking import check_number
-from lfq_lightning.observers.base import Observer, Statistics, rows_of
+from lfq_lightning.observers.base import Observer, Statistics
+from lfq_lightning.observers.outliers import rare_values
+from lfq_lightning.observers.rows import rows_of
 
 # A bin is a sign, an exponent and the first bits of a mantissa: 16 bins an octave over all of float32. So histograms of
 # any batches and ranks add up exactly, and a change of units by a power of two changes nothing.
 _SHIFT = 19
+_PER_OCTAVE = 16
 _PER_SIGN = 1 << (31 - _SHIFT)
 BINS = 2 * _PER_SIGN
 
@@ -41,21 +44,18 @@ def edges(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class HistogramObserver(Observer):
-    """Keeps a histogram beside the range: 64 KiB for each scale, however many batches there are."""
+    """Keeps a histogram beside the range while it observes: 64 KiB for each scale, however many batches there are."""
 
     costly: ClassVar[bool] = True
 
-    histogram: Tensor
     found: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sums = 0 if self.whole else BINS
-        device = self.minimum.device
-        # Whole numbers, so that a change of dtype leaves them alone.
-        self.register_buffer("histogram", torch.zeros((self.channels, self.sums), dtype=torch.int64, device=device))
         if self.whole:
-            self.register_buffer("found", torch.ones((2, self.channels), dtype=torch.float32, device=device))
+            found = torch.ones((2, self.channels), dtype=torch.float32, device=self.minimum.device)
+            self.register_buffer("found", found)
 
     def sums_of(self, x: Tensor) -> Tensor:
         if self.whole:
@@ -64,7 +64,10 @@ class HistogramObserver(Observer):
 
     def update(self, statistics: Statistics) -> None:
         super().update(statistics)
-        self.histogram += statistics.sums.long()
+        if not self.whole:
+            # Whole numbers, so that a change of dtype leaves them alone.
+            self._kept("histogram", BINS, torch.int64).add_(statistics.sums.long())
+            self._count(statistics)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> Tensor:
@@ -74,21 +77,33 @@ class HistogramObserver(Observer):
             self.found.copy_(torch.stack(self._fit(rows, *self._range())))
         return at_fault
 
-    def reset(self) -> None:
-        super().reset()
-        self.histogram.zero_()
-
     def _qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         if self.whole:
             return self.found[0], self.found[1]
-        return self._fit_histogram(low, high)
+        if "histogram" not in self.passing:  # settled: the range is what was found
+            return self.reaching(low, high)
+        return self._fit_histogram(*self._without_outliers(low, high))
+
+    def _found_range(self) -> tuple[Tensor, Tensor]:
+        scale, zero_point = self.calculate_qparams()
+        return (self.quant_min - zero_point) * scale, (self.quant_max - zero_point) * scale
+
+    def _without_outliers(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The histogram and its range without values that are rare and apart, or of few batches."""
+        counts = self.passing["histogram"]
+        inner = edges(counts.device)[0][:_PER_SIGN]
+        few = inner >= torch.maximum(high, -low).double()[:, None]  # `_range` has left them out
+        outliers = rare_values((counts[:, :_PER_SIGN] + counts[:, _PER_SIGN:]).masked_fill(few, 0), _PER_OCTAVE) | few
+        limit = torch.where(outliers, inner, torch.inf).amin(1).float()
+        counts = counts.masked_fill(outliers.repeat(1, 2), 0)
+        return counts, torch.maximum(low, -limit), torch.minimum(high, limit)
 
     def _fit(self, rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """The qparams for these rows; NaN is padding, and other values that are not finite do not count."""
         raise NotImplementedError
 
-    def _fit_histogram(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The qparams for all that the histogram holds."""
+    def _fit_histogram(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The qparams for all that a histogram holds, whose values lie between these ends."""
         raise NotImplementedError
 
 
@@ -118,10 +133,15 @@ class PercentileObserver(HistogramObserver):
         upper = ordered.gather(1, (last - outside).clamp(min=0)).squeeze(1)
         return self.covering(lower.clamp(max=0.0), upper.clamp(min=0.0))
 
-    def _fit_histogram(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        inner, outer = edges(self.histogram.device)
+    def _without_outliers(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.percentile == 100.0:
+            return self.passing["histogram"], self.minimum, self.maximum
+        return super()._without_outliers(low, high)
+
+    def _fit_histogram(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        inner, outer = edges(counts.device)
         # In order of value: negative bins from the outermost inwards, then positive ones outwards.
-        counts = torch.cat([self.histogram[:, _PER_SIGN:].flip(1), self.histogram[:, :_PER_SIGN]], dim=1).double()
+        counts = torch.cat([counts[:, _PER_SIGN:].flip(1), counts[:, :_PER_SIGN]], dim=1).double()
         left = torch.cat([outer[_PER_SIGN:].flip(0), inner[:_PER_SIGN]])
         right = torch.cat([inner[_PER_SIGN:].flip(0), outer[:_PER_SIGN]])
         share = self.percentile / 100

@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from lfq_lightning.observers.base import Observer, Statistics, rows_of
+from lfq_lightning.observers.base import Statistics
+from lfq_lightning.observers.by_batch import ByBatchObserver
+from lfq_lightning.observers.rows import rows_of
 from lfq_lightning.ops import power_of_two_below
 
 
@@ -23,8 +25,8 @@ def moments(rows: Tensor) -> Tensor:
     return torch.stack([finite.sum(1).double(), *map(torch.mul, sums, (unit, unit, unit * unit))], dim=1)
 
 
-class MomentsObserver(Observer):
-    """Keeps the first two moments beside the range."""
+class MomentsObserver(ByBatchObserver):
+    """Keeps the first two moments beside the range; those of a tensor's samples, without outliers' batches."""
 
     moments: Tensor
 
@@ -38,8 +40,11 @@ class MomentsObserver(Observer):
         return moments(rows_of(x, self.axis, self.group_size, padding=math.nan).float())
 
     def update(self, statistics: Statistics) -> None:
+        if self.whole:
+            self.moments += statistics.sums
+        else:
+            self.moments.copy_(self._add(statistics, statistics.sums, self.moments))
         super().update(statistics)
-        self.moments += statistics.sums
 
     def reset(self) -> None:
         super().reset()

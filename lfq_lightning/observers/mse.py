@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,19 +12,31 @@ from torch import Tensor
 from lfq_lightning.observers.histogram import HistogramObserver, edges
 from lfq_lightning.ops import power_of_two_below
 
-# Shares of the whole range: a quarter of an octave apart, then a sixteenth around the best of those.
-_COARSE = 2.0 ** (torch.arange(-20, 1, dtype=torch.float32, device="cpu") / 4)
-_FINE = 2.0 ** (torch.arange(-4, 5, dtype=torch.float32, device="cpu") / 16)
+
+def _octaves(first: int, last: int, per_octave: int) -> Tensor:
+    return 2.0 ** (torch.arange(first, last + 1, dtype=torch.float32, device="cpu") / per_octave)
+
+
+# By what a range's ends are multiplied in one step of the search after the other: both by the same for a symmetric
+# range, each by its own for an affine one.
+_SYMMETRIC = (_octaves(-20, 0, 4), _octaves(-4, 4, 16))
+_AFFINE = (_octaves(-10, 0, 2), _octaves(-2, 2, 4), _octaves(-2, 2, 16))
+_FEW = 256  # values of a row of which the first step looks at each, as the others do
+# At the end, steps so short that the outermost code moves by a quarter of a code: few values round luckily somewhere.
+_SHORTEST, _LONGEST = 1e-3, 1e-2
 _LARGEST = torch.finfo(torch.float32).max
-_AT_ONCE = 1 << 21  # elements of one step of the search
+# Elements at once: what the CPU's cache holds, and what keeps another device busy.
+_IN_CACHE, _ELSEWHERE = 1 << 16, 1 << 21
+
+Errors = Callable[[Tensor, Tensor], Tensor]
 
 
 class Points(NamedTuple):
-    """What is to be represented: how often, around which value, and how far spread; each (channels or 1, points)."""
+    """What a histogram holds: how many values lie between which ends, evenly spread; each (channels, points)."""
 
     counts: Tensor
-    centre: Tensor
-    width: Tensor
+    left: Tensor
+    right: Tensor
 
 
 class MSEObserver(HistogramObserver):
@@ -33,43 +47,112 @@ class MSEObserver(HistogramObserver):
     """
 
     def _fit(self, rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        finite = rows.isfinite()
-        return self._search(Points(finite.float(), torch.where(finite, rows, 0.0), rows.new_zeros(1, 1)), low, high)
+        rows = torch.where(rows.isfinite(), rows, 0.0)  # 0 is represented without error
+        unit = _unit(low, high)
+        errors = partial(self._errors, rows, unit)
+        roughly = errors
+        if rows.shape[1] > _FEW and not self.symmetric:
+            roughly = partial(self._expected_errors, _points(rows / unit[:, None]), unit)
+        levels = self.quant_max - self.quant_min
+        return self._search(roughly, errors, low, high, min(max(1 / (4 * levels), _SHORTEST), _LONGEST))
 
-    def _fit_histogram(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        inner, outer = edges(self.histogram.device)
-        counts = self.histogram
-        used = counts.sum(0) > 0
+    def _fit_histogram(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        inner, outer = edges(counts.device)
         # Elsewhere, looking at the counts would wait for the device, and in a graph their number must be known.
         if counts.device.type == "cpu" and not torch.compiler.is_compiling():
-            counts, inner, outer, used = counts[:, used], inner[used], outer[used], used[used]
-        # The outermost bins, never used, are infinite.
-        centre, width = (torch.where(used, p, 0.0).float()[None] for p in ((inner + outer) / 2, (outer - inner).abs()))
-        return self._search(Points(counts.float(), centre, width), low, high)
+            used = counts.sum(0) > 0
+            counts, inner, outer = counts[:, used], inner[used], outer[used]
+        unit = _unit(low, high)
+        ends = ((p.float().clamp(low[:, None], high[:, None]) / unit[:, None]) for p in (inner, outer))
+        errors = partial(self._expected_errors, Points(counts.float(), *ends), unit)
+        return self._search(errors, errors, low, high, _LONGEST / 2)
 
-    def _search(self, points: Points, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        # Errors are squared in units near the largest magnitude, as float32 does not hold 1e25 squared. A power of two
-        # rounds nothing: the answer is the same in any unit.
-        unit = power_of_two_below(torch.maximum(high, -low))[:, None]
-        points = Points(points.counts, points.centre / unit, points.width / unit)
-        for shares in (_COARSE.to(low.device), _FINE.to(low.device)):
-            # An affine range may be narrowed at either end, each by its own share.
-            pairs = shares.expand(2, -1) if self.symmetric else torch.cartesian_prod(shares, shares).T
-            # Finite, where a share above 1 of the largest numbers is not.
-            lows = (pairs[0][:, None] * low).clamp(min=-_LARGEST)
-            highs = (pairs[1][:, None] * high).clamp(max=_LARGEST)
-            step = max(1, _AT_ONCE // max(points.counts.numel(), 1))
-            parts = zip(lows.split(step), highs.split(step), strict=True)
-            best = torch.cat([self._errors(points, unit, *part) for part in parts]).argmin(0, keepdim=True)
-            low, high = lows.gather(0, best).squeeze(0), highs.gather(0, best).squeeze(0)
-        return self.covering(low, high)
+    def _search(
+        self, roughly: Errors, errors: Errors, low: Tensor, high: Tensor, shortest: float
+    ) -> tuple[Tensor, Tensor]:
+        for number, factors in enumerate(_SYMMETRIC if self.symmetric else _AFFINE):
+            factors = factors.to(low.device)
+            pairs = (factors, factors) if self.symmetric else torch.cartesian_prod(factors, factors).unbind(1)
+            low, high, *best = self._best(errors if number else roughly, low, high, *pairs)
+        # Moving one end of an affine range changes its scale by half of that.
+        length, reach = (shortest, 0.04) if self.symmetric else (2 * shortest, 0.03)
+        steps = max(2, round(reach / length))
+        last = 1 + length * torch.arange(-steps, steps + 1, dtype=torch.float32, device="cpu").to(low.device)
+        same = last if self.symmetric else torch.ones_like(last)
+        low, high, *best = self._best(errors, low, high, same, last)
+        if not self.symmetric:
+            low, high, *best = self._best(errors, low, high, last, same)
+        scale, zero_point = best
+        return scale, zero_point
 
-    def _errors(self, points: Points, unit: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        scale, zero_point = (p[..., None] for p in self.covering(low, high))
-        scale = (scale / unit).clamp(min=torch.finfo(torch.float32).tiny)
-        code = (points.centre / scale).round() + zero_point
-        clipped = code.clamp(self.quant_min, self.quant_max)
-        error = ((clipped - zero_point) * scale - points.centre).square()
-        # Within a bin that is wider than a step, rounding errors are spread evenly.
-        rounded = torch.where(points.width > scale, scale.square() / 12, error)
-        return (points.counts * torch.where(code == clipped, rounded, error)).sum(-1)
+    def _best(
+        self, errors: Errors, low: Tensor, high: Tensor, at_low: Tensor, at_high: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of ranges with their ends multiplied by these factors the best: its ends, scale and zero point."""
+        # Finite, where a share above 1 of the largest numbers is not.
+        lows = (at_low[:, None] * low).clamp(min=-_LARGEST)
+        highs = (at_high[:, None] * high).clamp(max=_LARGEST)
+        scale, zero_point = self.covering(lows, highs)
+        best = errors(scale.clamp(min=torch.finfo(torch.float32).tiny), zero_point).argmin(0, keepdim=True)
+        low, high, scale, zero_point = (each.gather(0, best).squeeze(0) for each in (lows, highs, scale, zero_point))
+        return low, high, scale, zero_point
+
+    def _errors(self, rows: Tensor, unit: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """The squared error of each row with each of these qparams, (qparams, channels), in squared units."""
+        total = torch.zeros_like(scale)
+        inverse, zero_point = scale.reciprocal()[..., None], zero_point[..., None]
+        for columns in rows.split(_at_once(rows), dim=1):
+            for chosen, channels in _parts(len(scale), columns):
+                code = torch.addcmul(zero_point[chosen], columns[channels], inverse[chosen])
+                error = code.clamp(self.quant_min, self.quant_max).round_().sub_(code)
+                total[chosen] += torch.linalg.vector_norm(error, dim=-1).square_()
+        return total * (scale / unit).square()
+
+    def _expected_errors(self, points: Points, unit: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """The same of what a histogram holds, by the integral of the squared error over each bin.
+
+        From 0 to u, in steps, with n the code of u, the integral is n / 12 + (u - n)^3 / 3.
+        """
+        total = torch.empty_like(scale)
+        inverse, zero_point = (unit / scale)[..., None], zero_point[..., None]
+        for chosen, channels in _parts(len(scale), points.counts):
+            u, v = (torch.addcmul(zero_point[chosen], x[channels], inverse[chosen]) for x in points[1:])
+            n, m = (x.clamp(self.quant_min, self.quant_max).round_() for x in (u, v))
+            f, g = u - n, v - m
+            width = m - n + g - f
+            # Where a bin is so narrow that this would cancel, its middle stands for it.
+            narrow = (f + g).square_().div_(4)
+            mean = (g * g * g - f * f * f).div_(3).add_(m.sub_(n), alpha=1 / 12).div_(width)
+            error = torch.where(width.abs() > 1e-3, mean, narrow)
+            total[chosen] = torch.linalg.vecdot(error, points.counts[channels])
+        return total * (scale / unit).square()
+
+
+def _points(rows: Tensor) -> Points:
+    """A summary of each row for the first step of a search: values in order, closer ones towards either end."""
+    count = rows.shape[1]
+    tail = {round(2 ** (k / 4)) for k in range(4 * count.bit_length() - 4)}
+    ranks = {r for t in tail if t < count / 2 for r in (t, count - t)} | {round(k * count / 64) for k in range(65)}
+    chosen = torch.tensor(sorted(ranks), device=rows.device)
+    values = rows.sort(dim=1).values[:, chosen.clamp(max=count - 1)]
+    return Points(chosen.diff().float().expand(len(rows), -1), values[:, :-1], values[:, 1:])
+
+
+def _at_once(x: Tensor) -> int:
+    return _IN_CACHE if x.device.type == "cpu" and not torch.compiler.is_compiling() else _ELSEWHERE
+
+
+def _parts(candidates: int, x: Tensor) -> Iterator[tuple[tuple[slice, slice], slice]]:
+    """Parts of candidates and channels that are worked on at once, and the channels alone."""
+    at_once = _at_once(x)
+    together = max(1, at_once // x.shape[1])
+    for first in range(0, len(x), together):
+        channels = slice(first, first + together)
+        each = max(1, at_once // x[channels].numel())
+        for k in range(0, candidates, each):
+            yield (slice(k, k + each), channels), channels
+
+
+def _unit(low: Tensor, high: Tensor) -> Tensor:
+    """A power of two near the largest magnitude, in which squares do not overflow; it rounds nothing."""
+    return power_of_two_below(torch.maximum(high, -low))

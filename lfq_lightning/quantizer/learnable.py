@@ -169,6 +169,7 @@ class LearnableFakeQuantize(Described, Observing):
         if not self.learned:
             self.scale_reference.copy_(self.scale.detach())
             self.learned = True
+            self.settle()
 
     @torch.no_grad()
     def project_(self) -> None:

@@ -24,6 +24,7 @@ class Observing(nn.Module):
         estimated: whether the qparams were ever set from the observer.
         learned: whether the qparams have begun to learn; estimates then leave them alone.
         late: whether there was no range to learn from when the others began: it observes on until there is one.
+        keeps_observations: keep all that was observed when learning begins, for whoever estimates again after that.
     """
 
     scale: Tensor
@@ -43,6 +44,8 @@ class Observing(nn.Module):
         self.batch_statistics: Statistics | None = None
         self.estimated = self.learned = self.late = False
         self._warned_non_finite = False
+        self.keeps_observations = False
+        self.register_load_state_dict_post_hook(_settle_loaded)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """The observer's scale and zero point; the module's own are unchanged."""
@@ -96,6 +99,11 @@ class Observing(nn.Module):
         self.observer(x.detach())
         self.estimate()
 
+    def settle(self) -> None:
+        """Keep of what was observed the range alone, unless it is to be kept: a histogram is large."""
+        if isinstance(self.observer, Observer) and not self.keeps_observations:
+            self.observer.settle()
+
     def forget(self) -> None:
         """Return to the state before any data: nothing observed, nothing learned."""
         self.estimated = self.learned = self.late = False
@@ -137,3 +145,11 @@ class Observing(nn.Module):
                 "its range and gradients: look for a diverging loss or a faulty input.",
                 stacklevel=3,
             )
+
+
+def _settle_loaded(quantizer: nn.Module, _: Any) -> None:
+    """Let go of a histogram that a file of an earlier version holds of a quantizer which has learned or is frozen."""
+    assert isinstance(quantizer, Observing)
+    done = quantizer.learned or (quantizer.fake_quant_enabled and not quantizer.static_enabled)
+    if done and isinstance(quantizer.observer, Observer) and "batches" not in quantizer.observer.passing:
+        quantizer.settle()

@@ -150,6 +150,11 @@ class BitAnnealing(L.Callback):
                 f"end with {self.stage(int(epochs) - 1)} bits: train longer, or reduce bits earlier."
             )
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Have observers keep what they observed, which the stages to come estimate from."""
+        for quantizer in quantizers(pl_module).values():
+            quantizer.keeps_observations = True
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse stages that do not reach what checkpoints would say."""
         check_quantized(self, pl_module)
@@ -166,6 +171,8 @@ class BitAnnealing(L.Callback):
     ) -> None:
         """Enter the epoch's stage."""
         changed = self._enter(pl_module, self.stage(trainer.current_epoch))
+        if trainer.current_epoch >= max(self.bits):
+            _let_go(pl_module)
         if changed:
             self._tell(trainer, pl_module, changed)
 
@@ -192,3 +199,12 @@ class BitAnnealing(L.Callback):
         rank_zero_info(
             f"Epoch {trainer.current_epoch}: {len(changed)} quantizers go to {self.stage(trainer.current_epoch)} bits."
         )
+
+
+def _let_go(model: nn.Module) -> None:
+    """Let observers keep no more than others do, once no stage is to come."""
+    for quantizer in quantizers(model).values():
+        if quantizer.keeps_observations:
+            quantizer.keeps_observations = False
+            if quantizer.learned:
+                quantizer.settle()

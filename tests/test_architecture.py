@@ -14,7 +14,15 @@ PACKAGE = ROOT / "lfq_lightning"
 
 # A file imports only from rows above its own.
 FLOORS = [
-    ["checking", "schedule", "records.trajectory", "records.tables", "training.wrapping", "ops.layout"],
+    [
+        "checking",
+        "schedule",
+        "records.trajectory",
+        "records.tables",
+        "training.telling",
+        "training.wrapping",
+        "ops.layout",
+    ],
     ["running", "reading", "records.curves"],
     ["records.plot", "records.comparison", "records.history", "ops.reference", "ops.native", "ops.triton_kernels"],
     ["records.plot_comparison", "ops.triton_backward", "ops.power_of_two"],

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lfq_lightning.checking import check_whole, in_words
@@ -18,6 +17,7 @@ from lfq_lightning.placement.host import hosts, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.techniques.order import check_order, check_quantized, quantization_callback
 from lfq_lightning.training.neighbours import share_with_averages
+from lfq_lightning.training.telling import tell
 
 
 def widened(quantizer: LearnableFakeQuantize, bits: int) -> tuple[int, int]:
@@ -196,8 +196,9 @@ class BitAnnealing(L.Callback):
                 quantization.qparam_optimizer.forget(quantizer)
         share_with_averages(trainer, model)
         forget_compiled_code()
-        rank_zero_info(
-            f"Epoch {trainer.current_epoch}: {len(changed)} quantizers go to {self.stage(trainer.current_epoch)} bits."
+        tell(
+            trainer,
+            f"Epoch {trainer.current_epoch}: {len(changed)} quantizers go to {self.stage(trainer.current_epoch)} bits.",
         )
 
 

@@ -12,7 +12,7 @@ from typing import IO, Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +25,7 @@ from lfq_lightning.export.to_onnx import require_onnx
 from lfq_lightning.placement import to_float
 from lfq_lightning.placement.host import quantizers
 from lfq_lightning.running import example_of, inputs_of
+from lfq_lightning.training.telling import tell
 
 
 def check_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path) -> None:
@@ -112,7 +113,7 @@ def export_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path, b
             break
         rank_zero_warn(f"{saved} is from before quantization and is not exported: see `lfq_lightning.while_learning`.")
     parity = export_onnx(exported, _inputs(model, batch), where)
-    rank_zero_info(f"Exported {saved or 'the model'} to {where}.\n{parity}")
+    tell(trainer, f"Exported {saved or 'the model'} to {where}.\n{parity}")
     return parity
 
 

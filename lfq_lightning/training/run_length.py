@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lfq_lightning.placement.host import quantizers
 from lfq_lightning.schedule import PhaseSchedule
+from lfq_lightning.training.telling import tell
 
 
 def is_dev_run(trainer: L.Trainer) -> bool:
@@ -58,5 +58,5 @@ def settle_schedule(
     if restored is not None:
         return PhaseSchedule(**restored), steps
     derived = PhaseSchedule.for_run(epochs, steps)
-    rank_zero_info(f"QuantizationAwareTraining derived {derived} from the length of the run.")
+    tell(trainer, f"QuantizationAwareTraining derived {derived} from the length of the run.")
     return derived, steps

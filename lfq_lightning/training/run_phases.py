@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lfq_lightning.gathering import Reduce, estimate_weights, merge_statistics, set_gathering
 from lfq_lightning.phases import check_ranks_agree, go_on, join, leading_quantizer, model_phase, phase_of
@@ -16,6 +16,7 @@ from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.schedule import OBSERVING, Phase, PhaseSchedule
 from lfq_lightning.training.neighbours import share_with_averages
 from lfq_lightning.training.run_length import is_dev_run
+from lfq_lightning.training.telling import tell
 from lfq_lightning.training.wrapping import Wrappers
 
 
@@ -48,8 +49,9 @@ class RunPhases:
         self._lead, self._late = leading_quantizer(self.found.quantizers.values()), self._find_late()
         self.phase = phase
         self._tell(trainer, model)
-        rank_zero_info(
-            f"Epoch {trainer.current_epoch}, step {trainer.global_step}: quantizers go from {before} to {phase}."
+        tell(
+            trainer,
+            f"Epoch {trainer.current_epoch}, step {trainer.global_step}: quantizers go from {before} to {phase}.",
         )
 
     def before_batch(self) -> None:
@@ -72,7 +74,7 @@ class RunPhases:
             joined = [name for name, quantizer in self._late.items() if not quantizer.late]
             self._late = self._find_late()
             self._tell(trainer, model)
-            rank_zero_info(f"Step {trainer.global_step}: {', '.join(joined)} saw data and go to {self.phase}.")
+            tell(trainer, f"Step {trainer.global_step}: {', '.join(joined)} saw data and go to {self.phase}.")
 
     @property
     def _observing(self) -> dict[str, LearnableFakeQuantize]:

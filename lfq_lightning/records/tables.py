@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 _GAP = "  "
 # What a column of text keeps: the first, which holds names, gives way before the others do.
-_SHORTEST_NAME, _SHORTEST_TEXT = 16, 8
+_SHORTEST_NAME, _SHORTEST_TEXT = 20, 8
 
 
 def terminal_width() -> int | None:
@@ -61,8 +61,8 @@ def show(header: Sequence[str], rows: Sequence[Sequence[str]], to_the_right: Seq
     from rich.markup import escape
     from rich.table import Table
 
-    header, rows = _fitted(header, rows, to_the_right, width - 1)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    header, rows = _fitted(header, rows, to_the_right, width)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name, right in zip(header, to_the_right, strict=True):
         table.add_column(escape(name), justify="right" if right else "left", no_wrap=True, vertical="bottom")
     for row in rows:
@@ -73,19 +73,37 @@ def show(header: Sequence[str], rows: Sequence[Sequence[str]], to_the_right: Seq
 
 
 def shortened(names: Sequence[str], width: int) -> list[str]:
-    """Names in at most so many characters, each long one without its middle, cut where most of them stay distinct."""
+    """Names in at most so many characters, each long one without its middle, cut where they stay distinct.
+
+    Where no cut keeps them apart, dotted names lose more: their parts become initials from the left, as far as needed.
+    """
     if all(len(name) <= width for name in names):
         return list(names)
     names = [name.removesuffix("_quantizer") for name in names]  # in a column of quantizers, the least telling part
+    cut = _cut(names, width)
+    return cut if len(set(cut)) == len(set(names)) else _cut([_initials(name, width) for name in names], width)
+
+
+def _cut(names: Sequence[str], width: int) -> list[str]:
     kept = width - 1
 
-    def cut(name: str, head: int) -> str:
+    def without_middle(name: str, head: int) -> str:
         return name if len(name) <= width else f"{name[:head]}…{name[len(name) - kept + head :]}"
 
-    head = max(
-        range(1, kept), key=lambda head: (len({cut(name, head) for name in names}), -abs(2 * head - kept)), default=0
-    )
-    return [cut(name, head) for name in names]
+    def quality(head: int) -> tuple[int, int]:
+        return len({without_middle(name, head) for name in names}), -abs(2 * head - kept)
+
+    head = max(range(1, kept), key=quality, default=0)
+    return [without_middle(name, head) for name in names]
+
+
+def _initials(name: str, width: int) -> str:
+    parts = name.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if sum(map(len, parts)) + len(parts) - 1 <= width:
+            break
+        parts[index] = part if part.isdecimal() else part[:1]
+    return ".".join(parts)
 
 
 def _fitted(

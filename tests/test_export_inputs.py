@@ -298,3 +298,16 @@ class Unwilling(Net):
 def test_a_module_that_cannot_be_copied_is_refused_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Found a Unwilling that cannot be copied \(not this one\)"):
         fit(tmp_path, Unwilling(), callback=qat(export="m.onnx"))
+
+
+# ---- other people's exporters ---------------------------------------------------------------------------------------
+
+
+def test_torchs_own_exporter_names_the_way_to_a_file_of_integers(tmp_path: Path) -> None:
+    model, x = calibrated(nn.Sequential(nn.Linear(4, 2)), torch.randn(4, 4)).eval(), torch.randn(4, 4)
+    with pytest.warns(UserWarning, match=r"no integers\. Use `lfq_lightning\.export_onnx`"):
+        torch.onnx.export(model, (x,), tmp_path / "float.onnx", dynamo=True, verbose=False)
+    with pytest.raises(RuntimeError, match=r"cannot see into fake quantization.*use `lfq_lightning\.export_onnx`"):
+        torch.onnx.export(model, (x,), str(tmp_path / "constant.onnx"), dynamo=False)
+    program = torch.export.export(model, (x,))
+    assert torch.equal(program.module()(x), model(x))

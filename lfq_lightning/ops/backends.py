@@ -88,6 +88,12 @@ def select(x: Tensor) -> ModuleType:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _constant(device: str) -> tuple[str, str | None]:
     """What serves a device, which compiled code looks up once, and what is forced."""
+    if torch.onnx.is_in_onnx_export():
+        warnings.warn(
+            "torch.onnx.export writes quantizers as operations in float: runtimes see nothing quantized in that file, "
+            "and no integers. Use `lfq_lightning.export_onnx`, which writes QuantizeLinear and integer weights.",
+            stacklevel=2,
+        )
     forced = os.environ.get("LFQ_BACKEND")
     return (_choose_and_warn(device, forced)[0] if device in ("cpu", "cuda") else "reference"), forced
 

@@ -49,6 +49,14 @@ class FakeQuantize(torch.autograd.Function):
             gradients = _OnceDifferentiable.apply(dy.new_zeros((), requires_grad=True), *gradients)
         return *gradients, None
 
+    @staticmethod
+    def symbolic(*_: Any) -> None:
+        """Refuse what would be written as a constant: torch's older exporter asks this, and sees no kernel's inside."""
+        raise RuntimeError(
+            "torch.onnx.export with dynamo=False cannot see into fake quantization. Found a quantizer: use "
+            "`lfq_lightning.export_onnx`, which writes QuantizeLinear and integer weights."
+        )
+
 
 class Unchanged(torch.autograd.Function):
     """y = x with the qparams in the graph, so that DDP finds every parameter used in every phase."""

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cli as example
 import pytest
 import yaml
 from digits import Digits, DigitsClassifier
@@ -115,3 +116,10 @@ def test_a_bad_value_is_rejected_with_the_path_of_its_key(
 def test_a_value_out_of_range_is_refused_in_our_words(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):
         callback(written(tmp_path / "bad.yaml", settings))
+
+
+def test_the_example_says_in_one_line_what_is_wrong_with_a_value(tmp_path: Path) -> None:
+    config = written(tmp_path / "bad.yaml", {"weight": 1})
+    with pytest.raises(SystemExit) as stopped:
+        example.CLI(DigitsClassifier, Digits, args=[config], run=False, save_config_callback=None)
+    assert stopped.value.code == "error: `weight`: `bits` must be between 2 and 16. Found 1: 2 are the fewest."

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lfq_lightning.checking import check_whole
@@ -22,6 +21,7 @@ from lfq_lightning.schedule import PHASES, Phase
 from lfq_lightning.training.loggers import log_histograms, log_picture
 from lfq_lightning.training.place import directory_for
 from lfq_lightning.training.run_files import RunFiles
+from lfq_lightning.training.telling import tell
 
 
 class Recorder:
@@ -70,9 +70,10 @@ class Recorder:
         if directory is not None and trainer.is_global_zero:
             self._files = RunFiles(directory, restored.get("path"), trainer.global_step)
         elif self.write_files and directory is None and not self._barebones:
-            rank_zero_info(
+            tell(
+                trainer,
                 "This run leaves no trajectory.csv and qparams.npz: it has no directory of its own. Give the Trainer a "
-                "logger that writes to one, or a `default_root_dir`."
+                "logger that writes to one, or a `default_root_dir`.",
             )
 
     def state_dict(self) -> dict[str, Any]:

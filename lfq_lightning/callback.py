@@ -19,24 +19,24 @@ from lfq_lightning.placement.host import FrozenLayers
 from lfq_lightning.rules import Rule, as_rules
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, as_schedule, weight_spec
+from lfq_lightning.training.copying import AtRest
+from lfq_lightning.training.counting import ModelSchedule
 from lfq_lightning.training.fit_export import FitExport
 from lfq_lightning.training.frozen_layers import settle_frozen_layers
 from lfq_lightning.training.module_hooks import add_note, meet_quantizers, note_on_checkpoints
 from lfq_lightning.training.neighbours import arrange, check_neighbours, require_gradients
 from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, ScheduleFactory
 from lfq_lightning.training.recorder import Recorder
-from lfq_lightning.training.resuming import explain_torn_checkpoint, open_epoch
-from lfq_lightning.training.run_length import check_configured_length, has_learned, settle_schedule
+from lfq_lightning.training.resuming import explain_torn_checkpoint, open_epoch, take_up
 from lfq_lightning.training.run_phases import RunPhases, begin, show_phase, warn_if_float, warn_if_unlearned
 from lfq_lightning.training.sentinel import Reaction, Sentinel
-from lfq_lightning.training.sharding import check_strategy
 from lfq_lightning.training.stillness import warn_if_still
 from lfq_lightning.training.user_optimizer import UserOptimizers, arranged_qparams, check_makers, make_optimizer
 from lfq_lightning.training.weight_steps import WeightSteps
 from lfq_lightning.training.wrapping import Wrappers
 
 
-class QuantizationAwareTraining(L.Callback):
+class QuantizationAwareTraining(AtRest):
     """Trains any LightningModule with learned fake quantization of its weights and activations.
 
     Quantizers are attached before the optimizers are made. They observe, then estimate, then learn their scale and
@@ -100,26 +100,29 @@ class QuantizationAwareTraining(L.Callback):
         self.rules, self.schedule = as_rules(rules), as_schedule(schedule)
         check_makers(optimizer, lr_schedule)
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
-        self.reobserve, self.compress_saved = reobserve, compress_saved
-        self.frozen_layers, self.record_every_n_steps, self.export = frozen_layers, record_every_n_steps, export
-
-        self._recorder, self._sentinel = Recorder(record_every_n_steps, write_files), Sentinel(on_collapse)
-        self._export, self._weight_steps = FitExport(export), WeightSteps()
+        self.reobserve, self.compress_saved, self.frozen_layers = reobserve, compress_saved, frozen_layers
+        self.record_every_n_steps, self.write_files = record_every_n_steps, write_files
+        self.on_collapse, self.export = on_collapse, export
         self.placement: Placement | None = None
         self.parity: Parity | None = None
+        self._rest()
+
+    def _rest(self) -> None:
+        self._recorder = Recorder(self.record_every_n_steps, self.write_files)
+        self._sentinel, self._export = Sentinel(self.on_collapse), FitExport(self.export)
+        self._weight_steps, self.model_schedule = WeightSteps(), ModelSchedule(self.schedule)
         self.qparam_optimizer: QParamOptimizer | UserOptimizers | None = None
-        self._schedule_in_force: PhaseSchedule | None = self.schedule
         self._phases = RunPhases(Found({}, {}), PhaseSchedule())  # of nothing, until training starts
         self._restored: dict[str, Any] = {}
         self._wrappers, self._arranged = Wrappers(), Wrappers()  # until training starts, and until the run ends
+
+    # ---- before the run ---------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Attach, and see to it that layers made later, optimizers and checkpoints meet the quantizers in order."""
         self._restored = {}  # a stage that does not train takes nothing up, and leaves it
         check_neighbours(trainer, self)
-        check_strategy(trainer)
-        if stage == "fit" and (self.reobserve or not has_learned(pl_module)):
-            check_configured_length(trainer, self.schedule)
+        self.model_schedule.check(trainer, pl_module, self.schedule, self.reobserve)
         attach = partial(self._attach, pl_module)
         meet_quantizers(self._wrappers, pl_module, attach, partial(arranged_qparams, pl_module, self.optimizer))
         arrange(self._arranged, trainer, pl_module)
@@ -137,25 +140,21 @@ class QuantizationAwareTraining(L.Callback):
         self.qparam_optimizer = make_optimizer(self._arranged, trainer, pl_module, self.optimizer, self.lr_schedule)
         self._weight_steps.follow(pl_module, trainer.optimizers)
         settle_frozen_layers(pl_module, trainer.optimizers, self.frozen_layers)
-        begin(pl_module, anew=not self._take_up() and self.reobserve)
+        begin(pl_module, anew=not take_up(self.qparam_optimizer, self._restored) and self.reobserve)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up a checkpoint, settle the schedule and where the trajectory goes, and enter the phase."""
-        self._take_up()  # strategies that shard restore a checkpoint after `on_fit_start`
-        before = self._restored
-        self._schedule_in_force, steps = settle_schedule(trainer, pl_module, self.schedule, before.get("schedule"))
+        take_up(self.qparam_optimizer, self._restored)  # strategies that shard restore it after `on_fit_start`
+        before, given = self._restored, self.schedule
+        schedule, steps = self.model_schedule.settle(trainer, pl_module, given, self.reobserve, before)
         found = Found.in_model(pl_module)  # nothing comes or goes while it trains
         self._recorder.open(trainer, found, steps, before.get("recorder", {}))
         self._sentinel.load_state_dict(before.get("sentinel", {}))
-        self._phases = RunPhases(found, self._schedule_in_force)
+        self._phases = RunPhases(found, schedule)
         show_phase(self._arranged, trainer, self._phases)
         self._phases.enter(trainer, pl_module)
 
-    def _take_up(self) -> bool:
-        if "qparam_optimizer" not in self._restored or self.qparam_optimizer is None:
-            return False
-        self.qparam_optimizer.load_state_dict(self._restored.pop("qparam_optimizer"))
-        return True
+    # ---- the run --------------------------------------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Enter the epoch's phase."""
@@ -167,9 +166,8 @@ class QuantizationAwareTraining(L.Callback):
         """Gather statistics from this batch's forward passes, and measure them where a record is due."""
         open_epoch(trainer)
         self._weight_steps.forget()
-        assert self.qparam_optimizer is not None
         self._phases.enter(trainer, pl_module)
-        self._recorder.log_epoch(trainer, pl_module, self.qparam_optimizer.learning_rates)
+        self._recorder.log_epoch(trainer, pl_module, self.qparam_optimizer)
         self._export.see(pl_module, batch)
         self._phases.before_batch()
         self._recorder.before_batch(trainer)
@@ -194,6 +192,8 @@ class QuantizationAwareTraining(L.Callback):
             self.qparam_optimizer.keep_still()
         self._weight_steps.remember(optimizer)
 
+    # ---- after the run ----------------------------------------------------------------------------------------------
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if the run ended before anything was learned."""
         warn_if_unlearned(trainer, pl_module)
@@ -211,26 +211,28 @@ class QuantizationAwareTraining(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave nothing behind but the quantizers."""
-        self._let_go(pl_module)
+        self._let_go(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the model usable."""
         explain_torn_checkpoint(trainer, exception)
-        self._let_go(pl_module)
+        self._let_go(trainer, pl_module)
 
-    def _let_go(self, pl_module: L.LightningModule) -> None:
+    def _let_go(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.model_schedule.end(trainer, pl_module)
         self._recorder.close()
         for attached in (self._wrappers, self._arranged, self._weight_steps, self.qparam_optimizer):
             if attached is not None:
                 attached.remove()
         set_gathering(quantizers(pl_module).values(), None)
 
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
     @wraps(L.Callback.state_dict, assigned=())  # Lightning then leaves it to us to refuse two, with the remedy
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """The schedule in force, the qparams' optimizer, what records and sentinel know; plain values and tensors."""
         state: dict[str, Any] = {"recorder": self._recorder.state_dict(), "sentinel": self._sentinel.state_dict()}
-        if self._schedule_in_force is not None:
-            state["schedule"] = self._schedule_in_force.to_dict()
+        state |= self.model_schedule.state_dict()
         if self.qparam_optimizer is not None:
             state["qparam_optimizer"] = self.qparam_optimizer.state_dict()
         return state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 Phase = Literal["off", "observe", "estimate", "learn", "freeze"]
@@ -75,6 +75,13 @@ class PhaseSchedule:
         if now >= self.estimate:
             return "estimate"
         return "observe" if now >= self.observe else "off"
+
+    def counted_from(self, epoch: int, step: int) -> PhaseSchedule:
+        """The same schedule for counts in which this epoch and step are its 0; what lies before theirs has begun."""
+        offset = epoch if self.unit == "epoch" else step
+        starts = {name: getattr(self, name) for name in ("observe", "estimate", "learn", "freeze")}
+        moved = {name: None if start is None else max(0, start + offset) for name, start in starts.items()}
+        return replace(self, **moved)  # type: ignore[arg-type]
 
     def check_reaches_learn(self, epochs: float, steps: float) -> None:
         """Raise ValueError if a run of this length ends before `learn` starts."""

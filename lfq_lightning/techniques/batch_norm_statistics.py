@@ -18,14 +18,15 @@ from lfq_lightning.checking import check_batches, check_function, check_whole, i
 from lfq_lightning.phases import model_phase
 from lfq_lightning.schedule import PHASES
 from lfq_lightning.techniques.batch_norm import batch_norms, reestimate_batch_norm
-from lfq_lightning.techniques.order import check_order, check_quantized
+from lfq_lightning.techniques.order import check_order, check_quantized, epochs_before
 from lfq_lightning.techniques.served import Served
+from lfq_lightning.training.copying import AtRest
 from lfq_lightning.training.run_length import is_dev_run, length_of
 
 Moment = int | Literal["off", "observe", "estimate", "learn", "freeze"]
 
 
-class BatchNormStatistics(L.Callback):
+class BatchNormStatistics(AtRest):
     """Freezes BatchNorm's running statistics from a point of the run on, or estimates them anew there.
 
     Frozen statistics are those that BatchNorm then normalizes by, as in eval mode; its affine parameters go on
@@ -79,6 +80,9 @@ class BatchNormStatistics(L.Callback):
         check_function("forward", forward, "the module and a batch")
         self.freeze, self.reestimate, self.batches = freeze, reestimate, batches
         self.loader, self.forward = loader, forward
+        self._rest()
+
+    def _rest(self) -> None:
         self._served = Served()
         self._done = False
         self._frozen: dict[_BatchNorm, bool] = {}
@@ -119,7 +123,7 @@ class BatchNormStatistics(L.Callback):
             )
 
     def _check_moments(self, trainer: L.Trainer, model: L.LightningModule) -> None:
-        epochs, _ = length_of(trainer)
+        epochs = length_of(trainer)[0] - epochs_before(trainer)
         for name, moment in (("freeze", self.freeze), ("reestimate", self.reestimate)):
             if isinstance(moment, str) and moment != "end":
                 check_quantized(self, model)  # phases are those of quantizers
@@ -132,7 +136,7 @@ class BatchNormStatistics(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Estimate anew where that is due."""
         if isinstance(self.reestimate, int):
-            due = trainer.current_epoch == self.reestimate
+            due = trainer.current_epoch - epochs_before(trainer) == self.reestimate
         else:
             due = not self._done and self.reestimate != "end" and _reached(self.reestimate, trainer, pl_module)
         if due:
@@ -211,5 +215,5 @@ def _reached(moment: Moment | str | None, trainer: L.Trainer, model: nn.Module) 
     if moment is None:
         return False
     if isinstance(moment, int):
-        return trainer.current_epoch >= moment
+        return trainer.current_epoch - epochs_before(trainer) >= moment
     return PHASES.index(model_phase(model)) >= PHASES.index(moment)

@@ -15,7 +15,7 @@ from lfq_lightning.observers import Observer
 from lfq_lightning.phases import forget_compiled_code
 from lfq_lightning.placement.host import hosts, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.techniques.order import check_order, check_quantized, quantization_callback
+from lfq_lightning.techniques.order import check_order, check_quantized, epochs_before, quantization_callback
 from lfq_lightning.training.neighbours import share_with_averages
 from lfq_lightning.training.telling import tell
 
@@ -143,7 +143,7 @@ class BitAnnealing(L.Callback):
         """Check what can be checked before anything is changed."""
         check_order(trainer, self)
         last = max(self.bits)
-        epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - epochs_before(trainer)
         if stage == "fit" and last >= epochs and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise ValueError(
                 f"The last stage of BitAnnealing starts at epoch {last}. Found a run of {epochs} epochs, which would "
@@ -170,8 +170,9 @@ class BitAnnealing(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Enter the epoch's stage."""
-        changed = self._enter(pl_module, self.stage(trainer.current_epoch))
-        if trainer.current_epoch >= max(self.bits):
+        epoch = trainer.current_epoch - epochs_before(trainer)
+        changed = self._enter(pl_module, self.stage(epoch))
+        if epoch >= max(self.bits):
             _let_go(pl_module)
         if changed:
             self._tell(trainer, pl_module, changed)
@@ -196,10 +197,8 @@ class BitAnnealing(L.Callback):
                 quantization.qparam_optimizer.forget(quantizer)
         share_with_averages(trainer, model)
         forget_compiled_code()
-        tell(
-            trainer,
-            f"Epoch {trainer.current_epoch}: {len(changed)} quantizers go to {self.stage(trainer.current_epoch)} bits.",
-        )
+        bits = self.stage(trainer.current_epoch - epochs_before(trainer))
+        tell(trainer, f"Epoch {trainer.current_epoch}: {len(changed)} quantizers go to {bits} bits.")
 
 
 def _let_go(model: nn.Module) -> None:

@@ -22,6 +22,7 @@ from lfq_lightning.reading import read_checkpoint
 from lfq_lightning.techniques.order import check_quantized
 from lfq_lightning.techniques.served import Served
 from lfq_lightning.techniques.teacher import Calls, float_copy
+from lfq_lightning.training.copying import AtRest
 from lfq_lightning.training.package import check_package
 from lfq_lightning.training.wrapping import Wrappers
 
@@ -50,7 +51,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
     return functional.kl_div(own, target, reduction="batchmean", log_target=True) * temperature**2
 
 
-class Distillation(L.Callback):
+class Distillation(AtRest):
     """Adds to the training loss how far the model's outputs are from those of its float teacher.
 
     The loss becomes (1 - weight) * loss + weight * KL, and KL is logged as `lfq/distillation`. The teacher is a
@@ -96,6 +97,9 @@ class Distillation(L.Callback):
         if not 0.0 < temperature < math.inf:
             raise ValueError(f"`temperature` must be positive and finite. Found {temperature}.")
         self.weight, self.temperature, self.output_of, self.teacher = weight, temperature, output_of, teacher
+        self._rest()
+
+    def _rest(self) -> None:
         self._served = Served()
         self._copy: L.LightningModule | None = None
         self._restored: dict[str, Any] | None = None
@@ -158,6 +162,8 @@ class Distillation(L.Callback):
         loss = given.get("loss") if isinstance(given, Mapping) else given
         if loss is None:
             return given
+        if self._copy is not None and self._copy.device != module.device:
+            self._copy.to(module.device)  # the module was moved since
         student, teacher = self._outputs(calls)
         distance = distillation_loss(student, teacher, self.temperature)
         module.log("lfq/distillation", distance.detach(), on_step=True, on_epoch=False)

@@ -15,6 +15,12 @@ def quantization_callback(trainer: L.Trainer) -> QuantizationAwareTraining | Non
     return next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
 
 
+def epochs_before(trainer: L.Trainer) -> int:
+    """How many epochs the Trainer had counted when the model's own count began: it goes on through all its fits."""
+    quantization = quantization_callback(trainer)
+    return 0 if quantization is None else quantization.model_schedule.since[0]
+
+
 def check_quantized(own: L.Callback, model: L.LightningModule) -> None:
     """Raise ValueError if there is nothing that a technique could work on, when a fit begins."""
     if first_quantizer(model) is None:

@@ -24,6 +24,7 @@ from lfq_lightning.techniques.oscillation import (
     integer_weights,
 )
 from lfq_lightning.techniques.served import Served
+from lfq_lightning.training.copying import AtRest
 from lfq_lightning.training.run_length import length_of
 
 _OSCILLATES = 0.005  # from this frequency on, Nagel et al. 2022 call a weight oscillating
@@ -31,7 +32,7 @@ _OSCILLATES = 0.005  # from this frequency on, Nagel et al. 2022 call a weight o
 Annealed = float | tuple[float, float]
 
 
-class OscillationControl(L.Callback):
+class OscillationControl(AtRest):
     """Measures which weights oscillate between two integer values, and dampens or freezes them.
 
     Nagel et al. 2022 (arXiv 2203.11086). While weights learn in a quantized phase, each step's integer values are
@@ -68,6 +69,9 @@ class OscillationControl(L.Callback):
         if not 0.0 < momentum <= 1.0:
             raise ValueError(f"`momentum` must be in (0, 1]. Found {momentum}.")
         self.momentum = momentum
+        self._rest()
+
+    def _rest(self) -> None:
         self._served = Served()
         self._forget()
         self._step_before = 0

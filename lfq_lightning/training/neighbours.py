@@ -16,6 +16,7 @@ from lfq_lightning.phases import model_phase
 from lfq_lightning.placement.host import INPUT, WEIGHT, hosts, qparams, quantizers
 from lfq_lightning.training.optimizer import hidden_qparams
 from lfq_lightning.training.package import change_of_import, check_package
+from lfq_lightning.training.sharding import check_strategy
 from lfq_lightning.training.wrapping import Wrappers
 
 SomeCallback = TypeVar("SomeCallback", bound=L.Callback)
@@ -28,9 +29,11 @@ def check_neighbours(trainer: L.Trainer, own: L.Callback) -> None:
 
     Raises:
         TypeError: if the Trainer is that of `pytorch_lightning`.
-        ValueError: if a callback that copies the model stands before ours, or the precision plugin swaps layers.
+        ValueError: if a callback that copies the model stands before ours, the precision plugin swaps layers, or the
+            strategy takes them apart.
     """
     check_package(trainer, own)
+    check_strategy(trainer)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     ours = sum(isinstance(callback, type(own)) for callback in callbacks)
     if ours > 1:

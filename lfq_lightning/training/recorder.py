@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import lightning as L
 import torch
@@ -22,6 +22,14 @@ from lfq_lightning.training.loggers import log_histograms, log_picture
 from lfq_lightning.training.place import directory_for
 from lfq_lightning.training.run_files import RunFiles
 from lfq_lightning.training.telling import tell
+
+
+class HasRates(Protocol):
+    """What steps qparams."""
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """One for each optimizer or group."""
 
 
 class Recorder:
@@ -80,13 +88,13 @@ class Recorder:
         """The interval, and where the rows are on the rank that writes them."""
         return {"every": self.interval, "path": None if self._files is None else self._files.name}
 
-    def log_epoch(self, trainer: L.Trainer, model: L.LightningModule, rates: Sequence[float]) -> None:
+    def log_epoch(self, trainer: L.Trainer, model: L.LightningModule, optimizer: HasRates | None) -> None:
         """Log the phase and the qparams' learning rate, in an epoch's first batch: a resumed epoch has no start."""
         if self._barebones or self._logged_epoch == trainer.current_epoch:
             return
         self._logged_epoch = trainer.current_epoch
         values: dict[str, float] = {"lfq/phase": PHASES.index(cast(Phase, self._phase))}
-        if rates:
+        if optimizer is not None and (rates := optimizer.learning_rates):
             values["lfq/lr"] = rates[0]
         for name, value in values.items():
             log(model, name, value, on_step=False, on_epoch=True, sync_dist=True)

@@ -8,6 +8,27 @@ from typing import Any
 _NOTHING = object()
 
 
+class _Wrapped:
+    """What stands in a method's place; in a copy of the object, the method stands there again."""
+
+    def __init__(self, target: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        self._target, self._name, self._wrapper = target, name, wrapper
+        self._original, self._before = getattr(target, name), target.__dict__.get(name, _NOTHING)
+        self.__code__ = type(self).__call__.__code__  # Lightning compares it to see whether a hook is overridden
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapper(self._original, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._before is _NOTHING:
+            return getattr, (self._target, self._name)  # the copy has nothing there yet but what its class has
+        return _itself, (self._before,)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
 class Wrappers:
     """Wraps bound methods of objects, and restores what was there."""
 
@@ -16,13 +37,7 @@ class Wrappers:
 
     def around(self, target: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Call `wrapper(original, *args, **kwargs)` in place of `target.name(*args, **kwargs)`."""
-        original = getattr(target, name)
-
-        # A plain function without functools.wraps: Lightning looks at its code to see whether a hook is overridden.
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return wrapper(original, *args, **kwargs)
-
-        self.put(target, name, wrapped)
+        self.put(target, name, _Wrapped(target, name, wrapper))
 
     def put(self, target: Any, name: str, replacement: Callable[..., Any]) -> None:
         """Have `target.name` be this, for instance an object that can be pickled with the target."""

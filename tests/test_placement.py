@@ -143,6 +143,13 @@ class Tied(nn.Module):
         self.decoder.weight = self.embedding.weight
 
 
+def test_a_rule_for_the_last_layer_holds_for_the_layers_that_are_tied_to_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight = model[1].weight
+    placement = lfq.attach(model, weight=4, activation=None, rules=[lfq.Rule("2", weight=4)])
+    assert [layer.weight.bits for layer in placement.layers] == [8, 4, 4]
+
+
 def test_layers_tied_to_the_first_or_last_keep_8_bits_with_it() -> None:
     layers = lfq.attach(Tied(), weight=4, activation=4).layers
     assert [(p.weight.bits, p.activation and p.activation.bits) for p in layers] == [(8, None), (8, 4), (8, 8)]

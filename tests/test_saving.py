@@ -67,6 +67,25 @@ def test_groups_and_a_channel_axis_of_the_input_are_rebuilt_too() -> None:
     assert all(torch.equal(gradient, compressed[name]) for name, gradient in plain.items())
 
 
+class Turned(nn.Linear):
+    """Keeps its input for backward as complex numbers, which are a view of the same memory."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        numbers = torch.view_as_complex(input.unflatten(-1, (-1, 2)))
+        return nn.functional.linear(torch.view_as_real(numbers * numbers).flatten(-2), self.weight, self.bias)
+
+
+def test_a_view_in_another_dtype_is_kept_as_it_is() -> None:
+    x = torch.randn(32, 64)
+    model = learned(nn.Sequential(Turned(64, 64)), x, rules=[lfq.Rule(Turned)])
+    twin = copy.deepcopy(model)
+    set_compressed(twin, True)
+    for each in (model, twin):
+        each(x).square().sum().backward()
+    for plain, compressed in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(plain.grad, compressed.grad)
+
+
 def test_bits_do_not_matter() -> None:
     x = torch.randn(32, 64)
     wide = lfq.QuantSpec(bits=12)

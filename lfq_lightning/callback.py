@@ -178,7 +178,9 @@ class QuantizationAwareTraining(AtRest):
         """Merge the batch's statistics over ranks, and record."""
         assert self.qparam_optimizer is not None
         self._phases.after_batch(trainer, pl_module)
-        for quantizer in self._sentinel.watch(trainer, pl_module, self._recorder.after_batch(trainer, pl_module)):
+        begun_anew = self._phases.follow_blank()
+        begun_anew += self._sentinel.watch(trainer, pl_module, self._recorder.after_batch(trainer, pl_module))
+        for quantizer in begun_anew:
             self.qparam_optimizer.forget(quantizer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

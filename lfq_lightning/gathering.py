@@ -103,6 +103,31 @@ def _estimate_inputs(quantizers: Iterable[LearnableFakeQuantize]) -> None:
     _estimate(again)
 
 
+def follow_blank(layers: Iterable[QuantizedLayer]) -> list[LearnableFakeQuantize]:
+    """Estimate anew scales of weights that were all zeros and have grown since; the quantizers whose scales were set.
+
+    Args:
+        layers: quantized layers, usually those of `blank_layers`.
+    """
+    found = ((layer.weight_quantizer, whole_weight(layer)) for layer in layers)
+    return [quantizer for quantizer, weight in found if quantizer is not None and quantizer.follow(weight)]
+
+
+def mark_blank(layers: Iterable[QuantizedLayer]) -> None:
+    """Note which channels of weights that have yet to learn are all zeros now."""
+    for layer in layers:
+        quantizer = layer.weight_quantizer
+        if quantizer is not None and not quantizer.learned:
+            quantizer.mark_blank(whole_weight(layer))
+
+
+def blank_layers(layers: Iterable[QuantizedLayer]) -> list[QuantizedLayer]:
+    """Those with a channel whose weight was all zeros when it was marked, or when its scale was set."""
+    return [
+        layer for layer in layers if layer.weight_quantizer is not None and layer.weight_quantizer.blank is not None
+    ]
+
+
 @torch.no_grad()
 def estimate_weights(layers: Iterable[QuantizedLayer], cheap: bool = False) -> None:
     """Set the qparams of weights that have not begun to learn from the weights as they are.

@@ -154,7 +154,7 @@ class Observer(Passing):
     @torch.no_grad()
     def settle(self) -> None:
         """Keep the range as it was found, and let go of what is only needed to go on observing."""
-        if not self.passing:
+        if self.whole or not self.passing:
             return
         seen = self.maximum.isfinite()
         for end, found in zip((self.minimum, self.maximum), self._found_range(), strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 # Their names in a state dict, where they stand while there is something in them.
-NAMES = ("histogram", "batches", "by_batch")
+NAMES = ("histogram", "batches", "by_batch", "blank")
 
 
 class Passing(nn.Module):

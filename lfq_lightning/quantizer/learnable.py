@@ -170,6 +170,7 @@ class LearnableFakeQuantize(Described, Observing):
             self.scale_reference.copy_(self.scale.detach())
             self.learned = True
             self.settle()
+            self.mark_blank()
 
     @torch.no_grad()
     def project_(self) -> None:

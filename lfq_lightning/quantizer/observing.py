@@ -12,6 +12,8 @@ from lfq_lightning.observers import Observer, Statistics
 from lfq_lightning.quantizer.saved import Role
 from lfq_lightning.spec import QuantSpec
 
+_GROWN = 1.25
+
 
 class Observing(nn.Module):
     """The part of a fake quantizer that observes and estimates.
@@ -29,6 +31,7 @@ class Observing(nn.Module):
 
     scale: Tensor
     zero_point: Tensor
+    scale_reference: Tensor
     observer: nn.Module
     spec: QuantSpec | None
     is_weight: bool
@@ -94,10 +97,65 @@ class Observing(nn.Module):
     @torch.no_grad()
     def estimate_from(self, x: Tensor) -> None:
         """Set the qparams from this tensor alone, as for a weight."""
-        if isinstance(self.observer, Observer):
-            self.observer.reset()
-        self.observer(x.detach())
+        observer, blank = self.observer, self.blank
+        if isinstance(observer, Observer):
+            observer.reset()
+            if blank is not None:
+                observer.passing["blank"] = blank
+        observer(x.detach())
         self.estimate()
+        self.mark_blank()
+
+    @property
+    def blank(self) -> Tensor | None:
+        """Which channels of a weight were all zeros when their scale was set, of shape (channels,); None for none."""
+        return self.observer.passing.get("blank") if isinstance(self.observer, Observer) else None
+
+    def mark_blank(self, weight: Tensor | None = None) -> None:
+        """Note which channels are all zeros, beside those that were before (copies to the host).
+
+        Args:
+            weight: the whole weight; None for what the observer saw of it last.
+        """
+        observer = self.observer
+        if not (self.is_weight and isinstance(observer, Observer)) or observer.minimum.is_meta:
+            return
+        blank = torch.maximum(-observer.minimum, observer.maximum) if weight is None else _size(observer, weight)
+        blank = blank == 0 if self.blank is None else (blank == 0) | self.blank
+        if bool(blank.any()):
+            observer.passing["blank"] = blank
+
+    @torch.no_grad()
+    def follow(self, weight: Tensor) -> bool:
+        """Estimate anew the scales of channels that were blank and have outgrown what they were estimated from.
+
+        A weight of zeros says nothing of its scale. Steps are relative, and elements beyond the range have no gradient:
+        from next to nothing neither gets away. So each such channel is estimated again whenever its largest magnitude
+        is a quarter above what it last was estimated from; between two times its scale learns.
+
+        Args:
+            weight: the whole weight.
+
+        Returns:
+            Whether any scale was set (copies to the host).
+        """
+        observer, blank = self.observer, self.blank
+        if blank is None or not isinstance(observer, Observer):
+            return False
+        low, high = observer.minimum.clone(), observer.maximum.clone()
+        grown = blank & (_size(observer, weight) > _GROWN * torch.maximum(-low, high))
+        if not bool(grown.any()):
+            return False
+        observer.reset()
+        observer(weight)
+        observer.passing["blank"] = blank
+        for own, new in zip((self.scale, self.zero_point), self.calculate_qparams(), strict=True):
+            own.copy_(torch.where(grown, new, own))
+        for end, before in ((observer.minimum, low), (observer.maximum, high)):
+            end.copy_(torch.where(grown, end, before))
+        if self.learned:
+            self.scale_reference.copy_(torch.where(grown, self.scale, self.scale_reference))
+        return True
 
     def settle(self) -> None:
         """Keep of what was observed the range alone, unless it is to be kept: a histogram is large."""
@@ -147,9 +205,16 @@ class Observing(nn.Module):
             )
 
 
+@torch.no_grad()
+def _size(observer: Observer, weight: Tensor) -> Tensor:
+    """The largest magnitude of each channel of a weight."""
+    return observer.statistics(weight.detach()).extremes[:2].amax(0)
+
+
 def _settle_loaded(quantizer: nn.Module, _: Any) -> None:
     """Let go of a histogram that a file of an earlier version holds of a quantizer which has learned or is frozen."""
     assert isinstance(quantizer, Observing)
     done = quantizer.learned or (quantizer.fake_quant_enabled and not quantizer.static_enabled)
-    if done and isinstance(quantizer.observer, Observer) and "batches" not in quantizer.observer.passing:
+    passing = quantizer.observer.passing if isinstance(quantizer.observer, Observer) else {}
+    if done and "histogram" in passing and "batches" not in passing:
         quantizer.settle()

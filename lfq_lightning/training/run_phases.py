@@ -8,7 +8,15 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lfq_lightning.gathering import Reduce, estimate_weights, merge_statistics, set_gathering
+from lfq_lightning.gathering import (
+    Reduce,
+    blank_layers,
+    estimate_weights,
+    follow_blank,
+    mark_blank,
+    merge_statistics,
+    set_gathering,
+)
 from lfq_lightning.phases import check_ranks_agree, go_on, join, leading_quantizer, model_phase, phase_of
 from lfq_lightning.placement.found import Found
 from lfq_lightning.placement.host import quantizers
@@ -34,6 +42,8 @@ class RunPhases:
         waiting = [quantizer for quantizer in found.quantizers.values() if not (quantizer.learned or quantizer.late)]
         self.phase = phase_of(waiting or found.quantizers.values())
         self._late = self._find_late()
+        mark_blank(found.layers.values())
+        self._blank = blank_layers(found.layers.values())
         self.told_still = False  # by `warn_if_still`
 
     def enter(self, trainer: L.Trainer, model: L.LightningModule) -> None:
@@ -47,12 +57,17 @@ class RunPhases:
             return
         go_on(self.found, phase)
         self._lead, self._late = leading_quantizer(self.found.quantizers.values()), self._find_late()
+        self._blank = blank_layers(self.found.layers.values())
         self.phase = phase
         self._tell(trainer, model)
         tell(
             trainer,
             f"Epoch {trainer.current_epoch}, step {trainer.global_step}: quantizers go from {before} to {phase}.",
         )
+
+    def follow_blank(self) -> list[LearnableFakeQuantize]:
+        """Estimate anew scales of weights that were all zeros and have grown; the quantizers whose scales were set."""
+        return follow_blank(self._blank) if self.phase in ("estimate", "learn") else []
 
     def before_batch(self) -> None:
         """Gather statistics in the coming forward passes."""

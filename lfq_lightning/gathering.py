@@ -67,16 +67,17 @@ def merge_statistics(quantizers: Mapping[str, LearnableFakeQuantize], reduce: Re
     if not seen:
         return None
     own, observers, parts = zip(*seen.values(), strict=True)
-    extremes = _merged([part.extremes for part in parts], "max", reduce)
-    sums = _merged([part.sums for part in parts], "sum", reduce)
-    update_all(observers, list(map(Statistics, extremes, sums)))
+    if reduce is not None:
+        extremes = _merged([part.extremes for part in parts], "max", reduce)
+        parts = tuple(map(Statistics, extremes, _merged([part.sums for part in parts], "sum", reduce)))
+    update_all(observers, parts)
     _estimate_inputs([quantizer for quantizer in own if quantizer.fake_quant_enabled and not quantizer.learned])
-    return Met(tuple(seen), _flags(extremes))
+    return Met(tuple(seen), _flags([part.extremes for part in parts]))
 
 
-def _merged(parts: list[Tensor], operation: Literal["max", "sum"], reduce: Reduce | None) -> list[Tensor]:
+def _merged(parts: list[Tensor], operation: Literal["max", "sum"], reduce: Reduce) -> list[Tensor]:
     sizes = [part.numel() for part in parts]
-    if reduce is None or not sum(sizes):
+    if not sum(sizes):
         return parts
     merged = reduce(torch.cat([part.flatten() for part in parts]), operation).split(sizes)
     return [flat.view_as(part) for flat, part in zip(merged, parts, strict=True)]
@@ -85,7 +86,7 @@ def _merged(parts: list[Tensor], operation: Literal["max", "sum"], reduce: Reduc
 def _flags(extremes: list[Tensor]) -> Tensor:
     """Positive where an entry of the third row is."""
     device = extremes[0].device
-    each = torch.cat([part[2].to(device) for part in extremes])
+    each = torch.cat([part if part.device == device else part.to(device) for part in extremes], dim=1)[2]
     if len(each) == len(extremes):
         return each
     sizes = torch.tensor([part.shape[1] for part in extremes], device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lfq_lightning as lfq
-from lfq_lightning.phases import model_phase
+from lfq_lightning.gathering import gathering, merge_statistics
+from lfq_lightning.phases import join, model_phase
 from lfq_lightning.records.trajectory import read_trajectory
 from tests.assertions import assert_bit_equal
 from tests.runs import every_epoch, fit, qat
@@ -146,6 +148,36 @@ def test_by_hand_it_stays_in_float_until_the_next_call_takes_it_along() -> None:
     lfq.set_phase(model, "learn")
     assert set(learned(model).values()) == {"learn"}
     assert not torch.equal(quantizer(negative), negative)
+
+
+def test_on_several_ranks_it_joins_everywhere_where_any_rank_had_data() -> None:
+    ranks = [Experts()]
+    ranks.append(copy.deepcopy(ranks[0]))
+    positive, negative = (batch[0] for batch in samples([1, -1]))
+    parts: list[Tensor] = []
+    for model in ranks:
+        lfq.attach(model, weight=4, activation=4)
+        lfq.calibrate(model, [positive])
+        with pytest.warns(UserWarning, match=NEVER):
+            lfq.set_phase(model, "learn")
+
+    def late(model: nn.Module) -> dict[str, lfq.LearnableFakeQuantize]:
+        return {name: q for name, q in lfq.quantizers(model).items() if q.late}
+
+    def keep(flat: Tensor, operation: str) -> Tensor:
+        parts.append(flat)
+        return flat
+
+    def other(flat: Tensor, operation: str) -> Tensor:
+        found = parts.pop(0)
+        return torch.maximum(flat, found) if operation == "max" else flat + found
+
+    for model, batch, reduce in zip(ranks, (negative, positive), (keep, other), strict=True):
+        with gathering(late(model).values()):
+            model(batch)
+            merge_statistics(late(model), reduce)
+        assert join(late(model).values(), "learn") == [model.experts[1].input_quantizer]
+    assert_bit_equal(ranks[1].experts[1].input_quantizer.scale, ranks[0].experts[1].input_quantizer.scale)
 
 
 def test_where_no_input_saw_data_nothing_can_learn() -> None:

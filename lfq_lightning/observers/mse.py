@@ -145,10 +145,10 @@ def _at_once(x: Tensor) -> int:
 def _parts(candidates: int, x: Tensor) -> Iterator[tuple[tuple[slice, slice], slice]]:
     """Parts of candidates and channels that are worked on at once, and the channels alone."""
     at_once = _at_once(x)
-    together = max(1, at_once // x.shape[1])
+    together = max(1, at_once // max(1, x.shape[1]))  # nothing but zeros leaves an empty histogram
     for first in range(0, len(x), together):
         channels = slice(first, first + together)
-        each = max(1, at_once // x[channels].numel())
+        each = max(1, at_once // max(1, x[channels].numel()))
         for k in range(0, candidates, each):
             yield (slice(k, k + each), channels), channels
 

@@ -91,7 +91,7 @@ class HistogramObserver(Observer):
     def _without_outliers(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The histogram and its range without values that are rare and apart, or of few batches."""
         counts = self.passing["histogram"]
-        inner = edges(counts.device)[0][:_PER_SIGN]
+        inner = edges(counts.device)[0][:_PER_SIGN].nan_to_num(torch.inf)  # the outermost bins are never used
         few = inner >= torch.maximum(high, -low).double()[:, None]  # `_range` has left them out
         outliers = rare_values((counts[:, :_PER_SIGN] + counts[:, _PER_SIGN:]).masked_fill(few, 0), _PER_OCTAVE) | few
         limit = torch.where(outliers, inner, torch.inf).amin(1).float()

@@ -116,3 +116,34 @@ def test_a_compiled_module_is_trained_recorded_and_loaded_with_plain_names(tmp_p
     made.save_checkpoint(tmp_path / "x.ckpt")
     again: Any = lfq.load_from_checkpoint(Wrapped, tmp_path / "x.ckpt")
     assert {q.phase for q in lfq.quantizers(again).values()} == {"learn"}
+
+
+class Masked(nn.Module):
+    """A head for those rows alone that a mask names, as for masked words, experts and key points."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.hidden, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.hidden(self.body(x)[mask]).relu())
+
+
+@pytest.mark.parametrize("phase", ["off", "learn", "freeze"])
+def test_a_length_that_depends_on_data_breaks_no_graph(phase: str) -> None:
+    model, x, mask = Masked(), torch.randn(16, 8), torch.arange(16) % 3 > 0
+    lfq.attach(model, weight=4, activation=4)
+    lfq.calibrate(model, [x], lambda model, x: model(x, mask))
+    lfq.set_phase(model, phase)
+    eager, counter = copy.deepcopy(model), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for chosen in (mask, ~mask, torch.zeros_like(mask)):
+        for net in (model, eager):
+            net.zero_grad()
+        outputs = [net(x, chosen) for net in (compiled, eager)]
+        torch.testing.assert_close(*outputs)
+        for output in outputs:
+            output.square().sum().backward()
+        for (name, one), other in zip(model.named_parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5, msg=name)
+    assert counter.frame_count == 1

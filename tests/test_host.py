@@ -155,3 +155,41 @@ def test_a_subclass_with_its_own_forward_keeps_what_that_sets_and_compiles() -> 
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), y)
     assert model[0].calls == 3
     torch.compiler.reset()
+
+
+def test_new_quantizers_are_in_the_mode_of_their_layers_and_inference_moves_no_scale() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    model[0].eval()  # a backbone that stays as it is, and a head that trains
+    lfq.attach(model)
+    for layer in (model[0], model[2]):
+        assert layer.weight_quantizer.training == layer.input_quantizer.training == layer.training
+    lfq.calibrate(model.eval(), [torch.randn(16, 4)])
+    before = {name: quantizer.scale.clone() for name, quantizer in lfq.quantizers(model).items()}
+    with torch.no_grad():
+        model(1000 * torch.randn(16, 4))
+    assert all(torch.equal(q.scale, before[name]) for name, q in lfq.quantizers(model).items())
+    assert not any(q.training for q in lfq.quantizers(model).values())
+    assert all(q.training for q in lfq.quantizers(model.train()).values())
+
+
+class ClampsInPlace(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x.clamp_(min=0.0), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("phase", ["off", "observe"])
+def test_a_layer_may_change_its_input_in_place_in_phases_that_compute_in_float(phase: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), ClampsInPlace(6, 6), nn.Linear(6, 2))
+    x = torch.randn(16, 6)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        hidden = model[0](x)
+        y = model[2](model[1](hidden) + hidden)  # which sees what the layer made of it
+        return y, *torch.autograd.grad(y.square().sum(), [layer.weight for layer in model])
+
+    expected = run()
+    lfq.attach(model, rules=[lfq.Rule(ClampsInPlace, weight=4, activation=4)])
+    lfq.set_phase(model, phase)
+    assert all(torch.equal(*pair) for pair in zip(run(), expected, strict=True))
+    model(x).sum().backward()
+    assert all((q.scale.grad == 0).all() for q in lfq.quantizers(model).values() if q.scale.grad is not None)

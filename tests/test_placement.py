@@ -289,3 +289,19 @@ def test_groups_along_the_inputs_have_a_scale_each_with_a_remainder() -> None:
     assert model[0].weight_quantizer.scale.shape == (9,)
     lfq.calibrate(model, [torch.randn(2, 70)])
     model(torch.randn(2, 70)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("layer", "sample"),
+    [(nn.Conv1d(3, 4, 1), (3, 6)), (nn.Conv2d(3, 4, 1), (3, 6, 5)), (nn.ConvTranspose2d(3, 4, 1), (3, 6, 5))],
+    ids=str,
+)
+def test_channels_of_an_input_are_found_with_a_batch_and_without(layer: nn.Module, sample: tuple[int, ...]) -> None:
+    model, x = nn.Sequential(layer), torch.randn(sample)
+    lfq.attach(model, weight=None, activation=lfq.QuantSpec(symmetric=False, granularity="per_channel"))
+    lfq.calibrate(model, [x])
+    alone, scales = model(x), layer.input_quantizer.scale.clone()
+    assert torch.equal(model(x[None])[0], alone)
+    layer.input_quantizer.forget()
+    lfq.calibrate(model, [x[None]])
+    assert torch.equal(layer.input_quantizer.scale, scales)

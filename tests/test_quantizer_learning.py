@@ -196,3 +196,40 @@ def test_learning_lowers_the_error_of_a_bad_first_range() -> None:
         quantizer.project_()
     errors = [float(((q(x) - x) ** 2).mean().detach()) for q in (before, quantizer)]
     assert errors[1] < 0.15 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "features"),
+    [
+        (nn.Linear(6, 2), (4, 6), 6),
+        (nn.Linear(6, 2), (6,), 6),
+        (nn.Linear(6, 2), (5, 4, 6), 6),  # (batch, time, features) or (time, batch, features)
+        (nn.Conv1d(3, 2, 1), (4, 3, 5), 15),
+        (nn.Conv1d(3, 2, 1), (3, 5), 15),  # one sample
+        (nn.Conv2d(3, 2, 1), (4, 3, 5, 7), 105),
+        (nn.Conv2d(3, 2, 1), (3, 5, 7), 105),
+        (nn.ConvTranspose2d(3, 2, 1), (3, 5, 7), 105),
+    ],
+    ids=str,
+)
+def test_the_lsq_factor_of_an_input_counts_the_features_of_its_layer(
+    layer: nn.Module, shape: tuple[int, ...], features: int
+) -> None:
+    model, x = nn.Sequential(layer), torch.rand(shape) * 3
+    lfq.attach(model, weight=None, activation=8)
+    lfq.calibrate(model, [x])
+    quantizer = layer.input_quantizer
+    found = {}
+    for quantizer.grad_factor in ("lsq", 1.0):
+        quantizer.phase = "learn"
+        found[quantizer.grad_factor] = scale_gradient(quantizer, x)
+    torch.testing.assert_close(found["lsq"], found[1.0] / math.sqrt(features * 255))
+
+
+def test_a_quantizer_placed_by_hand_is_told_which_dimensions_are_features() -> None:
+    x = torch.randn(7, 4, 6) * 40
+    plain = from_spec(symmetric=False, grad_factor=1.0)
+    for dims, elements in ((None, 24), (1, 6), (2, 24), (3, 168)):
+        lsq = from_spec(symmetric=False)
+        lsq.feature_dims = dims
+        torch.testing.assert_close(scale_gradient(lsq, x), scale_gradient(plain, x) / math.sqrt(elements * 255))

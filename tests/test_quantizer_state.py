@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao import quantization as ao
 
+import lfq_lightning as lfq
 from lfq_lightning import LearnableFakeQuantize, QuantSpec
 from lfq_lightning.observers import MinMaxObserver, MovingAverageObserver
 from lfq_lightning.schedule import PHASES
@@ -179,3 +180,130 @@ def test_a_quantizer_made_under_another_default_dtype_is_float32() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert {t.dtype for t in (*quantizer.parameters(), *quantizer.buffers())} == {torch.float32}
+
+
+# ---- qparams of another kind never reach a kernel -------------------------------------------------------------------
+
+
+def halved(model: nn.Module) -> dict[str, Any]:
+    """A state dict as a tool leaves it that halves every floating tensor."""
+    return {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_state_in_half_precision_loads_as_float32(assign: bool, inside: bool) -> None:
+    quantizer, loaded = used("spec"), MAKERS["spec"]()
+    modules = [nn.Sequential(nn.Linear(3, 3), q) if inside else q for q in (quantizer, loaded)]
+    state = halved(modules[0])
+    modules[1].load_state_dict(state, assign=assign)
+    assert {t.dtype for t in state.values() if t.is_floating_point()} == {torch.float16}
+    floating = [t for t in (*loaded.parameters(), *loaded.buffers()) if t.is_floating_point()]
+    assert torch.float16 not in {t.dtype for t in floating}
+    assert loaded.scale.dtype is torch.float32
+    torch.testing.assert_close(loaded.eval()(X), quantizer.eval()(X), rtol=1e-3, atol=1e-3)
+
+
+REFUSED = {
+    "half scale": (lambda q: q.scale.data.half(), "scale", TypeError, "`scale` must be float32.*torch.float16"),
+    "double zero point": (
+        lambda q: q.zero_point.data.double(),
+        "zero_point",
+        TypeError,
+        "`zero_point` must be float32",
+    ),
+    "scale on another device": (
+        lambda q: q.scale.data.to("meta"),
+        "scale",
+        ValueError,
+        "on the device of x, cpu.*meta",
+    ),
+    "zero point elsewhere": (lambda q: q.zero_point.data.to("meta"), "zero_point", ValueError, "device of x.*meta"),
+    "more zero points": (lambda q: torch.zeros(3), "zero_point", ValueError, "must have the same shape.*Found"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_qparams_of_another_kind_than_kernels_read_are_refused(kind: str, dtype: torch.dtype) -> None:
+    change, name, error, message = REFUSED[kind]
+    quantizer = used("affine")
+    setattr(quantizer, name, nn.Parameter(change(quantizer)))
+    with pytest.raises(error, match=message):
+        quantizer(X.to(dtype))
+    with pytest.raises(error, match=message):
+        quantizer.quantized(X.to(dtype))
+
+
+def test_no_mixture_of_dtypes_devices_strides_and_shapes_crashes() -> None:
+    """Whatever a quantizer is left with: the right numbers, or an error."""
+    generator = torch.Generator().manual_seed(0)
+
+    def any_of(*choices: Any) -> Any:
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    for _ in range(300):
+        quantizer, count = used("channels"), any_of(3, 3, 3, 1, 2, 0)
+        for name in ("scale", "zero_point"):
+            value = torch.rand(count, 2)[:, 0] + 0.1 if any_of(True, False) else torch.rand(count) + 0.1
+            value = any_of(value, value, value.half(), value.double(), value.to("meta"), value[:1], value.int())
+            if any_of(False, False, True):
+                value = torch.complex(value.float(), -value.float()).conj().imag  # lies in memory with the other sign
+            setattr(quantizer, name, nn.Parameter(value, requires_grad=value.is_floating_point()))
+        shape, dtype = any_of((4, 3), (2, 3, 2), (0, 3), (3,), ()), any_of(torch.float32, torch.float64, torch.bfloat16)
+        x = any_of(torch.randn(shape), torch.randn(shape).to("meta")).to(dtype).requires_grad_()
+        try:
+            y = quantizer(x)
+            y.sum().backward()
+        except (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError):
+            continue
+        assert (y.shape, y.dtype, y.device) == (x.shape, dtype, x.device)
+        if not x.is_meta:
+            plain = (quantizer.scale.detach().resolve_neg(), quantizer.zero_point.detach().resolve_neg())
+            expected = lfq.fake_quantize(x.detach(), *plain, quant_min=0, quant_max=15, axis=1)
+            assert_bit_equal(y.detach(), expected)
+
+
+# ---- made without values, on the meta device ------------------------------------------------------------------------
+
+
+@each_kind
+def test_a_quantizer_on_the_meta_device_gives_shapes(kind: str) -> None:
+    for phase in PHASES:
+        quantizer = MAKERS[kind]().to("meta")
+        quantizer.phase = phase
+        if "torch" not in kind or phase in ("off", "learn", "freeze"):
+            assert quantizer(X.to("meta")).shape == X.shape
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if "torch" not in kind])
+def test_a_quantizer_emptied_on_a_device_is_as_new_once_its_parameters_are_reset(kind: str) -> None:
+    quantizer, new = used(kind).to("meta").to_empty(device="cpu"), MAKERS[kind]()
+    for tensor in (*quantizer.parameters(), *quantizer.buffers()):
+        tensor.data.fill_(-7 if tensor.is_floating_point() else 99)  # what memory happens to hold
+    for module in quantizer.modules():
+        module.reset_parameters()
+    quantizer.phase, quantizer.quant_min, quantizer.quant_max = new.phase, new.quant_min, new.quant_max
+    quantizer.observer.quant_min, quantizer.observer.quant_max = new.quant_min, new.quant_max
+    assert not quantizer.saw_data()
+    assert not quantizer.learned
+    for each in (quantizer, new):
+        each.train()(X)
+    assert_same_quantizer(quantizer, new)
+
+
+def test_a_model_attached_on_the_meta_device_is_emptied_reset_and_trained() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))
+        lfq.attach(model, weight=4, activation=4)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    x = torch.randn(5, 2, 4, 4)
+    lfq.calibrate(model, [x])
+    lfq.set_phase(model, "learn")
+    model(x).square().sum().backward()
+    for name, quantizer in lfq.quantizers(model).items():
+        assert quantizer.scale.grad.isfinite().all(), name
+        assert 0 < quantizer.scale.max() < 10, name

@@ -196,3 +196,22 @@ def test_the_callback_trains_to_the_same_bits_with_it(tmp_path: Path) -> None:
     assert compressed.second.saved.stored < 0.5 * compressed.second.saved.full
     for key, value in plain.state_dict().items():
         assert not isinstance(value, Tensor) or torch.equal(compressed.state_dict()[key], value), key
+
+
+class ClampsInPlace(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.clamp_(min=0.0), self.weight, self.bias)
+
+
+def test_what_a_layer_has_changed_in_place_is_stored_as_it_is() -> None:
+    x = torch.randn(16, 64)
+    model = nn.Sequential(nn.Linear(64, 64), ClampsInPlace(64, 64))
+    model = learned(model, x, rules=[lfq.Rule(ClampsInPlace, weight=4, activation=4)])
+    found = {}
+    for compress in (False, True):
+        set_compressed(model, compress)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        found[compress] = [p.grad for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(found[False], found[True], strict=True))
+    assert model[1].saved.stored < model[1].saved.full  # the weight

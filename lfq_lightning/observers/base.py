@@ -186,6 +186,10 @@ class Observer(Passing):
         self.maximum.fill_(-torch.inf)
         self.passing = {}
 
+    def reset_parameters(self) -> None:
+        """Forget everything, as after `to_empty` on a new device."""
+        self.reset()
+
     @torch.no_grad()
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point, each float32 of shape (channels,); 1 and 0 where nothing was seen."""

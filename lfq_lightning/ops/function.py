@@ -1,89 +1,17 @@
-"""The fake-quantize operation and its gradients, whichever implementation computes them."""
+"""The fake-quantize operation, whichever implementation computes it."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
-from lfq_lightning.ops.backends import select
+from lfq_lightning.ops.autograd import quantize, readable, refuse
 from lfq_lightning.ops.layout import check_scales
 
 Saturation = Literal["lsq", "exclusive", "inclusive"]
 
-# quant_min, quant_max, axis, group_size, grad_factor and saturation: one argument costs autograd less than six.
-Settings = tuple[int, int, int | None, int | None, float, str]
-
 LARGEST_CODE = 2**16
-
-
-class FakeQuantize(torch.autograd.Function):
-    """y = (clamp(round(x / s) + z, quant_min, quant_max) - z) * s with learnable s and z; nothing is checked here.
-
-    Backward keeps x and the few numbers that forward used, so changing the qparams between the two is harmless. With a
-    `grad_factor` of 0 the qparams get no gradient, and stay in the graph.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        settings: Settings,
-    ) -> Tensor:
-        backend = select(x)
-        y, qparams = backend.forward(x, scale, zero_point, *settings[:4])
-        ctx.save_for_backward(x)
-        ctx.call = backend, qparams, settings
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        backend, qparams, settings = ctx.call
-        needs, learn = ctx.needs_input_grad, settings[4] != 0.0
-        gradients = backend.backward(dy, x, qparams, *settings, learn and needs[1], learn and needs[2])
-        if torch.is_grad_enabled():
-            gradients = _OnceDifferentiable.apply(dy.new_zeros((), requires_grad=True), *gradients)
-        return *gradients, None
-
-    @staticmethod
-    def symbolic(*_: Any) -> None:
-        """Refuse what would be written as a constant: torch's older exporter asks this, and sees no kernel's inside."""
-        raise RuntimeError(
-            "torch.onnx.export with dynamo=False cannot see into fake quantization. Found a quantizer: use "
-            "`lfq_lightning.export_onnx`, which writes QuantizeLinear and integer weights."
-        )
-
-
-class Unchanged(torch.autograd.Function):
-    """y = x with the qparams in the graph, so that DDP finds every parameter used in every phase."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return dy, None, None
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """Hands gradients on, and refuses to be differentiated itself."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if g is None else g.view_as(g) for g in gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "fake_quantize can be differentiated once: a straight-through estimator has no second derivative. Found a "
-            "backward pass through its gradients (a gradient penalty?): compute that term with the quantizers in "
-            'phase "off".'
-        )
 
 
 def fake_quantize(
@@ -117,7 +45,8 @@ def fake_quantize(
         quant_max: the largest integer code. The range may exclude 0.
         axis: the dimension of x with one scale per index; None for one scale in all.
         group_size: for a weight of shape (O, I, ...), how many neighbouring inputs share one scale.
-        grad_factor: multiplies the gradients of scale and zero point; LSQ uses 1 / sqrt(N * quant_max).
+        grad_factor: multiplies the gradients of scale and zero point; LSQ's is 1 / sqrt(N * Q), with N the elements
+            that share one scale, the batch not counted, and Q = max(|quant_min|, |quant_max|).
         saturation: which elements count as saturated in the gradients. "lsq": those with round-free x / s outside the
             range; "exclusive": those whose rounded value is outside (PyTorch's kernels); "inclusive": for scale and
             zero point also those that lie on the range's ends.
@@ -137,7 +66,7 @@ def fake_quantize(
     """
     _check(x, scale, zero_point, quant_min, quant_max, axis, group_size, grad_factor, saturation)
     settings = (quant_min, quant_max, axis, group_size, float(grad_factor), saturation)
-    return FakeQuantize.apply(x, scale, zero_point, settings)
+    return quantize(x, scale, zero_point, settings)
 
 
 def check_range(quant_min: int, quant_max: int) -> None:
@@ -180,19 +109,12 @@ def _check(
     if not x.is_floating_point():
         raise TypeError(f"`x` must be a floating tensor. Found {x.dtype}: convert it first, or leave it unquantized.")
     for name, p in (("scale", scale), ("zero_point", zero_point)):
-        if p.dtype is not torch.float32:
-            raise TypeError(f"`{name}` must be float32, whatever the dtype of x. Found {p.dtype}: use `.float()`.")
         if p.ndim != 1:
             raise ValueError(
                 f"`{name}` must have one dimension. Found shape {tuple(p.shape)}: use shape (1,) for one value."
             )
-        if p.device != x.device:
-            raise ValueError(f"`{name}` must be on the device of x, {x.device}. Found {p.device}: move it there.")
-    if scale.shape != zero_point.shape:
-        raise ValueError(
-            "`scale` and `zero_point` must have the same shape. Found "
-            f"{tuple(scale.shape)} and {tuple(zero_point.shape)}."
-        )
+    if not readable(x, scale, zero_point):
+        refuse(x, scale, zero_point)
     if axis is not None and group_size is not None:
         raise ValueError(f"Give `axis` or `group_size`, not both. Found axis={axis}, group_size={group_size}.")
     if group_size is not None and group_size < 1:

@@ -40,10 +40,11 @@ INLINE float fake_quantized(float x, float s, float low, float high) {
     return round_half_even(clamp(x / s, low, high)) * s;
 }
 
+// `through` is what x's gradient is where it passes.
 struct Terms { float dx, scale, zero_point; };  // zero_point without its factor -s
 
 template <int SATURATION>
-INLINE Terms gradient_terms(float x, float g, float s, float low, float high) {
+INLINE Terms gradient_terms(float x, float g, float through, float s, float low, float high) {
     const float u = x / s;
     const float c = round_half_even(clamp(u, low, high));
     bool passes, learns;
@@ -56,7 +57,7 @@ INLINE Terms gradient_terms(float x, float g, float s, float low, float high) {
     }
     const bool finite = __builtin_fabsf(x) <= 0x1.fffffep127f;
     const float weight = learns ? c - u : c;
-    return {passes & finite ? g : 0.0f, finite ? g * weight : 0.0f, finite & !learns ? g : 0.0f};
+    return {passes & finite ? through : 0.0f, finite ? g * weight : 0.0f, finite & !learns ? g : 0.0f};
 }
 
 // ---- kernels: the elements of a run share one scale; in rows, each column has its own ------------------------------
@@ -78,6 +79,19 @@ INLINE void forward_of(const T* UNALIASED x, T* UNALIASED y, int64_t rows, int64
                        const float* UNALIASED low, const float* UNALIASED high) {
     for (int64_t r = 0; r < rows; ++r, x += width, y += width)
         for (int64_t c = 0; c < width; ++c) store(y[c], fake_quantized(load(x[c]), s[c], low[c], high[c]));
+}
+
+// The gradient of x is g where it passes. Of float64 a strip holds whether it does, since float32 does not hold g.
+template <typename T>
+INLINE float through(float g) { return g; }
+template <>
+INLINE float through<double>(float) { return 1.0f; }
+
+template <typename S, typename T>
+INLINE void write_passed(const S& strip, T* to, const T*, int n) { strip.write(to, n); }
+template <typename S>
+INLINE void write_passed(const S& strip, double* to, const double* g, int n) {
+    for (int j = 0; j < n; ++j) to[j] = strip.space[j] != 0.0f ? g[j] : 0.0;
 }
 
 // What gradients are asked for; the kernels come in one version for each answer.
@@ -120,12 +134,12 @@ INLINE void backward_of(const Run<T>& run) {
         float* UNALIASED dx = dx_strip.target(run.dx + i);
 #pragma omp simd
         for (int j = 0; j < n; ++j) {
-            const Terms t = gradient_terms<SATURATION>(x[j], g[j], s, low, high);
+            const Terms t = gradient_terms<SATURATION>(x[j], g[j], through<T>(g[j]), s, low, high);
             dx[j] = t.dx;
             if (SCALE) scale[j] += t.scale;
             if (ZERO_POINT) zero_point[j] += t.zero_point;
         }
-        dx_strip.write(run.dx + i, n);
+        write_passed(dx_strip, run.dx + i, run.g + i, n);
     }
     if (SCALE) *run.scale = sum_strip(scale, sums);
     if (ZERO_POINT) *run.zero_point = sum_strip(zero_point, sums);
@@ -154,12 +168,12 @@ INLINE void backward_of(const Rows<T>& all) {
             float *UNALIASED scale = all.scale + begin, *UNALIASED zero_point = all.zero_point + begin;
 #pragma omp simd
             for (int c = 0; c < n; ++c) {
-                const Terms t = gradient_terms<SATURATION>(x[c], g[c], s[c], low[c], high[c]);
+                const Terms t = gradient_terms<SATURATION>(x[c], g[c], through<T>(g[c]), s[c], low[c], high[c]);
                 dx[c] = t.dx;
                 if (SCALE) scale[c] += t.scale;
                 if (ZERO_POINT) zero_point[c] += t.zero_point;
             }
-            dx_strip.write(all.dx + at, n);
+            write_passed(dx_strip, all.dx + at, all.g + at, n);
         }
     }
 }

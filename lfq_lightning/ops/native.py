@@ -143,6 +143,8 @@ def forward(
     qparams = torch.empty_like(ready.qparams)
     if ready.many:
         scale, zero_point = scale.contiguous(), zero_point.contiguous()
+    if scale.is_neg() or zero_point.is_neg():
+        scale, zero_point = scale.resolve_neg(), zero_point.resolve_neg()
     ready.forward(
         _pack_forward(
             ready.layout,

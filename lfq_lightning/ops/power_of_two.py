@@ -68,21 +68,33 @@ def nearest_power_of_two(scale: Tensor) -> Tensor:
         >>> nearest_power_of_two(torch.tensor([0.25, 0.35, 0.36, 3.0]))
         tensor([0.2500, 0.2500, 0.5000, 4.0000])
     """
-    return _Nearest.apply(scale)
+    # Without `apply`, whose look at the signature costs more than the rest, where nothing but the call itself is left.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _Nearest.apply(scale)
+    return _call(scale)
 
 
 class _Nearest(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scale: Tensor) -> Tensor:
-        nearest = _exponent_of(scale, _MANTISSA + 1 - _ABOVE_SQRT_2)
-        ctx.save_for_backward(nearest / scale.clamp(min=EPS))
+    def forward(scale: Tensor) -> Tensor:
+        return _exponent_of(scale, _MANTISSA + 1 - _ABOVE_SQRT_2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output / inputs[0].clamp(min=EPS))
         ctx.set_materialize_grads(False)  # where a quantizer does not learn there is no gradient, and not zero
-        return nearest
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> Tensor | None:
         (ratio,) = ctx.saved_tensors
         return None if gradient is None else gradient * ratio
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None], scale: Tensor) -> tuple[Tensor, int | None]:
+        return nearest_power_of_two(scale), in_dims[0]
+
+
+_call = super(torch.autograd.Function, _Nearest).apply
 
 
 def _exponent_of(scale: Tensor, carry: int) -> Tensor:

@@ -28,12 +28,15 @@ def forward(
     axis: int | None,
     group_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Y = (clamp(round(x / s) + z, quant_min, quant_max) - z) * s, rounding half to even, and what backward needs."""
+    """Y = (clamp(round(x / s) + z, quant_min, quant_max) - z) * s, rounding half to even, and what backward needs.
+
+    The second result is s, quant_min - z and quant_max - z, shape (3, scales), whatever the backend.
+    """
     check_scales(x.shape, axis, group_size, scale.numel())
-    qparams = effective(scale, zero_point, quant_min, quant_max)
-    s, z = (spread(p, x.shape, axis, group_size) for p in qparams)
+    used = effective(scale, zero_point, quant_min, quant_max)
+    s, z = (spread(p, x.shape, axis, group_size) for p in used)
     q = torch.clamp((x.float() / s).round() + z, quant_min, quant_max)
-    return ((q - z) * s).to(x.dtype), qparams
+    return ((q - z) * s).to(x.dtype), torch.stack((used[0], quant_min - used[1], quant_max - used[1]))
 
 
 def backward(
@@ -53,11 +56,10 @@ def backward(
 
     LSQ (Esser et al. 2020), equations 3 and 5, with LSQ+ (Bhalgat et al. 2020), section 3.1, for the zero point.
     """
-    s, z = (spread(p, x.shape, axis, group_size) for p in qparams)
+    s, low, high = (spread(p, x.shape, axis, group_size) for p in qparams)
     value, g = x.float(), dy.float()
     u = value / s
     r = u.round()
-    low, high = quant_min - z, quant_max - z
     finite = value.isfinite()
     if saturation == "lsq":
         passes = learns = (low < u) & (u < high)
@@ -65,7 +67,7 @@ def backward(
         passes = learns = (low <= r) & (r <= high)
     else:
         passes, learns = (low <= r) & (r <= high), (low < r) & (r < high)
-    dx = torch.where(passes & finite, g, 0.0).to(x.dtype)
+    dx = torch.where(passes & finite, dy, 0.0).to(x.dtype)  # as it came: float64 holds what float32 does not
     d_scale = d_zero_point = None
     if need_scale:
         c = torch.clamp(r, low, high)
@@ -90,7 +92,8 @@ def spread(p: Tensor, shape: torch.Size, axis: int | None, group_size: int | Non
 
 def _share_sums(terms: Tensor, axis: int | None, group_size: int | None, scales: int) -> Tensor:
     """The sum of the terms that share one scale, shape (scales,)."""
-    if terms.numel() == 0:
+    compiling = torch.compiler.is_compiling()  # a length that depends on data is then not known
+    if not compiling and terms.numel() == 0:
         return terms.new_zeros(scales)
     if group_size is not None:
         rows, inputs = terms.shape[:2]
@@ -102,9 +105,7 @@ def _share_sums(terms: Tensor, axis: int | None, group_size: int | None, scales:
         flat = terms.reshape(1, -1)
     else:
         flat = terms.movedim(axis, 0).reshape(terms.shape[axis], -1)
-    if torch.compiler.is_compiling():
-        return flat.sum(1)
-    return _pairwise_sum(flat)
+    return flat.sum(1) if compiling else _pairwise_sum(flat)
 
 
 def _pairwise_sum(flat: Tensor) -> Tensor:

@@ -100,8 +100,8 @@ def _forward(
             kernels.forward_kernel[(programs,)](
                 x,
                 y,
-                scale.contiguous(),
-                zero_point.contiguous(),
+                scale.resolve_neg().contiguous(),
+                zero_point.resolve_neg().contiguous(),
                 qparams,
                 float(quant_min),
                 float(quant_max),

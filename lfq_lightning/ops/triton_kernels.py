@@ -38,7 +38,7 @@ def _used(scale, zero_point, quant_min, quant_max):
 
 @triton.jit
 def _terms(x, g, s, low, high, SATURATION: tl.constexpr):
-    """One element's gradient for x, its term for the scale, and for the zero point without the factor -s."""
+    """Whether one element's gradient passes to x, its term for the scale, and for the zero point without the -s."""
     u = tl.div_rn(x, s)
     c = _round_half_even(_clamp(u, low, high))
     if SATURATION == "lsq":
@@ -53,7 +53,7 @@ def _terms(x, g, s, low, high, SATURATION: tl.constexpr):
     finite = tl.abs(x) <= _LARGEST
     weight = tl.where(learns, c - u, c)
     return (
-        tl.where(passes & finite, g, 0.0),
+        passes & finite,
         tl.where(finite, g * weight, 0.0),
         tl.where(learns, 0.0, tl.where(finite, g, 0.0)),
     )
@@ -172,9 +172,9 @@ def backward_runs_kernel(
         inside = column < length[:, None]
         at = start[:, None] + column
         value = tl.load(x + at, inside, 0.0).to(tl.float32)
-        upstream = tl.load(g + at, inside, 0.0).to(tl.float32)
-        to_x, to_scale, to_zero_point = _terms(value, upstream, s, low, high, SATURATION)
-        tl.store(dx + at, to_x.to(dx.dtype.element_ty), inside)
+        upstream = tl.load(g + at, inside, 0.0)  # to x as it came: float64 holds what float32 does not
+        passes, to_scale, to_zero_point = _terms(value, upstream.to(tl.float32), s, low, high, SATURATION)
+        tl.store(dx + at, tl.where(passes, upstream, 0.0), inside)
         scale_sum += to_scale
         zero_point_sum += to_zero_point
     if NEED_SCALE:
@@ -222,9 +222,9 @@ def backward_columns_kernel(
         inside = (line < rows)[:, None] & within[None, :]
         at = line[:, None] * width + column[None, :]
         value = tl.load(x + at, inside, 0.0).to(tl.float32)
-        upstream = tl.load(g + at, inside, 0.0).to(tl.float32)
-        to_x, to_scale, to_zero_point = _terms(value, upstream, s, low, high, SATURATION)
-        tl.store(dx + at, to_x.to(dx.dtype.element_ty), inside)
+        upstream = tl.load(g + at, inside, 0.0)  # to x as it came: float64 holds what float32 does not
+        passes, to_scale, to_zero_point = _terms(value, upstream.to(tl.float32), s, low, high, SATURATION)
+        tl.store(dx + at, tl.where(passes, upstream, 0.0), inside)
         scale_sum += to_scale
         zero_point_sum += to_zero_point
     to = block.to(tl.int64) * width + column

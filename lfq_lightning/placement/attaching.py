@@ -136,16 +136,24 @@ def _weight_quantizer(layer: nn.Module, spec: QuantSpec) -> LearnableFakeQuantiz
         channels = weight.shape[axis]
     elif spec.group_size is not None:
         channels = weight.shape[0] * math.ceil(weight.shape[1] / spec.group_size)
-    return LearnableFakeQuantize.from_spec(spec, channels, weight=True, axis=axis, device=weight.device).start_off()
+    made = LearnableFakeQuantize.from_spec(spec, channels, weight=True, axis=axis, device=weight.device)
+    return made.start_off().train(layer.training)
 
 
 def _activation_quantizer(layer: nn.Module, spec: QuantSpec | None) -> LearnableFakeQuantize | None:
     if spec is None:
         return None
-    channels, axis = input_channels(layer) if spec.granularity == "per_channel" else (None, None)
+    channels, axis = input_channels(layer)
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return LearnableFakeQuantize.from_spec(spec, channels, axis=axis, device=weight.device).start_off()
+    made = LearnableFakeQuantize.from_spec(
+        spec,
+        channels if spec.granularity == "per_channel" else None,
+        axis=axis,
+        feature_dims=-axis,
+        device=weight.device,
+    )
+    return made.start_off().train(layer.training)
 
 
 def detach(model: nn.Module) -> None:

@@ -43,7 +43,11 @@ class QuantizedLayer(nn.Module):
             kwargs = {name: _quantize(quantizer, a, learn) for name, a in kwargs.items()}
         used = weight
         if self.weight_quantizer is not None:
-            used = _quantize(self.weight_quantizer, weight, learn)
+            used = self.weight_quantizer(weight, learn)
+        # Both by the weight: the layer's own computation may change its input in place, and gets it as it was given.
+        for each in (quantizer, self.weight_quantizer):
+            if each is not None:
+                used = each.in_graph(used)
         if self.saved is None:
             return self._compute(self, used, *args, **kwargs)
         pairs = zip((*args, *kwargs.values(), used), (*given, weight), strict=True)
@@ -66,7 +70,7 @@ class QuantizedLayer(nn.Module):
 
 
 def _quantize(quantizer: LearnableFakeQuantize, value: Any, learn: bool) -> Any:
-    return quantizer.in_graph(quantizer(value, learn)) if _is_floating(value) else value
+    return quantizer(value, learn) if _is_floating(value) else value
 
 
 def _is_floating(value: Any) -> bool:

@@ -114,5 +114,12 @@ def check_quantizable(name: str, layer: nn.Module, weight: QuantSpec | None, act
 
 
 def input_channels(layer: nn.Module) -> tuple[int, int]:
-    """How many channels a layer's input has, and which dimension they are: the last of a Linear's, which may be any."""
-    return (layer.in_features, -1) if isinstance(layer, nn.Linear) else (int(layer.in_channels), 1)  # type: ignore[arg-type]
+    """How many channels a layer's input has, and which dimension they are, counted from the last.
+
+    There the features of one sample begin: what stands before is a batch, or nothing where a convolution is given one
+    sample, or time and batch in any order, which a Linear treats alike.
+    """
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, -1
+    assert isinstance(layer.weight, Tensor)
+    return int(layer.in_channels), 1 - layer.weight.ndim  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lfq_lightning.ops import FakeQuantize
+from lfq_lightning.ops import quantize
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 
@@ -55,7 +55,7 @@ class _Recipe:
                 "operation out of place there (relu instead of relu_)."
             )
         with torch.no_grad():
-            return FakeQuantize.apply(self._source, *self._qparams, self._settings)
+            return quantize(self._source, *self._qparams, self._settings)
 
     @property
     def nbytes(self) -> int:
@@ -95,11 +95,12 @@ class _Saving:
     """Packs what autograd saves of some fake-quantized tensors as recipes, and rebuilds it on demand.
 
     Tensors are recognised by their storage, so views of them (a transposed weight, a flattened input) count. What is
-    saved beside them, such as autocast's copies, is stored as usual.
+    saved beside them, such as autocast's copies or what the layer has changed in place, is stored as usual.
     """
 
     def __init__(self, quantized: Iterable[Quantized]) -> None:
-        self._known = {q.value.untyped_storage().data_ptr(): q for q in quantized if q.quantizer.quantizes}
+        made = [q for q in quantized if q.quantizer.quantizes]
+        self._known = {q.value.untyped_storage().data_ptr(): (q, q.value._version) for q in made}
         self._packed: dict[int, _Recipe] = {}
         self.full = self.stored = 0
 
@@ -107,11 +108,12 @@ class _Saving:
         """A saved tensor, or its recipe and its place in the tensor that it makes."""
         self.full += tensor.nbytes
         key = tensor.untyped_storage().data_ptr()
-        if key not in self._known or tensor.dtype is not self._known[key].value.dtype:
+        quantized, version = self._known.get(key, (None, 0))
+        if quantized is None or tensor.dtype is not quantized.value.dtype or tensor._version != version:
             self.stored += tensor.nbytes
             return tensor
         if key not in self._packed:
-            self._packed[key] = _Recipe(self._known[key])
+            self._packed[key] = _Recipe(quantized)
             self.stored += self._packed[key].nbytes
         return self._packed[key], tensor.shape, tensor.stride(), tensor.storage_offset()
 

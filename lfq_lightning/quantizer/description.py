@@ -74,6 +74,11 @@ class Described(Switches, nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        # With `assign=True` a state takes the place of the tensors here, and kernels read float32.
+        for name, own in (*self.named_parameters(), *self.named_buffers()):
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.dtype is not own.dtype:
+                state_dict[prefix + name] = given.to(own.dtype)
         rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         unexpected_keys[:] = [key for key in unexpected_keys if not key.endswith(NOTE)]  # it is for other models

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.checking import check_flags, check_number
+from lfq_lightning.checking import check_flags
 from lfq_lightning.observers import OBSERVERS, check_observer
-from lfq_lightning.ops import FakeQuantize, Unchanged, check_range, effective, nearest_power_of_two, saturation
+from lfq_lightning.ops import check_range, effective, in_graph_of, nearest_power_of_two, quantize, saturation
 from lfq_lightning.quantizer.description import Described
+from lfq_lightning.quantizer.lsq_factor import lsq_factor
 from lfq_lightning.quantizer.observing import Observing
+from lfq_lightning.quantizer.start import check_start
 from lfq_lightning.spec import QuantSpec
 
 
@@ -20,7 +20,8 @@ class LearnableFakeQuantize(Described, Observing):
 
     Learned Step Size Quantization (Esser et al. 2020) and LSQ+ (Bhalgat et al. 2020), with the states of PyTorch's
     `_LearnableFakeQuantize`. Used alone, the module observes its inputs and sets its qparams in `forward` while it is
-    training; under `QuantizationAwareTraining` it only gathers statistics, which are merged after each batch.
+    in training mode, as a module of your own is when it is made, whatever the mode of the model that it is put into;
+    under `QuantizationAwareTraining` it only gathers statistics, which are merged after each batch.
 
     Args:
         observer: finds ranges; one of `lfq_lightning.observers`, or any module with `calculate_qparams()` such as
@@ -37,6 +38,8 @@ class LearnableFakeQuantize(Described, Observing):
         scale: float32 parameter of shape (channels,), in units of x per integer step.
         zero_point: the same shape, in integer steps; a constant buffer where it does not learn.
         scale_reference: the scale on entering `learn`, in whose units it learns.
+        feature_dims: how many of an input's last dimensions are features, of which LSQ's gradient factor counts the
+            elements. None: all but the first, which is then the batch; for (time, batch, features) set it to 1.
 
     Raises:
         ValueError: if the range, `channel_len`, `scale` or `zero_point` is wrong.
@@ -52,6 +55,7 @@ class LearnableFakeQuantize(Described, Observing):
     """
 
     scale_reference: Tensor
+    feature_dims: int | None = None
 
     def __init__(
         self,
@@ -67,7 +71,7 @@ class LearnableFakeQuantize(Described, Observing):
         super().__init__()
         check_range(quant_min, quant_max)
         check_flags(learn_zero_point=learn_zero_point)
-        _check_start(scale, zero_point, channel_len, grad_factor)
+        check_start(scale, zero_point, channel_len, grad_factor)
         check_observer(observer, quant_min, quant_max, channel_len)
         for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
             if hasattr(observer, name):
@@ -88,6 +92,7 @@ class LearnableFakeQuantize(Described, Observing):
         self.is_weight = False
         self.spec: QuantSpec | None = None
 
+        self._start = float(scale), float(zero_point)
         start = torch.ones(max(channel_len, 1), dtype=torch.float32, device=_device_of(observer))
         self.scale = nn.Parameter(start * scale)
         if self.symmetric or not learn_zero_point:
@@ -105,6 +110,7 @@ class LearnableFakeQuantize(Described, Observing):
         *,
         weight: bool = False,
         axis: int | None = None,
+        feature_dims: int | None = None,
         device: torch.device | str | None = None,
     ) -> LearnableFakeQuantize:
         """The quantizer that a specification describes.
@@ -115,6 +121,7 @@ class LearnableFakeQuantize(Described, Observing):
             weight: whether it quantizes a weight, which is signed where the specification leaves it open, and whose
                 gradient factor counts every dimension.
             axis: the dimension of the channels, where the specification leaves it open.
+            feature_dims: see the attribute.
             device: where the qparams are made.
         """
         if (channels is None) != (spec.granularity == "per_tensor"):
@@ -137,9 +144,18 @@ class LearnableFakeQuantize(Described, Observing):
             grad_factor=spec.grad_factor,
             learn_zero_point=spec.learn_zero_point,
         )
-        made.spec, made.is_weight = spec, weight
-        made.saturation_rule, made.scale_domain = spec.saturation, spec.scale_domain
+        made.spec, made.is_weight, made.feature_dims = spec, weight, feature_dims
+        made.saturation_rule, made.scale_domain = str(spec.saturation), spec.scale_domain
         return made
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Return to the qparams that the module was made with and to no data, as after `to_empty` on a new device."""
+        scale, zero_point = self._start
+        self.scale.fill_(scale)
+        self.scale_reference.fill_(scale)
+        self.zero_point.fill_(zero_point)
+        self.forget()
 
     # ---- qparams --------------------------------------------------------------------------------------------------
 
@@ -210,38 +226,21 @@ class LearnableFakeQuantize(Described, Observing):
         """x, with the qparams in its graph in every phase: DDP wants each parameter used in each backward."""
         if self.quantizes or not torch.is_grad_enabled():
             return x
-        return Unchanged.apply(x, self.scale, self.zero_point)
+        return in_graph_of(x, self.scale, self.zero_point)
 
     def quantized(self, x: Tensor, grad_factor: float = 0.0) -> Tensor:
         """X on the integer grid and back, whatever the phase; with a factor of 0 the qparams get no gradient."""
         settings = (self.quant_min, self.quant_max, self.axis, self.group_size, grad_factor, self.saturation_rule)
-        return FakeQuantize.apply(x, self.used_scale, self.zero_point, settings)
+        return quantize(x, self.used_scale, self.zero_point, settings)
 
     def _gradient_factor(self, x: Tensor) -> float:
         if self.grad_factor != "lsq":
             return float(self.grad_factor)
-        elements = x.numel() if self.is_weight or x.ndim < 2 else x.numel() // max(x.shape[0], 1)
-        # With the batch as the channel axis, a channel is one sample.
-        channels = 1 if self.axis == 0 and not self.is_weight else self.scale.numel()
-        return 1.0 / math.sqrt(max(elements // channels, 1) * max(abs(self.quant_min), abs(self.quant_max)))
-
-
-def _check_start(scale: float, zero_point: float, channel_len: int, grad_factor: float | str) -> None:
-    whole = isinstance(channel_len, int) and not isinstance(channel_len, bool)
-    if not whole or not (channel_len == -1 or 1 <= channel_len < 2**31):
-        raise ValueError(
-            f"`channel_len` must be the number of channels, or -1 for one scale in all. Found {channel_len!r}."
-        )
-    for name, value in (("scale", scale), ("zero_point", zero_point)):
-        check_number(name, value)
-    if not isinstance(grad_factor, str):
-        check_number("grad_factor", grad_factor)
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"`scale` must be positive and finite. Found {scale}.")
-    if not math.isfinite(zero_point):
-        raise ValueError(f"`zero_point` must be finite. Found {zero_point}.")
-    if isinstance(grad_factor, str) and grad_factor != "lsq":
-        raise ValueError(f'`grad_factor` must be a number or "lsq". Found {grad_factor!r}.')
+        dims, scales = self.feature_dims, self.scale.numel()
+        if not self.is_weight and dims is None:
+            dims = max(x.ndim - 1, 1)
+            scales = 1 if self.axis == 0 else scales  # with the batch as the channel axis, a channel is one sample
+        return lsq_factor(x, None if self.is_weight else dims, scales, self.quant_min, self.quant_max)
 
 
 def _device_of(module: nn.Module) -> torch.device | None:

@@ -170,6 +170,8 @@ class Observing(nn.Module):
             self.observer.reset()
 
     def _observe(self, x: Tensor) -> None:
+        if x.is_meta:
+            return  # a shape, without values to see
         if self.gathering is None:
             if self.training:
                 self._observe_alone(x)

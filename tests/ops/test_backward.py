@@ -240,3 +240,23 @@ def test_a_lazily_negated_gradient_counts_with_its_sign(backend: str) -> None:
     expected = gradients(backend, -torch.ones(99), x, *qparams, **arguments)
     for one, other in zip(found, expected, strict=True):
         assert_bit_equal(one, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("shape", "granularity"),
+    [((300,), {}), ((40, 5), {"axis": 1}), ((3, 4, 2), {"axis": 0}), ((4, 10, 3), {"group_size": 4})],
+    ids=str,
+)
+def test_the_gradient_of_a_float64_x_keeps_the_precision_of_what_comes_in(
+    backend: str, shape: tuple[int, ...], granularity: dict[str, int]
+) -> None:
+    count = scales_needed(shape, **granularity)
+    x = torch.randn(shape, dtype=torch.float64).clamp(-3, 3).requires_grad_()
+    dy = torch.randn(shape, dtype=torch.float64) * 10.0 ** torch.randint(-250, -40, shape)
+    with on(backend):
+        y = lfq.fake_quantize(
+            x, torch.full((count,), 0.1), torch.zeros(count), quant_min=-40, quant_max=40, **granularity
+        )
+        (found,) = torch.autograd.grad(y, x, dy)
+    assert_bit_equal(found, dy)

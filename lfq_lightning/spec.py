@@ -39,7 +39,8 @@ class QuantSpec:
         symmetric: True fixes the zero point at 0; False (affine) learns it, with unsigned codes.
         granularity: which elements share one scale.
         axis: with "per_channel", the dimension with one scale per index; None for the output channels of a weight
-            and the channels of an activation, which are dimension 1, or the last for a Linear.
+            and the channels of an activation, which are the last dimension for a Linear, and the one before the
+            spatial ones for a convolution.
         group_size: with "per_group", how many neighbouring inputs of a weight share one scale.
         signed: for a symmetric quantizer, whether codes are signed; None decides from the data (a weight is signed).
         quant_min: smallest code, with `quant_max`, in place of the range that `bits` gives; -7 and 7 with 4 bits are
@@ -50,14 +51,15 @@ class QuantSpec:
             "lsq": LSQ's 2 E|x| / sqrt(quant_max); "lsq+": LSQ+'s, 3 sigma for symmetric and "mse" for affine codes.
         grad_factor: multiplies the qparams' gradients. "lsq": 1 / sqrt(N * max(|quant_min|, |quant_max|)), with N the
             elements that share one scale, the batch not counted (Esser et al. 2020, section 2.2).
-        saturation: which elements count as saturated in the gradients; see `lfq_lightning.fake_quantize`.
+        saturation: which elements count as saturated in the gradients; see `lfq_lightning.fake_quantize`. None takes
+            the rule of the scale's domain: "exclusive" for "power_of_two" (Jain et al. 2020, equation 7), else "lsq".
         scale_domain: how the callback's optimizer steps a scale s. "linear": s itself (LSQ); "log": log2 s (TQT, Jain
             et al. 2020); "power_of_two": log2 s, and the scale used is 2^round(log2 s), for hardware that shifts. An
             optimizer of your own, without the callback, steps s itself in each.
         learn_zero_point: whether an affine quantizer's zero point learns (LSQ+), or stays as it was estimated.
         lr_factor: multiplies the steps that the optimizer takes on a weight while it is quantized, under the callback.
-            "bits": 8 at 2 bits, 4 at 3, else 1. A code changes when its weight has crossed half a quantization step,
-            which is twice as long with each bit less; the values are what the accuracy benchmark chose.
+            "bits": 8 at 2 bits, 4 at 3, else 1; three codes are 2 bits, whatever `bits` says. A code changes when its
+            weight has crossed half a step, twice as long with each bit less; an accuracy benchmark chose these.
 
     Raises:
         TypeError: if a value has the wrong type.
@@ -79,7 +81,7 @@ class QuantSpec:
     quant_max: int | None = None
     observer: ObserverName = "mse"
     grad_factor: float | Literal["lsq"] = "lsq"
-    saturation: Saturation = "lsq"
+    saturation: Saturation | None = None
     scale_domain: ScaleDomain = "linear"
     learn_zero_point: bool = True
     lr_factor: float | Literal["bits"] = "bits"
@@ -93,6 +95,8 @@ class QuantSpec:
         for name in ("symmetric", "signed", "learn_zero_point"):
             if not isinstance(getattr(self, name), bool) and not (name == "signed" and self.signed is None):
                 raise TypeError(f"`{name}` must be true or false. Found {getattr(self, name)!r}.")
+        if self.saturation is None:
+            object.__setattr__(self, "saturation", self._usual_saturation)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}. Found {getattr(self, name)!r}.")
@@ -151,6 +155,10 @@ class QuantSpec:
             return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         return 0, 2**self.bits - 1
 
+    @property
+    def _usual_saturation(self) -> Saturation:
+        return "exclusive" if self.scale_domain == "power_of_two" else "lsq"
+
     def lr_factor_at(self, bits: int) -> float:
         """By how much a weight's steps are multiplied while it has so many bits."""
         if self.lr_factor != "bits":
@@ -162,8 +170,9 @@ class QuantSpec:
         return {name: getattr(self, name) for name in inspect.signature(QuantSpec).parameters}
 
     def replace(self, **changes: Any) -> QuantSpec:
-        """These settings with some of them changed, as `dataclasses.replace` would give them."""
-        return QuantSpec(**{**self.to_dict(), **changes})
+        """These settings with some of them changed; a saturation rule that was the domain's goes with the domain."""
+        usual = {"saturation": None} if self.saturation == self._usual_saturation else {}
+        return QuantSpec(**{**self.to_dict(), **usual, **changes})
 
     @property
     def label(self) -> str:
@@ -173,7 +182,8 @@ class QuantSpec:
 
     def __repr__(self) -> str:
         known = inspect.signature(QuantSpec).parameters.values()
-        changed = (p.name for p in known if p.name == "bits" or getattr(self, p.name) != p.default)
+        usual = {p.name: p.default for p in known} | {"saturation": self._usual_saturation}
+        changed = (name for name in usual if name == "bits" or getattr(self, name) != usual[name])
         return f"QuantSpec({', '.join(f'{name}={getattr(self, name)!r}' for name in changed)})"
 
 

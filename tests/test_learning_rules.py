@@ -78,7 +78,9 @@ def assert_powers_of_two(scale: Tensor) -> None:
 def test_in_the_log_domain_the_step_is_that_of_log2_of_the_scale(domain: str) -> None:
     quantizer, x = alone(domain, 0.2, grad_factor=1.0), torch.linspace(-3, 4, 99)
     used = quantizer.used_scale.detach().clone().requires_grad_()
-    lfq.fake_quantize(x, used, quantizer.zero_point.detach(), quant_min=0, quant_max=15).sum().backward()
+    rule = "exclusive" if domain == "power_of_two" else "lsq"  # Jain et al. 2020, equation 7
+    y = lfq.fake_quantize(x, used, quantizer.zero_point.detach(), quant_min=0, quant_max=15, saturation=rule)
+    y.sum().backward()
     assert used.grad is not None
     followed, _ = stepper(quantizer, partial(torch.optim.SGD, lr=1e-2))
     quantizer(x).sum().backward()

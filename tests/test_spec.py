@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from lfq_lightning import QuantSpec
+from lfq_lightning import LearnableFakeQuantize, QuantSpec
 from lfq_lightning.spec import activation_spec, weight_spec
 
 PLAIN = (bool, int, float, str, type(None))
@@ -186,3 +186,23 @@ def test_a_number_in_quotes_is_told_to_lose_them() -> None:
 def test_an_activation_has_no_groups() -> None:
     with pytest.raises(ValueError, match=r"per tensor or per channel\. Found .*per_group"):
         activation_spec(QuantSpec(granularity="per_group", group_size=4))
+
+
+def test_the_rule_of_saturation_is_the_domains_where_none_is_asked_for() -> None:
+    assert QuantSpec().saturation == QuantSpec(scale_domain="log").saturation == "lsq"
+    assert QuantSpec(scale_domain="power_of_two").saturation == "exclusive"  # Jain et al. 2020, equation 7
+    assert QuantSpec(scale_domain="power_of_two", saturation="lsq").saturation == "lsq"
+    assert LearnableFakeQuantize.from_spec(QuantSpec(scale_domain="power_of_two")).saturation_rule == "exclusive"
+
+
+def test_the_domains_rule_of_saturation_is_not_printed_and_goes_with_the_domain() -> None:
+    usual, asked = (QuantSpec(scale_domain="power_of_two", saturation=rule) for rule in (None, "lsq"))
+    assert repr(usual) == "QuantSpec(bits=8, scale_domain='power_of_two')"
+    assert repr(asked) == "QuantSpec(bits=8, saturation='lsq', scale_domain='power_of_two')"
+    assert usual.replace(scale_domain="linear") == QuantSpec()
+    assert QuantSpec().replace(scale_domain="power_of_two") == usual
+    assert usual.replace(bits=4).saturation == "exclusive"
+    assert asked.replace(bits=4).saturation == "lsq"
+    for spec in (usual, asked):
+        assert QuantSpec(**spec.to_dict()) == spec
+        assert eval(repr(spec)) == spec

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim import LBFGS, SGD, Adam, AdamW
 
 import lfq_lightning as lfq
@@ -234,6 +235,31 @@ def test_a_run_of_two_bits_resumes_bit_equal(tmp_path: Path) -> None:
     whole, _, _ = fit(tmp_path / "whole", **options(), max_epochs=4)
     resumed, _, _ = fit(tmp_path / "resumed", **options(), max_epochs=4, ckpt_path=tmp_path / "epoch=2.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_the_run_says_the_factor_that_it_takes_where_codes_are_fewer_than_bits_hold(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bits: int
+) -> None:
+    ternary = spec(bits, quant_min=-1, quant_max=1)
+    torch.manual_seed(3)
+    plain = steps(tmp_path / "plain", ternary.replace(lr_factor=1), Watched())[1]["second.weight"]
+    torch.manual_seed(3)
+    with caplog.at_level("INFO"):
+        found = steps(tmp_path / "found", ternary, Watched())[1]["second.weight"]
+    assert "Weights of 2 bits move 8 times as far a step" in caplog.text
+    torch.testing.assert_close(found, 8 * plain, rtol=1e-3, atol=1e-7)
+
+
+def test_a_pruned_weight_takes_the_longer_steps_too(tmp_path: Path) -> None:
+    class Pruned(Watched):
+        def __init__(self) -> None:
+            super().__init__()
+            prune.l1_unstructured(self.second, "weight", amount=0.5)
+
+    found = compared(tmp_path, Pruned, 2)[1]
+    assert found["second.weight_orig"] == pytest.approx(8.0, rel=1e-3)
+    assert found["head.weight"] == pytest.approx(8.0, rel=1e-3)
 
 
 def test_the_run_says_that_steps_are_longer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

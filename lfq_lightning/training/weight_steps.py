@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lfq_lightning.placement.host import QuantizedLayer, hosts
 from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.spec import QuantSpec
 from lfq_lightning.training.stepping import StepHooks, wrapped_by
 
 _Moved = tuple[float, list[Tensor], list[Tensor]]  # a factor, weights, and what they were before the step
@@ -36,10 +37,14 @@ class WeightSteps:
         self.remove()
         lengthened: set[tuple[int, float]] = set()
         for layer in hosts(model).values():
-            spec = None if layer.weight_quantizer is None else layer.weight_quantizer.spec
-            if layer.weight_quantizer is not None and spec is not None and spec.lr_factor_at(spec.bits) != 1.0:
-                self._layers.append((layer, layer.weight_quantizer))
-                lengthened.add((spec.bits, spec.lr_factor_at(spec.bits)))
+            quantizer = layer.weight_quantizer
+            if quantizer is None or quantizer.spec is None:
+                continue
+            bits = _bits_at_last(quantizer.spec)
+            factor = quantizer.spec.lr_factor_at(bits)
+            if factor != 1.0:
+                self._layers.append((layer, quantizer))
+                lengthened.add((bits, factor))
         self._followed = [[optimizer, *wrapped_by(optimizer)][-1] for optimizer in (optimizers if self._layers else ())]
         for optimizer in self._followed:
             self._hooks.add(optimizer, self._before_step, self._after_step)
@@ -54,7 +59,7 @@ class WeightSteps:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         moving: dict[float, dict[int, Tensor]] = {}
         for layer, quantizer in self._layers:
-            weight = layer.weight
+            weight = _stepped(layer)
             if quantizer.fake_quant_enabled and weight.grad is not None and id(weight) in held:
                 assert quantizer.spec is not None
                 moving.setdefault(quantizer.spec.lr_factor_at(quantizer.bitwidth), {})[id(weight)] = weight
@@ -83,3 +88,15 @@ class WeightSteps:
         for factor, weights, before in self._before.pop(optimizer, ()):
             torch._foreach_sub_(before, weights)
             torch._foreach_add_(weights, before, alpha=1.0 - factor)
+
+
+def _bits_at_last(spec: QuantSpec) -> int:
+    """Bits that hold every code, once annealing is over: the number of codes says how far it is to the next one."""
+    lowest, highest = spec.code_range(signed=True)
+    return (highest - lowest).bit_length()
+
+
+def _stepped(layer: QuantizedLayer) -> Tensor:
+    """The parameter by which an optimizer moves the weight: `torch.nn.utils.prune` makes it another."""
+    pruned = layer._parameters.get("weight_orig")
+    return layer.weight if pruned is None else pruned

@@ -61,8 +61,9 @@ class FakeQuantize(torch.autograd.Function):
         x, qparams = ctx.saved_tensors
         settings, needs = ctx.settings, ctx.needs_input_grad
         learn = settings[4] != 0.0
+        upstream = torch.zeros_like(x) if dy is None else dy
         given = (
-            torch.zeros_like(x) if dy is None else dy,
+            upstream,
             x,
             qparams,
             settings,
@@ -78,7 +79,7 @@ class FakeQuantize(torch.autograd.Function):
         try:
             return *_gradients(*given), None
         except RuntimeError as error:
-            if torch._C._functorch.is_legacy_batchedtensor(dy):
+            if torch._C._functorch.is_legacy_batchedtensor(upstream):
                 raise RuntimeError(_BATCHED) from error
             raise
 
@@ -130,6 +131,9 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, settings: Settings) -
 def _gradients(
     dy: Tensor, x: Tensor, qparams: Tensor, settings: Settings, need_scale: bool, need_zero_point: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    # Hooks on saved tensors and torch.func may bring them back otherwise than kernels, which see an address, read them.
+    if not (qparams.dtype is torch.float32 and qparams.is_cpu is x.is_cpu and qparams.is_contiguous()):
+        qparams = qparams.to(x.device, torch.float32).contiguous()
     return select(x).backward(dy, x, qparams, *settings, need_scale, need_zero_point)
 
 

@@ -91,8 +91,8 @@ class Observing(nn.Module):
     def quantizes(self) -> bool:
         """Whether the output is quantized now: not before a first estimate."""
         # What a specification made has no scale of its own; one that a caller gave is used from the start.
-        waits = self.static_enabled and not self.estimated and (self.gathering is not None or self.spec is not None)
-        return bool(self.fake_quant_enabled) and not waits
+        known = self.estimated or self.learned or (self.gathering is None and self.spec is None)
+        return bool(self.fake_quant_enabled) and (known or not self.static_enabled)
 
     @torch.no_grad()
     def estimate_from(self, x: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -159,3 +160,19 @@ def test_compiled_code_gives_the_same_bits_forward_and_close_gradients() -> None
     assert_bit_equal(found[0], expected[0])
     torch.testing.assert_close(found[1:], expected[1:], rtol=1e-4, atol=1e-4)
     torch.compiler.reset()
+
+
+@each_backend
+@pytest.mark.parametrize("unpack", [lambda t: t, Tensor.half, Tensor.double, lambda t: t.mT.contiguous().mT])
+def test_saved_tensors_that_hooks_bring_back_otherwise_are_read_as_what_they_hold(backend: str, unpack: Any) -> None:
+    x, scale, zero_point = torch.randn(6, 3), torch.tensor([0.25, 0.5, 1.0]), torch.tensor([0.0, 2.0, -1.0])
+    inputs = [t.requires_grad_() for t in (x, scale, zero_point)]
+
+    def gradients(hook: Any) -> tuple[Tensor, ...]:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t if t.shape == x.shape else hook(t)):
+            y = lfq.fake_quantize(*inputs, quant_min=-8, quant_max=7, axis=1)
+            return torch.autograd.grad(y, inputs, torch.ones(6, 3))
+
+    with on(backend):
+        for one, other in zip(gradients(unpack), gradients(lambda t: t), strict=True):
+            assert_bit_equal(one, other)

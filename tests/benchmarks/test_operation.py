@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lfq_lightning.ops import FakeQuantize
+from lfq_lightning.ops import quantize
 from tests.benchmarks.formula import PythonFormula
 from tests.benchmarks.measuring import Call, Table, keep_freed_memory, ratios
 
@@ -36,7 +36,7 @@ class Operands:
 
     def ours(self) -> Tensor:
         settings = (*self.range, self.axis, None, 1.0, "lsq")
-        return FakeQuantize.apply(self.x, self.scale, self.zero_point, settings)
+        return quantize(self.x, self.scale, self.zero_point, settings)
 
     def aten(self) -> Tensor:
         if self.axis is None:

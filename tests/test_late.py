@@ -132,6 +132,23 @@ def test_an_input_of_nothing_but_zeros_is_no_range_to_learn_from() -> None:
     assert model[2].input_quantizer.phase == "observe"
 
 
+def test_what_no_data_reached_is_exported_in_float_with_a_warning(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    nn.init.constant_(model[0].bias, -100.0)
+    lfq.attach(model)
+    x = torch.randn(8, 4)
+    lfq.calibrate(model, [x])
+    with pytest.warns(UserWarning, match=r"2\.input_quantizer"):
+        lfq.set_phase(model, "learn")
+    with pytest.warns(UserWarning, match=r"exported in float. Found no range for 2\.input_quantizer"):
+        frozen = lfq.freeze(model)
+    assert torch.equal(frozen(x), model.eval()(x))
+    with pytest.warns(UserWarning, match=r"exported in float. Found no range for 2\.input_quantizer"):
+        parity = lfq.export_onnx(model, (x,), tmp_path / "x.onnx")
+    assert parity.agrees
+    assert model[2].input_quantizer.late  # the model is as it was
+
+
 def test_by_hand_it_stays_in_float_until_the_next_call_takes_it_along() -> None:
     model = Experts()
     lfq.attach(model, weight=4, activation=4)

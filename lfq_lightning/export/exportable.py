@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lfq_lightning.placement.host import hosts, placed_by_users, quantizers
+from lfq_lightning.placement.host import INPUT, hosts, placed_by_users, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 MOST_BITS = 8
@@ -25,6 +28,26 @@ def check_estimated(model: nn.Module) -> None:
             f"A quantizer must have a scale before it is exported. Found none set for {', '.join(blind[:5])}: train, "
             "or call `lfq_lightning.calibrate`."
         )
+
+
+def without_late(model: nn.Module) -> nn.Module:
+    """The model, or a copy whose late quantizers, which have no range, are gone: what they are for stays in float."""
+    late = [name for name, quantizer in quantizers(model).items() if quantizer.late]
+    if not late:
+        return model
+    rank_zero_warn(
+        f"What no data has reached is exported in float. Found no range for {', '.join(late[:5])}"
+        f"{f' and {len(late) - 5} more' if len(late) > 5 else ''}: train or calibrate on data that reach it."
+    )
+    copied = copy.deepcopy(model)
+    for layer in hosts(copied).values():
+        if layer.input_quantizer is not None and layer.input_quantizer.late:
+            layer._modules[INPUT] = None
+    for module in list(copied.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, LearnableFakeQuantize) and child.late:
+                module._modules[name] = nn.Identity()  # the user's own, which the user calls
+    return copied
 
 
 def check_exportable(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.checking import check_model
-from lfq_lightning.export.exportable import check_estimated
+from lfq_lightning.export.exportable import check_estimated, without_late
 from lfq_lightning.placement.host import hosts, replace_placed, restore_layer, whole_weight
 from lfq_lightning.placement.layers import TRANSPOSED
 from lfq_lightning.quantizer import LearnableFakeQuantize
@@ -43,6 +43,7 @@ def freeze(model: nn.Module) -> nn.Module:
         ('Linear', True)
     """
     check_model(model)
+    model = without_late(model)
     check_estimated(model)
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     weights: dict[int, nn.Parameter] = {}  # layers that share a quantizer share its weight

@@ -9,7 +9,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, nn
 
-from lfq_lightning.export.exportable import check_estimated, check_exportable
+from lfq_lightning.export.exportable import check_estimated, check_exportable, without_late
 from lfq_lightning.ops import spread
 from lfq_lightning.placement.host import INPUT, WEIGHT, float_type, hosts, replace_placed, whole_weight
 from lfq_lightning.placement.layers import QUANTIZABLE
@@ -201,6 +201,7 @@ def integer_copy(model: nn.Module, signed: bool = False) -> nn.Module:
     Raises:
         ValueError: if the model cannot be exported, with the names of what stands in the way.
     """
+    model = without_late(model)
     check_estimated(model)
     check_exportable(model)
     made = copy.deepcopy(model).eval().requires_grad_(False)

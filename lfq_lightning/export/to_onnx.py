@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.checking import check_batches, check_model, check_path, check_share, check_whole
-from lfq_lightning.export.exportable import check_estimated
+from lfq_lightning.export.exportable import check_estimated, without_late
 from lfq_lightning.export.fold import fold_batch_norm
 from lfq_lightning.export.inputs import arguments, check_dynamic_axes, on_cpu, traced
 from lfq_lightning.export.integers import IntegerWeight, integer_copy, keep_biases_exact
@@ -92,6 +92,7 @@ def export_onnx(
     if on_mismatch not in ("raise", "warn"):
         raise ValueError(f'`on_mismatch` must be "raise" or "warn". Found {on_mismatch!r}.')
     check_dynamic_axes(dynamic_axes)
+    model = without_late(model)
     check_estimated(model)
     require_onnx()
     import onnx

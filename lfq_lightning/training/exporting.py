@@ -108,7 +108,7 @@ def export_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path, b
             with saved.open("rb") as file:
                 load_state_dict(exported, _read(file))
         if saved is None or all(
-            quantizer.estimated or quantizer.learned for quantizer in quantizers(exported).values()
+            quantizer.estimated or quantizer.learned or quantizer.late for quantizer in quantizers(exported).values()
         ):
             break
         rank_zero_warn(f"{saved} is from before quantization and is not exported: see `lfq_lightning.while_learning`.")

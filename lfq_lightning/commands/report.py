@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 
+from lfq_lightning.reading import read_checkpoint
 from lfq_lightning.report import write_report
 from lfq_lightning.report.sources import find_run
 
@@ -64,6 +65,8 @@ def _validation_batches(data: Any, source: Path) -> Any:
     if not (isinstance(data, type) and issubclass(data, L.LightningDataModule)):
         raise ValueError(f"`--data` must name a LightningDataModule. Found {data!r}.")
     checkpoint = find_run(source).checkpoint
+    if checkpoint is not None:
+        read_checkpoint(checkpoint)  # refuses a damaged one with the reason
     try:
         made = data() if checkpoint is None else data.load_from_checkpoint(checkpoint)
     except TypeError as error:

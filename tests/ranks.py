@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
 import sys
@@ -265,7 +266,7 @@ TECHNIQUES: dict[str, Callable[[Path], Any]] = {
 
 def every_argument(directory: Path) -> None:
     """Train with every argument of the callback and every technique, export, and go on together afterwards."""
-    callback = lfq.QuantizationAwareTraining(
+    settings: dict[str, Any] = dict(
         weight=4,
         activation=4,
         rules=[*TWO_BITS, lfq.Rule("head", weight=8, activation=8)],
@@ -276,8 +277,12 @@ def every_argument(directory: Path) -> None:
         compress_saved=True,
         record_every_n_steps=1,
         on_collapse="reinit",
+        frozen_layers="learn",
+        write_files=True,
         export="model.onnx",
     )
+    assert settings.keys() == inspect.signature(lfq.QuantizationAwareTraining).parameters.keys()
+    callback = lfq.QuantizationAwareTraining(**settings)
     techniques = [
         lfq.BatchNormStatistics(freeze=4, reestimate="learn", batches=2),
         lfq.BitAnnealing({0: 8, 2: 2}),

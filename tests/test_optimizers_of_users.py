@@ -528,8 +528,9 @@ def test_a_run_with_qparams_in_the_users_optimizer_resumes_bit_equal(tmp_path: P
     def options() -> dict[str, Any]:
         return {"callback": qat(optimizer="user"), "callbacks": [every_epoch(tmp_path)], "max_epochs": 5}
 
-    whole, _, _ = fit(tmp_path / "whole", **options())
-    part, _, _ = fit(tmp_path / "part", ckpt_path=tmp_path / "epoch=3.ckpt", **options())
+    whole, _, first = fit(tmp_path / "whole", **options())
+    part, _, second = fit(tmp_path / "part", ckpt_path=tmp_path / "epoch=3.ckpt", **options())
+    assert first.qparam_optimizer.learning_rates == second.qparam_optimizer.learning_rates
     for key, value in whole.state_dict().items():
         assert not isinstance(value, Tensor) or torch.equal(part.state_dict()[key], value), key
 

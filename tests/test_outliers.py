@@ -107,6 +107,16 @@ def test_a_weight_gets_the_least_error_of_a_fine_search_in_each_channel(symmetri
         assert error(row, scale, zero_point, codes) <= 1.02 * least
 
 
+def test_where_nothing_looks_at_the_counts_the_same_range_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator, and in a compiled graph."""
+    observer = MSEObserver(0, 15)
+    observer(torch.randn(2000))
+    expected = observer.calculate_qparams()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for found, wanted in zip(observer.calculate_qparams(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.0)
+
+
 # ---- what is kept ---------------------------------------------------------------------------------------------------
 
 

@@ -63,7 +63,9 @@ class MSEObserver(HistogramObserver):
             used = counts.sum(0) > 0
             counts, inner, outer = counts[:, used], inner[used], outer[used]
         unit = _unit(low, high)
-        ends = ((p.float().clamp(low[:, None], high[:, None]) / unit[:, None]) for p in (inner, outer))
+        # The outermost bins, never used, have no ends.
+        inner, outer = (p.float().nan_to_num(0.0, torch.inf, -torch.inf) for p in (inner, outer))
+        ends = (p.clamp(low[:, None], high[:, None]) / unit[:, None] for p in (inner, outer))
         errors = partial(self._expected_errors, Points(counts.float(), *ends), unit)
         return self._search(errors, errors, low, high, _LONGEST / 2)
 

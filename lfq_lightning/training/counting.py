@@ -66,6 +66,8 @@ class ModelSchedule:
             restored: the callback's state in the checkpoint that the fit resumes from; empty without one.
         """
         self.since = self._begins(trainer, model, anew)
+        if trainer.ckpt_path is not None and given is not None:
+            self.since = 0, 0  # of a float run that is resumed, its epochs count
         if restored:
             epoch, step = restored.get("since", (0, 0))  # nothing was kept when every count began at 0
             self.since = epoch, step

@@ -58,8 +58,7 @@ class QuantizationAwareTraining(AtRest):
             proportion to that of the weights' optimizer.
         reobserve: start over where the model has learned scales already, which otherwise go on learning.
         compress_saved: make quantized tensors again in backward instead of keeping them, bit for bit; eager only.
-        frozen_layers: whether scales and zero points of layers whose weight is frozen as a fit begins "keep" their
-            estimates, or "learn" without it (such as below LoRA adapters; nothing else need be trained at all).
+        frozen_layers: whether scales and zero points of layers with a frozen weight "keep" still, or "learn" alone.
         record_every_n_steps: optimizer steps between two records; None takes `log_every_n_steps`, less in a short run.
         write_files: False leaves records to the loggers; a run without a directory of its own writes none either.
         on_collapse: what happens to a quantizer that passes nothing useful any more: "warn" names it once, "reinit"
@@ -167,10 +166,9 @@ class QuantizationAwareTraining(AtRest):
         open_epoch(trainer)
         self._weight_steps.forget()
         self._phases.enter(trainer, pl_module)
-        self._recorder.log_epoch(trainer, pl_module, self.qparam_optimizer)
         self._export.see(pl_module, batch)
         self._phases.before_batch()
-        self._recorder.before_batch(trainer)
+        self._recorder.before_batch(trainer, pl_module, self.qparam_optimizer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

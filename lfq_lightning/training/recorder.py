@@ -88,7 +88,7 @@ class Recorder:
         """The interval, and where the rows are on the rank that writes them."""
         return {"every": self.interval, "path": None if self._files is None else self._files.name}
 
-    def log_epoch(self, trainer: L.Trainer, model: L.LightningModule, optimizer: HasRates | None) -> None:
+    def _log_epoch(self, trainer: L.Trainer, model: L.LightningModule, optimizer: HasRates | None) -> None:
         """Log the phase and the qparams' learning rate, in an epoch's first batch: a resumed epoch has no start."""
         if self._barebones or self._logged_epoch == trainer.current_epoch:
             return
@@ -99,8 +99,9 @@ class Recorder:
         for name, value in values.items():
             log(model, name, value, on_step=False, on_epoch=True, sync_dist=True)
 
-    def before_batch(self, trainer: L.Trainer) -> None:
-        """Measure in the coming forward passes if a record may be due after them."""
+    def before_batch(self, trainer: L.Trainer, model: L.LightningModule, optimizer: HasRates | None) -> None:
+        """Log an epoch's phase and the learning rate of what steps the qparams; measure if a record may be due."""
+        self._log_epoch(trainer, model, optimizer)
         self._step_before = trainer.global_step
         if self._is_due(trainer.global_step + max(1, len(trainer.optimizers))):
             self._measured = self._probes.enter_context(probed(self._found.quantizers))

@@ -214,3 +214,15 @@ def test_scales_are_found_at_any_size(name: str, whole: bool, size: float) -> No
     found(x * size)
     same(x)
     assert_bit_equal(found.calculate_qparams()[0], same.calculate_qparams()[0] * size)
+
+
+@pytest.mark.parametrize("name", ["mse", "percentile"])
+def test_values_that_were_clipped_at_the_end_of_the_range_count(name: str) -> None:
+    observer = OBSERVERS[name](0, 255)
+    for _ in range(10):
+        observer.observe((8 * torch.randn(1000)).clamp(0.0, 6.0))  # an eighth or so lies at 6, where a bin begins
+    scale, zero_point = observer.calculate_qparams()
+    torch.testing.assert_close((255 - zero_point) * scale, torch.tensor([6.0]))
+    observer = OBSERVERS[name](0, 255)
+    observer.observe(torch.zeros(10))
+    assert all(found.isfinite().all() for found in observer.calculate_qparams())

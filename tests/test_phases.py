@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
-from lfq_lightning.phases import gathering, merge_statistics
+from lfq_lightning.gathering import gathering, merge_statistics
 from tests.runs import Net, images
 
 X = images().tensors[0]
@@ -193,9 +193,9 @@ def test_non_finite_values_are_kept_out_of_ranges_with_one_warning(model: Net) -
 
 def test_the_sign_of_codes_is_decided_by_the_first_batch_of_estimate_and_again_on_leaving_it() -> None:
     def see(x: Tensor) -> tuple[int, int]:
-        with gathering(layer):
+        with gathering(lfq.quantizers(layer).values()):
             layer(x)
-            merge_statistics(layer)
+            merge_statistics(lfq.quantizers(layer))
         return layer[0].input_quantizer.code_range
 
     for first, then in ((X.abs(), X), (X, X.abs())):

@@ -73,7 +73,7 @@ class Observer(Passing):
             check_whole("axis", axis, -64, 63)
         if group_size is not None:
             check_whole("group_size", group_size, 1)
-        check_whole("channels", channels, 1)
+        check_whole("channels", channels)
         check_device("device", device)
         self.quant_min, self.quant_max = quant_min, quant_max
         self.symmetric, self.axis, self.group_size = symmetric, axis, group_size

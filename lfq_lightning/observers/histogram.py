@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lfq_lightning.checking import check_number
 from lfq_lightning.observers.base import Observer, Statistics
-from lfq_lightning.observers.outliers import rare_values
+from lfq_lightning.observers.outliers import beyond_the_rest, rare_values
 from lfq_lightning.observers.rows import rows_of
 
 # A bin is a sign, an exponent and the first bits of a mantissa: 16 bins an octave over all of float32. So histograms of
@@ -91,9 +91,12 @@ class HistogramObserver(Observer):
     def _without_outliers(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The histogram and its range without values that are rare and apart, or of few batches."""
         counts = self.passing["histogram"]
+        magnitudes = counts[:, :_PER_SIGN] + counts[:, _PER_SIGN:]
         inner = edges(counts.device)[0][:_PER_SIGN].nan_to_num(torch.inf)  # the outermost bins are never used
-        few = inner >= torch.maximum(high, -low).double()[:, None]  # `_range` has left them out
-        outliers = rare_values((counts[:, :_PER_SIGN] + counts[:, _PER_SIGN:]).masked_fill(few, 0), _PER_OCTAVE) | few
+        few = torch.zeros_like(magnitudes, dtype=torch.bool)
+        if "batches" in self.passing:  # files from before have none
+            few = inner >= beyond_the_rest(self.passing["batches"]).double()[:, None]  # `_range` has left them out
+        outliers = rare_values(magnitudes.masked_fill(few, 0), _PER_OCTAVE) | few
         limit = torch.where(outliers, inner, torch.inf).amin(1).float()
         counts = counts.masked_fill(outliers.repeat(1, 2), 0)
         return counts, torch.maximum(low, -limit), torch.minimum(high, limit)

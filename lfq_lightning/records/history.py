@@ -152,9 +152,7 @@ def read_qparams(path: Path | str) -> dict[str, Array]:
     except Exception as error:  # of NumPy, zipfile and zlib, of many types, down to want of memory for a torn shape
         raise ValueError(f"`{path}` must be a `{FILE_NAME}` that a run has written. Found another ({error}).") from None
     if not _is_history(found):
-        raise ValueError(
-            f"`{path}` must hold step, epoch and phase of each epoch. Found {', '.join(list(found)[:5]) or 'nothing'}."
-        )
+        raise ValueError(f"`{path}` must hold step, epoch and phase. Found {', '.join(list(found)[:5]) or 'nothing'}.")
     return found
 
 

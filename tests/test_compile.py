@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lfq_lightning as lfq
-from lfq_lightning.gathering import merge_statistics, set_gathering
+from lfq_lightning.gathering import gathering, merge_statistics, set_gathering
 from lfq_lightning.records.trajectory import read_trajectory
 from tests.runs import Net, fit, images, qat
 
@@ -147,3 +147,20 @@ def test_a_length_that_depends_on_data_breaks_no_graph(phase: str) -> None:
         for (name, one), other in zip(model.named_parameters(), eager.parameters(), strict=True):
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5, msg=name)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("observer", ["mse", "moving_average", "lsq"])
+def test_a_length_that_depends_on_data_is_observed_without_a_graph_break(observer: Any) -> None:
+    model, x, mask = Masked(), torch.randn(16, 8), torch.arange(16) % 3 > 0
+    lfq.attach(model, weight=4, activation=lfq.QuantSpec(bits=4, symmetric=False, observer=observer))
+    lfq.set_phase(model, "observe")
+    eager = copy.deepcopy(model)
+    nets = torch.compile(model, fullgraph=True, backend="aot_eager"), eager
+    for chosen in (mask, torch.zeros_like(mask)):
+        for net, own in zip(nets, (model, eager), strict=True):
+            with gathering(lfq.quantizers(own).values()):
+                net(x, chosen)
+                merge_statistics(lfq.quantizers(own))
+    for name, one in lfq.quantizers(model).items():
+        found, expected = one.calculate_qparams(), lfq.quantizers(eager)[name].calculate_qparams()
+        torch.testing.assert_close(found, expected, msg=name)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lfq_lightning.checking import check_device, check_flags, check_whole
 from lfq_lightning.observers.outliers import MAGNITUDES, beyond_the_rest, bin_of_range
 from lfq_lightning.observers.passing import Passing
-from lfq_lightning.observers.rows import rows_of
+from lfq_lightning.observers.rows import never_empty, rows_of
 from lfq_lightning.ops import check_range, nearest_power_of_two, power_of_two_above
 
 _EPS = torch.finfo(torch.float32).eps
@@ -98,7 +98,7 @@ class Observer(Passing):
     @torch.no_grad()
     def statistics(self, x: Tensor) -> Statistics:
         """What this observer wants to know of x, of the finite values alone."""
-        if x.numel() == 0:
+        if not torch.compiler.is_compiling() and x.numel() == 0:  # a graph may not know
             return self.nothing()
         self._check_channels(x)
         x = x.detach()
@@ -119,13 +119,16 @@ class Observer(Passing):
 
     @staticmethod
     def _extremes(rows: Tensor) -> Tensor:
-        low, high = torch.aminmax(rows, dim=1)
-        at_fault = ~(low.isfinite() & high.isfinite())
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            low, high = torch.aminmax(rows, dim=1)
+            at_fault = ~(low.isfinite() & high.isfinite())
         # Looking at the answer is free on the CPU alone; elsewhere it would wait for the device.
-        if rows.device.type != "cpu" or torch.compiler.is_compiling() or bool(at_fault.any()):
+        if compiling or rows.device.type != "cpu" or bool(at_fault.any()):
             finite = rows.isfinite()
-            low = torch.where(finite, rows, torch.inf).amin(1)
-            high = torch.where(finite, rows, -torch.inf).amax(1)
+            at_fault = ~finite.all(1)
+            low = never_empty(torch.where(finite, rows, torch.inf), torch.inf).amin(1)
+            high = never_empty(torch.where(finite, rows, -torch.inf), -torch.inf).amax(1)
         return torch.stack((-low.float(), high.float(), at_fault.float()))
 
     @staticmethod

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lfq_lightning.observers.base import Statistics
 from lfq_lightning.observers.by_batch import ByBatchObserver
-from lfq_lightning.observers.rows import rows_of
+from lfq_lightning.observers.rows import never_empty, rows_of
 from lfq_lightning.ops import power_of_two_below
 
 
@@ -19,7 +19,7 @@ def moments(rows: Tensor) -> Tensor:
     x = torch.where(finite, rows, 0.0)
     # Float32 does not hold 1e25 squared: sums are in units of a power of two near the largest value, which rounds
     # nothing. Each sum is in float32 over one batch; only their sums over batches need more.
-    unit = power_of_two_below(x.abs().amax(1, keepdim=True))
+    unit = power_of_two_below(never_empty(x.abs(), 0.0).amax(1, keepdim=True))
     x, unit = x / unit, unit.double().squeeze(1)
     sums = (part.sum(1).double() for part in (x.abs(), x, x * x))
     return torch.stack([finite.sum(1).double(), *map(torch.mul, sums, (unit, unit, unit * unit))], dim=1)

@@ -26,6 +26,11 @@ def rows_of(x: Tensor, axis: int | None, group_size: int | None, padding: float 
     return x.movedim(axis, 0).reshape(x.shape[axis], -1)
 
 
+def never_empty(rows: Tensor, value: float) -> Tensor:
+    """Rows with one more element, of which a graph can take extremes without knowing whether there are any others."""
+    return torch.nn.functional.pad(rows, (0, 1), value=value)
+
+
 def _dense_order(x: Tensor) -> list[int]:
     """Dimensions in memory order, so that flattening a channels_last tensor copies nothing."""
     return sorted(range(x.ndim), key=lambda d: -x.stride()[d])

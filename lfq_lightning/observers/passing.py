@@ -26,6 +26,11 @@ class Passing(nn.Module):
         super().__init__(*args, **kwargs)
         self.passing: dict[str, Tensor] = {}
 
+    def __getattr__(self, name: str) -> Any:
+        # As buffers are: distributed checkpoints look each key of a state dict up.
+        found = self.__dict__.get("passing", {}).get(name)
+        return super().__getattr__(name) if found is None else found
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self.passing = {name: fn(tensor) for name, tensor in self.passing.items()}

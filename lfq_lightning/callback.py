@@ -62,7 +62,7 @@ class QuantizationAwareTraining(AtRest):
         record_every_n_steps: optimizer steps between two records; None takes `log_every_n_steps`, less in a short run.
         write_files: False leaves records to the loggers; a run without a directory of its own writes none either.
         on_collapse: what happens to a quantizer that passes nothing useful any more: "warn" names it once, "reinit"
-            also estimates its qparams anew, "raise" ends the run.
+            also estimates its qparams anew, "raise" ends the run; "reinit" only names one with most codes unused.
         export: write the best checkpoint, or the last, to this ONNX file when a fit ends, and compare the two: see
             `parity`. A relative path is taken from the Trainer's log directory.
 
@@ -177,7 +177,7 @@ class QuantizationAwareTraining(AtRest):
         assert self.qparam_optimizer is not None
         self._phases.after_batch(trainer, pl_module)
         begun_anew = self._phases.follow_blank()
-        begun_anew += self._sentinel.watch(trainer, pl_module, self._recorder.after_batch(trainer, pl_module))
+        begun_anew += self._sentinel.watch(trainer, pl_module, *self._recorder.after_batch(trainer, pl_module))
         for quantizer in begun_anew:
             self.qparam_optimizer.forget(quantizer)
 

@@ -19,6 +19,7 @@ FLOORS = [
         "schedule",
         "records.trajectory",
         "records.tables",
+        "records.codes",
         "training.telling",
         "training.wrapping",
         "ops.layout",

@@ -4,7 +4,7 @@ from lfq_lightning.ops.autograd import in_graph_of, quantize
 from lfq_lightning.ops.backends import backends
 from lfq_lightning.ops.function import Saturation, check_range, fake_quantize
 from lfq_lightning.ops.power_of_two import nearest_power_of_two, power_of_two_above, power_of_two_below
-from lfq_lightning.ops.reference import effective, not_finite, saturation, spread
+from lfq_lightning.ops.reference import effective, measure, not_finite, spread
 
 __all__ = [
     "Saturation",
@@ -13,11 +13,11 @@ __all__ = [
     "effective",
     "fake_quantize",
     "in_graph_of",
+    "measure",
     "nearest_power_of_two",
     "not_finite",
     "power_of_two_above",
     "power_of_two_below",
     "quantize",
-    "saturation",
     "spread",
 ]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lfq_lightning.checking import check_flags
 from lfq_lightning.observers import OBSERVERS, check_observer
-from lfq_lightning.ops import check_range, effective, in_graph_of, nearest_power_of_two, quantize, saturation
+from lfq_lightning.ops import check_range, effective, in_graph_of, measure, nearest_power_of_two, quantize
 from lfq_lightning.quantizer.description import Described
 from lfq_lightning.quantizer.lsq_factor import lsq_factor
 from lfq_lightning.quantizer.observing import Observing
@@ -195,11 +195,14 @@ class LearnableFakeQuantize(Described, Observing):
         self.scale.copy_(torch.where(sound, self.scale, self.scale_reference).clamp(min=torch.finfo(torch.float32).eps))
         self.zero_point.copy_(self.zero_point.nan_to_num(0.0).clamp(self.quant_min, self.quant_max))
 
-    @torch.no_grad()
     def saturation(self, x: Tensor) -> Tensor:
         """The share of x that is clamped to the range of codes, and 1 if any of it is not finite; shape (2,)."""
-        arguments = (self.quant_min, self.quant_max, self.axis, self.group_size)
-        return saturation(x.detach(), self.used_scale, self.zero_point, *arguments)
+        return self.measured(x)[:2]
+
+    @torch.no_grad()
+    def measured(self, x: Tensor) -> Tensor:
+        """What a record keeps of x: `saturation`, and from the third entry on x / scale of some elements."""
+        return measure(x.detach(), self.used_scale, self.zero_point, *self.code_range, self.axis, self.group_size)
 
     # ---- forward --------------------------------------------------------------------------------------------------
 

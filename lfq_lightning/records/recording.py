@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lfq_lightning.ops import not_finite
 from lfq_lightning.placement.host import WEIGHT, QuantizedLayer, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.records.codes import in_few_codes
 from lfq_lightning.records.trajectory import TrajectoryRow
 
 Array = npt.NDArray[np.float32]
@@ -38,7 +39,7 @@ def _evenly(x: Tensor, axis: int | None) -> Tensor:
 
 
 class _Probe:
-    """A pre-hook that measures what a quantizer is given: the last use's saturation, any use's non-finite values."""
+    """A pre-hook that measures what a quantizer is given: the last use, and any use's non-finite values."""
 
     def __init__(self, name: str, into: dict[str, Tensor]) -> None:
         self.name, self.into = name, into
@@ -47,7 +48,7 @@ class _Probe:
         assert isinstance(quantizer, LearnableFakeQuantize)
         x, before = args[0].detach(), self.into.get(self.name)
         chosen = _evenly(x, quantizer.axis)
-        measured = quantizer.saturation(chosen)
+        measured = quantizer.measured(chosen)
         if chosen is not x:
             measured[1] = not_finite(x)
         if before is not None:
@@ -57,7 +58,7 @@ class _Probe:
 
 @contextmanager
 def probed(quantizers: Mapping[str, LearnableFakeQuantize]) -> Iterator[dict[str, Tensor]]:
-    """Within it, forward passes measure inputs: by quantizer, the last use's saturation and a flag for non-finite."""
+    """Within it, forward passes measure inputs: by quantizer, `measured` of the last use, non-finite values of any."""
     measured: dict[str, Tensor] = {}
     handles = [
         quantizer.register_forward_pre_hook(_Probe(name, measured))
@@ -76,9 +77,9 @@ def probed(quantizers: Mapping[str, LearnableFakeQuantize]) -> Iterator[dict[str
 
 @torch.no_grad()
 def measure_weights(layers: Mapping[str, QuantizedLayer]) -> dict[str, Tensor]:
-    """The saturation of every weight, as `probed` gives it."""
+    """Every weight, as `probed` measures inputs."""
     return {
-        f"{name}.{WEIGHT}": layer.weight_quantizer.saturation(whole_weight(layer))
+        f"{name}.{WEIGHT}": layer.weight_quantizer.measured(whole_weight(layer))
         for name, layer in layers.items()
         if layer.weight_quantizer is not None
     }
@@ -96,6 +97,7 @@ class Snapshot:
         gradient_norms: the Euclidean norm of the scale's gradient; NaN without one.
         saturation: the share of clamped elements; NaN where it was not measured.
         not_finite: positive where values were met that are not finite.
+        in_few_codes: the share of the values that falls into few codes, where that is a fault, else 0.
     """
 
     names: tuple[str, ...]
@@ -105,6 +107,7 @@ class Snapshot:
     gradient_norms: tuple[float, ...]
     saturation: tuple[float, ...]
     not_finite: tuple[float, ...]
+    in_few_codes: tuple[float, ...]
 
     def vectors(self) -> dict[str, Array]:
         """Scales and zero points under their keys in a state dict."""
@@ -130,11 +133,11 @@ def snapshot(quantizers: Mapping[str, LearnableFakeQuantize], measured: Mapping[
 
     Args:
         quantizers: by name.
-        measured: by quantizer, saturation and non-finite flag as `probed` and `measure_weights` give them.
+        measured: by quantizer, what `probed` and `measure_weights` give.
     """
     found = quantizers
     if not found:
-        return Snapshot((), (), (), (), (), (), ())
+        return Snapshot((), (), (), (), (), (), (), ())
     scales = [quantizer.used_scale.detach() for quantizer in found.values()]
     zero_points = [quantizer.zero_point.detach() for quantizer in found.values()]
     gradients = [
@@ -156,4 +159,5 @@ def snapshot(quantizers: Mapping[str, LearnableFakeQuantize], measured: Mapping[
         tuple(float(np.linalg.norm(gradient)) if gradient.size else math.nan for gradient in each_gradient),
         tuple(float(share[0]) for share in each_share),
         tuple(float(share[1]) for share in each_share),
+        tuple(in_few_codes(share[2:], *q.code_range) for share, q in zip(each_share, found.values(), strict=True)),
     )

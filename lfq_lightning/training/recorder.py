@@ -106,12 +106,12 @@ class Recorder:
         if self._is_due(trainer.global_step + max(1, len(trainer.optimizers))):
             self._measured = self._probes.enter_context(probed(self._found.quantizers))
 
-    def after_batch(self, trainer: L.Trainer, model: L.LightningModule) -> list[TrajectoryRow]:
-        """Record if it is due; the rows, on every rank."""
+    def after_batch(self, trainer: L.Trainer, model: L.LightningModule) -> tuple[list[TrajectoryRow], dict[str, float]]:
+        """Record if it is due; on every rank the rows, and by quantizer the share of values in too few codes."""
         self._probes.close()
         measured, self._measured = self._measured, {}
         if not self._is_due(trainer.global_step):
-            return []
+            return [], {}
         state = snapshot(self._found.quantizers, measured | measure_weights(self._found.layers))
         rows = state.rows(trainer.global_step, trainer.current_epoch)
         for name, flag in zip(state.names, state.not_finite, strict=True):
@@ -123,7 +123,7 @@ class Recorder:
             logger.log_metrics(metrics_of(rows, self._found.quantizers), step=trainer.global_step)
         for name, value in summary_of(rows).items():
             log(model, name, value, on_step=True, on_epoch=False)
-        return rows
+        return rows, dict(zip(state.names, state.in_few_codes, strict=True))
 
     def after_epoch(self, trainer: L.Trainer) -> None:
         """Keep every scale and zero point, and give their distributions to the loggers that draw them."""

@@ -1,4 +1,4 @@
-"""Notices quantizers that have collapsed, from what is recorded anyway."""
+"""Notices quantizers that have collapsed or leave their codes unused, from what is recorded anyway."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 from lfq_lightning.checking import check_choice
 from lfq_lightning.placement.host import hosts, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.records.codes import few_codes
 from lfq_lightning.records.trajectory import TrajectoryRow
 
 Reaction = Literal["warn", "reinit", "raise"]
@@ -26,19 +27,29 @@ _SHRUNK = 1e-3
 _SATURATED, _SATURATED_FOR = 0.75, 3
 # After a ReLU a zero point belongs at an end. One is suspicious that moved there, stayed, and clamps what lies beyond.
 _PINNED_FOR, _BEYOND = 20, 0.1
+# One batch may be unlike the data that a range was found on.
+_UNUSED_FOR = 3
 
 _REMEDY = (
     "Lower the learning rate of scales and zero points (`optimizer`), observe for longer (`schedule`), give the layer "
     'more bits with a Rule, or pass `on_collapse="reinit"`.'
 )
+_REMEDY_FOR_UNUSED = (
+    "The range is much wider than the values: look for outliers in the data that were observed, take "
+    'observer="mse" or "percentile" instead of "minmax", granularity="per_channel" where some channels are much '
+    "larger than others, or give the layer more bits with a Rule."
+)
 
 
 class Sentinel:
-    """Finds collapsed quantizers in the rows of a trajectory, and reacts to each.
+    """Finds collapsed quantizers and those with unused codes in what is recorded, and reacts to each.
 
     Collapsed is a quantizer whose scale or zero point is not finite, and, while it learns, one whose scale fell to its
     floor or to a thousandth, which clamps most of what it is given, or whose zero point moved to an end of the range,
     stays there, and lies where a good part of what it is given does not.
+
+    While outputs are quantized it also names a quantizer most of whose codes are unused; see `in_few_codes`. Estimated
+    anew from the same values its range would be the same, so that "reinit" does no more than "warn" about it.
 
     Args:
         reaction: "warn" names it once; "reinit" also estimates its qparams anew; "raise" ends the run.
@@ -55,22 +66,35 @@ class Sentinel:
     def state_dict(self) -> dict[str, Any]:
         """What is remembered of each quantizer, in plain values; on several ranks, that of rank zero decides."""
         streaks = {name: dict(lasting) for name, lasting in self._streaks.items()}
-        return {"named": sorted(self._named), "began": dict(self._began), "streaks": streaks}
+        named = {"named": sorted(self._named), "named_unused": sorted(self._named_unused)}
+        return {**named, "began": dict(self._began), "streaks": streaks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave; nothing at all forgets."""
         self._named: set[str] = set(state.get("named", ()))
+        self._named_unused: set[str] = set(state.get("named_unused", ()))  # which earlier versions did not know
         self._began: dict[str, float] = dict(state.get("began", {}))
         streaks = state.get("streaks", {})
         self._streaks: dict[str, dict[str, float]] = {name: dict(lasting) for name, lasting in streaks.items()}
 
-    def watch(self, trainer: L.Trainer, model: nn.Module, rows: list[TrajectoryRow]) -> list[LearnableFakeQuantize]:
-        """React to what these rows show, on every rank alike; the quantizers that were started over."""
+    def watch(
+        self, trainer: L.Trainer, model: nn.Module, rows: list[TrajectoryRow], in_few_codes: Mapping[str, float]
+    ) -> list[LearnableFakeQuantize]:
+        """React to what a record shows, on every rank alike; the quantizers that were started over.
+
+        Args:
+            trainer: which says how many ranks there are.
+            model: the one that trains.
+            rows: the record, which may be none.
+            in_few_codes: by quantizer, the share of the values in few codes, where that is a fault, else 0.
+        """
         if not rows:
             return []
-        collapsed = self.collapsed(model, rows)
+        found = self.collapsed(model, rows), self.unused(model, rows, in_few_codes)
         if trainer.world_size > 1 and self.reaction != "warn":
-            collapsed = trainer.strategy.broadcast(collapsed)  # saturation is each rank's own, and all act or none
+            found = trainer.strategy.broadcast(found)  # what is measured is each rank's own, and all act or none
+        collapsed, unused = found
+        self.name_unused(unused)
         return self.react(model, collapsed)
 
     def collapsed(self, model: nn.Module, rows: Iterable[TrajectoryRow]) -> dict[str, str]:
@@ -78,6 +102,20 @@ class Sentinel:
         found = quantizers(model)
         reasons = {row.quantizer: self._reason(row, found[row.quantizer]) for row in rows}
         return {name: reason for name, reason in reasons.items() if reason}
+
+    def unused(
+        self, model: nn.Module, rows: Iterable[TrajectoryRow], in_few_codes: Mapping[str, float]
+    ) -> dict[str, str]:
+        """The quantizers most of whose codes were unused for some records, and how few are used."""
+        found, reasons = quantizers(model), {}
+        for row in rows:
+            name, quantized = row.quantizer, row.phase not in ("off", "observe")
+            share = in_few_codes.get(name, 0.0) if quantized else 0.0
+            if self._lasts(name, "unused", share > 0, _UNUSED_FOR):
+                low, high = found[name].code_range
+                few = f"{few_codes(low, high)} of {high - low + 1} codes"
+                reasons[name] = f"{share:.1%} of what it is given fall into {few}"
+        return reasons
 
     def _reason(self, row: TrajectoryRow, quantizer: LearnableFakeQuantize) -> str:
         name = row.quantizer
@@ -110,20 +148,32 @@ class Sentinel:
         Raises:
             RuntimeError: with "raise".
         """
-        fresh = {name: reason for name, reason in collapsed.items() if name not in self._named}
-        self._named |= fresh.keys()
-        if fresh:
-            shown = "; ".join(f"{name}: {reason}" for name, reason in fresh.items())
-            said = f"Quantizers collapsed: {shown}. {_REMEDY}"
-            if self.reaction == "raise":
-                raise RuntimeError(said)
-            rank_zero_warn(said)
+        self._say("Quantizers collapsed", collapsed, _REMEDY, self._named)
         if self.reaction != "reinit":
             return []
         for name in collapsed:  # what it was says nothing about what it becomes
             self._began.pop(name, None)
             self._streaks.pop(name, None)
         return [_reinitialise(model, name) for name in collapsed]
+
+    def name_unused(self, unused: dict[str, str]) -> None:
+        """Warn once of each quantizer whose codes are unused, or raise.
+
+        Raises:
+            RuntimeError: with "raise".
+        """
+        self._say("Most codes of quantizers are unused", unused, _REMEDY_FOR_UNUSED, self._named_unused)
+
+    def _say(self, what: str, reasons: dict[str, str], remedy: str, named: set[str]) -> None:
+        fresh = {name: reason for name, reason in reasons.items() if name not in named}
+        named.update(fresh)
+        if not fresh:
+            return
+        shown = "; ".join(f"{name}: {reason}" for name, reason in fresh.items())
+        said = f"{what}: {shown}. {remedy}"
+        if self.reaction == "raise":
+            raise RuntimeError(said)
+        rank_zero_warn(said)
 
 
 @torch.no_grad()

@@ -30,8 +30,10 @@ def scale_of(name: str, bits: int, seen: list[Tensor], symmetric: bool = False) 
     return observer.calculate_qparams()[0].item()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("name", ["mse", "percentile", "moving_average", "lsq", "lsq+"])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("mse", 2), ("mse", 4), ("mse", 8), ("lsq", 2), ("lsq", 8), ("lsq+", 8), ("percentile", 4), ("moving_average", 4)],
+)
 def test_a_range_survives_one_outlier_of_any_size_in_one_batch(name: str, bits: int) -> None:
     for symmetric in (False, True):
         clean = scale_of(name, bits, batches(), symmetric)
@@ -97,11 +99,11 @@ def test_a_histogram_gives_the_least_error_within_two_percent_and_loses_no_heavy
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_a_weight_gets_the_least_error_of_a_fine_search_in_each_channel(symmetric: bool) -> None:
-    x, codes = torch.randn(8, 1000), (-128, 127) if symmetric else (0, 255)
-    observer = MSEObserver(*codes, symmetric, axis=0, channels=8, whole=True)
+    x, codes = torch.randn(3, 1000), (-128, 127) if symmetric else (0, 255)
+    observer = MSEObserver(*codes, symmetric, axis=0, channels=3, whole=True)
     observer(x)
     for row, scale, zero_point in zip(x, *observer.calculate_qparams(), strict=True):
-        scales = [scale * (1 + k / 1000) for k in range(-60, 60)]
+        scales = [scale * (1 + k / 1000) for k in range(-60, 60, 2)]
         around = [zero_point] if symmetric else [zero_point + k for k in (-2, -1, 0, 1, 2)]
         least = min(error(row, s, z, codes) for s in scales for z in around)
         assert error(row, scale, zero_point, codes) <= 1.02 * least
@@ -122,10 +124,10 @@ def test_where_nothing_looks_at_the_counts_the_same_range_is_found(monkeypatch: 
 
 def calibrated(observer: Any = "mse", granularity: Any = "per_tensor") -> nn.Module:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Conv2d(128, 64, 3))
+    net = nn.Sequential(nn.Conv2d(24, 48, 5, padding=2), nn.ReLU(), nn.Conv2d(48, 24, 5))
     activation = lfq.QuantSpec(bits=8, symmetric=False, observer=observer, granularity=granularity)
     lfq.attach(net, weight=8, activation=activation)
-    lfq.calibrate(net, [torch.randn(2, 64, 6, 6) for _ in range(2)])
+    lfq.calibrate(net, [torch.randn(2, 24, 6, 6) for _ in range(2)])
     return net
 
 
@@ -162,7 +164,7 @@ def test_a_file_that_holds_histograms_of_a_learned_model_loads_without_them() ->
 
 @pytest.mark.parametrize("observer", ["mse", "percentile", "moving_average", "lsq"])
 def test_observing_goes_on_from_a_state_dict_as_if_it_had_not_stopped(observer: str) -> None:
-    whole, seen = calibrated(observer), [torch.randn(2, 64, 6, 6) for _ in range(2)]
+    whole, seen = calibrated(observer), [torch.randn(2, 24, 6, 6) for _ in range(2)]
     part = calibrated(observer)
     lfq.load_state_dict(part, copy.deepcopy(whole.state_dict()))
     for net in (whole, part):

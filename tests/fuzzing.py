@@ -15,6 +15,7 @@ import functools
 import inspect
 import io
 import json
+import os
 import random
 import sys
 import traceback
@@ -283,4 +284,5 @@ def _shown(given: Any) -> str:
 if __name__ == "__main__":
     faulthandler.enable()
     torch.set_num_threads(1)
+    os.chdir(sys.argv[3])  # a relative path is written there
     print(json.dumps(outcomes(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))))

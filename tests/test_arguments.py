@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import nn
 
 import lfq_lightning as lfq
 from lfq_lightning.running import example_of, inputs_of
+from tests.processes import run_python
 from tests.runs import Net, fit, qat
 
 ROOT = Path(__file__).parents[1]
@@ -22,8 +21,7 @@ X, Y = torch.randn(4, 6), torch.randn(4, 3)
 
 
 def test_no_call_ends_in_an_obscure_error_or_a_crash(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.fuzzing", "0", "2000", str(tmp_path)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    run = run_python("-m", "tests.fuzzing", "0", "2000", tmp_path, cwd=ROOT, directory=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]  # negative after a segmentation fault
     found = json.loads(run.stdout.splitlines()[-1])
     assert not found["obscure"], "\n".join(found["obscure"][:5])

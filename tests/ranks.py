@@ -188,7 +188,7 @@ def fifty(directory: Path, ranks: int, **options: Any) -> Any:
 
 
 def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
-    return {k: v for k, v in model.state_dict().items() if "quantizer" in k and isinstance(v, Tensor)}
+    return {k: v for k, v in model.state_dict().items() if "quantizer" in k and not k.endswith("_extra_state")}
 
 
 def kept(directory: Path) -> list[L.Callback]:

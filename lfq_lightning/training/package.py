@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lightning as L
+from lightning.pytorch import Trainer
 
 _OTHER = "pytorch_lightning"
 
@@ -20,7 +21,7 @@ def check_package(trainer: L.Trainer, own: L.Callback) -> None:
     Raises:
         TypeError: unless the Trainer is one of `lightning`, and all that it was given.
     """
-    if not isinstance(trainer, L.Trainer):
+    if not isinstance(trainer, Trainer):
         _refuse(trainer, own)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for part in (*callbacks, *trainer.loggers, trainer.strategy, trainer.precision_plugin):

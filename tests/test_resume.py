@@ -61,6 +61,9 @@ def test_a_run_resumed_between_two_epochs_can_be_resumed_again_within_the_next(t
 
     whole = run(tmp_path)
     run(tmp_path / "once", ckpt_path=tmp_path / f"step={BATCHES}.ckpt")
+    saved = (torch.load(tmp_path / part / f"step={BATCHES + 5}.ckpt", weights_only=True) for part in ("", "once"))
+    progress, expected = (checkpoint["loops"]["fit_loop"]["epoch_progress"] for checkpoint in saved)
+    assert progress == expected
     assert_same_run(run(tmp_path / "twice", ckpt_path=tmp_path / f"once/step={BATCHES + 5}.ckpt"), whole)
 
 

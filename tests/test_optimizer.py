@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lfq_lightning as lfq
 from lfq_lightning.placement.host import qparams
 from lfq_lightning.training.optimizer import QParamOptimizer, hidden_qparams
+from lfq_lightning.training.run_length import length_of
 from tests.runs import Net, fit, images, qat
 
 X = images().tensors[0]
@@ -294,9 +295,10 @@ class Gan(L.LightningModule):
 @pytest.mark.parametrize("toggle", [False, True])
 def test_in_a_gan_no_qparam_learns_from_the_other_networks_step(tmp_path: Path, toggle: bool) -> None:
     schedule = lfq.PhaseSchedule(observe=0, estimate=4, learn=8, unit="step")
-    model, _, callback = fit(tmp_path, Gan(toggle), callback=qat(schedule=schedule))
+    model, made, callback = fit(tmp_path, Gan(toggle), callback=qat(schedule=schedule))
     assert not any(model.leaked)
     assert len(callback.qparam_optimizer.optimizers) == 2
+    assert length_of(made)[1] == made.global_step  # the Trainer counts the steps of both
     for quantizer in lfq.quantizers(model).values():
         assert not torch.equal(quantizer.scale, quantizer.scale_reference)
 

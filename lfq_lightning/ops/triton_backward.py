@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -63,6 +64,7 @@ def over_runs(given: Pass) -> None:
         ROWS=rows,
         BLOCK=block,
         TURNS=turns,
+        STEP=_step(row, chunk, block),
         **given.options,
     )
     if not final:
@@ -88,6 +90,7 @@ def over_columns(given: Pass) -> None:
         ROWS=lines,
         COLUMNS=columns,
         TURNS=turns,
+        STEP=_step(width, columns),
         **given.options,
     )
     _add_up(given, sums, down * (width // layout.channels), layout.repeat)
@@ -118,6 +121,11 @@ def _add_up(given: Pass, sums: tuple[Tensor, ...], count: int, per: int) -> None
 def _turns(numel: int) -> int:
     """Tiles that a program takes, a power of 2; by the tensor's size alone, so that no device changes a sum."""
     return int(max(1, min(_MOST_TURNS, 1 << max(0, (numel // (_TILE * _PROGRAMS)).bit_length() - 1))))
+
+
+def _step(*lengths: int) -> int:
+    """The largest power of 2 up to 16 that divides them all."""
+    return math.gcd(16, *lengths)
 
 
 def _fitting_block(chunk: int) -> int:

@@ -147,18 +147,22 @@ def backward_runs_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     TURNS: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """Write dx, and a sum for each piece of memory that shares one scale: `per_run` pieces make a run.
 
-    FINAL says that each channel has one piece: the sums are then the gradients.
+    FINAL says that each channel has one piece: the sums are then the gradients. STEP divides `row` and `chunk`, so that
+    so many neighbours are loaded and stored at once.
     """
+    row, chunk = row // STEP * STEP, chunk // STEP * STEP  # the compiler learns it from the products
     piece = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS)
     valid = piece < pieces
     run, part = piece // per_run, piece % per_run
     begin = run % groups * chunk
     offset = part.to(tl.int64) * (BLOCK * TURNS)
     start = (run // groups).to(tl.int64) * row + begin + offset
-    length = tl.where(valid, tl.minimum(row - begin, chunk) - offset, 0)
+    # It does not see it through `where` and `minimum`.
+    length = tl.multiple_of(tl.where(valid, tl.minimum(row - begin, chunk) - offset, 0), STEP)
     channel = run % channels
     scales = tl.load(qparams + channel, valid, 1.0)
     s = scales[:, None]
@@ -204,10 +208,15 @@ def backward_columns_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TURNS: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    """Write dx, and a sum for each column of each block of rows; `across` blocks lie beside each other."""
+    """Write dx, and a sum for each column of each block of rows; `across` blocks lie beside each other.
+
+    STEP divides `width`: see `backward_runs_kernel`.
+    """
     program = tl.program_id(0)
     block = program // across
+    width = width // STEP * STEP  # the compiler learns it from the product
     column = program % across * COLUMNS + tl.arange(0, COLUMNS)
     within = column < width
     channel = column // repeat % channels

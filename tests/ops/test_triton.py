@@ -196,7 +196,7 @@ from lfq_lightning.ops import triton_kernels as kernels
 
 FLOATS = {"quant_min", "quant_max", "grad_factor"}
 WIDE = {"x", "y", "g", "dx"}
-FLAGS = {"INDEX": tl.int32, "NEED_SCALE": True, "NEED_ZERO_POINT": True, "FINAL": False, "TURNS": 2}
+FLAGS = {"INDEX": tl.int32, "NEED_SCALE": True, "NEED_ZERO_POINT": True, "FINAL": False, "TURNS": 2, "STEP": 16}
 KINDS = {"one": ("fp32", "bf16", "fp16", "fp64"), "run": ("bf16",), "element": ("fp32",)}
 RULES = {"lsq": ("fp32", "bf16"), "exclusive": ("fp32",), "inclusive": ("bf16",)}
 CALLS = [(kernels.forward_kernel, {"KIND": kind, "BLOCK": 1024}, KINDS[kind]) for kind in KINDS]

@@ -30,6 +30,7 @@ from lfq_lightning.training.recorder import Recorder
 from lfq_lightning.training.resuming import explain_torn_checkpoint, open_epoch, take_up
 from lfq_lightning.training.run_phases import RunPhases, begin, show_phase, warn_if_float, warn_if_unlearned
 from lfq_lightning.training.sentinel import Reaction, Sentinel
+from lfq_lightning.training.sharded_loading import load_quantizers_whole
 from lfq_lightning.training.stillness import warn_if_still
 from lfq_lightning.training.user_optimizer import UserOptimizers, arranged_qparams, check_makers, make_optimizer
 from lfq_lightning.training.weight_steps import WeightSteps
@@ -126,6 +127,7 @@ class QuantizationAwareTraining(AtRest):
         meet_quantizers(self._wrappers, pl_module, attach, partial(arranged_qparams, pl_module, self.optimizer))
         arrange(self._arranged, trainer, pl_module)
         note_on_checkpoints(self._arranged, pl_module)
+        load_quantizers_whole(self._arranged, trainer, pl_module)
 
     def _attach(self, pl_module: L.LightningModule, final: bool) -> None:
         self.placement = plan(pl_module, self.weight, self.activation, self.rules, final)

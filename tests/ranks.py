@@ -27,7 +27,7 @@ import lfq_lightning as lfq
 from lfq_lightning.placement.host import qparams
 from lfq_lightning.techniques.batch_norm import reestimate_batch_norm
 from tests.processes import Program
-from tests.runs import Net, fit, images, qat
+from tests.runs import Net, fit, images, qat, trainer
 
 SCHEDULE = lfq.PhaseSchedule(observe=0, estimate=1, learn=2)
 TWO_BITS = [lfq.Rule("second", weight=2)]  # a weight whose steps are lengthened on every rank
@@ -99,6 +99,20 @@ class Sharded(NormFree):
     def configure_model(self) -> None:
         for layer in (self.first, self.second, self.head, self):
             fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0])
+
+
+class ShardedFromZero(Sharded):
+    """One channel of a weight begins at zero, so that its scale has to follow it; steps have momentum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.second.weight[1].detach())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-2, momentum=0.9)
 
 
 class Collapses(L.Callback):
@@ -225,15 +239,31 @@ def parallel(**options: Any) -> ModelParallelStrategy:
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **options)
 
 
+def sharded(directory: Path, ckpt_path: str | None = None, distributed: bool = True) -> Any:
+    """Four epochs, each with its checkpoint; two observe."""
+    path = None if ckpt_path is None else directory.parent / ckpt_path
+    strategy = parallel(save_distributed_checkpoint=distributed)
+    return run(directory, ShardedFromZero, strategy=strategy, callbacks=kept(directory), max_epochs=4, ckpt_path=path)
+
+
+def predicted(directory: Path) -> None:
+    """Predict from the last checkpoint of either kind, in a fit's place."""
+    for kind in ("saved", "whole"):
+        made = trainer(directory, [qat()], devices=2, strategy=parallel(), use_distributed_sampler=False)
+        path = directory.parent / kind / "epoch=3.ckpt"
+        found = made.predict(ShardedFromZero(), DataLoader(images(8)), ckpt_path=path, weights_only=True)
+        torch.save(found, directory / f"{kind}.pt")
+
+
 FSDP: dict[str, Callable[[Path], Any]] = {
     "sharded": lambda d: run(d, Sharded, strategy=parallel()),
-    "whole": lambda d: run(
-        d, Sharded, strategy=parallel(save_distributed_checkpoint=False), callbacks=kept(d), max_epochs=5
-    ),
-    "saved": lambda d: run(d, Sharded, strategy=parallel(), callbacks=kept(d), max_epochs=5),
-    "resumed": lambda d: run(
-        d, Sharded, strategy=parallel(), callbacks=kept(d), max_epochs=5, ckpt_path=d.parent / "saved/epoch=2.ckpt"
-    ),
+    "whole": lambda d: sharded(d, distributed=False),
+    "saved": sharded,
+    "resumed": lambda d: sharded(d, "saved/epoch=2.ckpt"),
+    "resumed while observing": lambda d: sharded(d, "saved/epoch=0.ckpt"),
+    "resumed from whole": lambda d: sharded(d, "whole/epoch=2.ckpt"),
+    "resumed from whole while observing": lambda d: sharded(d, "whole/epoch=0.ckpt"),
+    "predicted": predicted,
 }
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lfq_lightning as lfq
 from lfq_lightning.training.sharding import check_strategy
-from tests.ranks import NormFree, run, start_two
-from tests.runs import Net, qat, trainer
+from tests.ranks import FSDP, NormFree, run, start_two
+from tests.runs import Net, images, qat, trainer
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +38,30 @@ def test_sharded_weights_give_the_qparams_of_one_process(runs: Any, tmp_path: Pa
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5 if "zero_point" in key else 0.0, msg=key)
 
 
-def test_a_sharded_run_resumes_bit_equal_from_its_sharded_checkpoint(runs: Any) -> None:
-    found, expected = state(runs, "resumed"), state(runs, "saved")
+@pytest.mark.parametrize("name", [name for name in FSDP if name.startswith("resumed")])
+def test_a_sharded_run_resumes_bit_equal_from_either_kind_of_checkpoint(runs: Any, name: str) -> None:
+    found, expected = state(runs, name), state(runs, "saved")
+    assert list(found) == list(expected)
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_the_whole_checkpoint_of_a_sharded_run_loads_into_one_process(runs: Any) -> None:
     expected = state(runs, "whole")
-    model = lfq.load_from_checkpoint(NormFree, runs[0] / "whole/epoch=4.ckpt").eval()
+    model = lfq.load_from_checkpoint(NormFree, runs[0] / "whole/epoch=3.ckpt").eval()
     found = model.state_dict()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert model(torch.randn(2, 1, 8, 8)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["saved", "whole"])
+def test_sharded_weights_predict_from_either_kind_of_checkpoint_as_one_process_does(runs: Any, kind: str) -> None:
+    directory, failed = runs
+    path = directory / "predicted" / f"{kind}.pt"
+    assert path.exists(), failed.get("predicted", f"not reached after {list(failed)}")
+    model = lfq.load_from_checkpoint(NormFree, directory / "whole/epoch=3.ckpt").eval()
+    with torch.no_grad():
+        expected = [model(x) for x, _ in DataLoader(images(8))]
+    torch.testing.assert_close(torch.load(path), expected)
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])

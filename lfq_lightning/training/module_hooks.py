@@ -15,6 +15,7 @@ from lfq_lightning.placement.host import hosts, restore_layer
 from lfq_lightning.quantizer.saved import NOTE
 from lfq_lightning.state_dicts import descriptions, fit_to
 from lfq_lightning.training.optimizer import hidden_qparams
+from lfq_lightning.training.sharding import shards
 from lfq_lightning.training.wrapping import Wrappers
 
 
@@ -55,7 +56,8 @@ def meet_quantizers(
         for key in ("state_dict", "current_model_state"):
             if key in checkpoint:
                 checkpoint[key] = fit_to(model, checkpoint[key])
-        check_loadable(model, checkpoint)
+        if not shards(model.trainer):  # such a strategy has loaded the state dict by then, and taken it out
+            check_loadable(model, checkpoint)
 
     wrappers.around(model, "configure_model", configure_model)
     wrappers.around(model, "configure_optimizers", configure_optimizers)

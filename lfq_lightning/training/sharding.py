@@ -34,8 +34,13 @@ def check_strategy(trainer: L.Trainer) -> None:
         )
 
 
+def shards(trainer: L.Trainer) -> bool:
+    """Whether the strategy keeps a part of each weight on each rank, and loads checkpoints by itself."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
 def mean_over_shards(trainer: L.Trainer) -> Callable[[Tensor], Tensor] | None:
     """The mean over ranks for qparams, which `fully_shard` did not see; None where the strategy averages them."""
-    if not isinstance(trainer.strategy, ModelParallelStrategy) or trainer.world_size == 1:
+    if not shards(trainer) or trainer.world_size == 1:
         return None
     return lambda flat: trainer.strategy.reduce(flat, reduce_op="mean")

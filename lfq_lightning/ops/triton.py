@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton import cdiv
+from triton import cdiv, next_power_of_2
 from triton.runtime.interpreter import InterpretedFunction
 
 from lfq_lightning.ops import triton_kernels as kernels
 from lfq_lightning.ops.layout import plan
-from lfq_lightning.ops.triton_backward import Pass, over_columns, over_runs
-from lfq_lightning.ops.triton_kernels import NARROW, WIDE
+from lfq_lightning.ops.triton_tiles import Tiles, backward_tiles, forward_tiles
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # TRITON_INTERPRET=1 when this module was imported: the kernels then run on the CPU, slowly.
-INTERPRETED = isinstance(kernels.forward_kernel, InterpretedFunction)
+INTERPRETED = isinstance(kernels.forward_runs_kernel, InterpretedFunction)
 
-_BLOCK = 1024  # elements of a program, eight a thread
-_WARPS = 4
+_NOTED = 512  # channels whose qparams one program writes
 
-_plan = lru_cache(maxsize=4096)(plan)
+
+class _Cut(NamedTuple):
+    channels: int
+    numel: int
+    forward: Tiles
+    backward: Tiles
+
+
+@lru_cache(maxsize=4096)
+def _cut(
+    shape: torch.Size, stride: tuple[int, ...], axis: int | None, group_size: int | None, scales: int, itemsize: int
+) -> _Cut | None:
+    layout = plan(shape, stride, axis, group_size, scales)
+    if layout is None:
+        return None
+    return _Cut(layout.channels, layout.numel, forward_tiles(layout, itemsize), backward_tiles(layout))
 
 
 def serves(x: Tensor) -> bool:
@@ -83,21 +96,19 @@ def _forward(
         y, qparams = _forward(x.float(), scale, zero_point, quant_min, quant_max, axis, group_size)
         return y.bfloat16(), qparams
     y = torch.empty_like(x)
-    layout = _plan(y.shape, y.stride(), axis, group_size, scale.numel())
-    if layout is None:
+    cut = _cut(y.shape, y.stride(), axis, group_size, scale.numel(), y.itemsize)
+    if cut is None:
         result, qparams = _forward(x.contiguous(), scale, zero_point, quant_min, quant_max, axis, group_size)
         return y.copy_(result), qparams
     if not _lie_alike(x, y):
         x = torch.empty_like(y).copy_(x)
     # Made of a tensor: the default dtype and device may be others.
-    qparams = scale.new_empty((3, layout.channels))
-    noting = cdiv(layout.channels, _BLOCK)
-    programs = noting + cdiv(layout.numel, _BLOCK)
-    if programs:
-        row, groups, chunk = layout.runs
-        turn = row * (layout.channels // groups)
+    qparams = scale.new_empty((3, cut.channels))
+    noting = cdiv(cut.channels, _NOTED)
+    if noting + cut.forward.programs:
+        kernel = kernels.forward_columns_kernel if cut.forward.columns else kernels.forward_runs_kernel
         with torch.cuda.device_of(x):
-            kernels.forward_kernel[(programs,)](
+            kernel[(noting + cut.forward.programs,)](
                 x,
                 y,
                 scale.resolve_neg().contiguous(),
@@ -105,17 +116,11 @@ def _forward(
                 qparams,
                 float(quant_min),
                 float(quant_max),
-                layout.numel,
-                layout.channels,
-                row,
-                groups,
-                chunk,
                 noting,
-                KIND="one" if layout.channels == 1 else "run" if groups == 1 and chunk >= _BLOCK else "element",
-                INDEX=NARROW if turn < 2**31 - _BLOCK else WIDE,
-                BLOCK=_BLOCK,
-                num_warps=_WARPS,
+                *cut.forward.arguments,
+                NOTED=_NOTED,
                 enable_fp_fusion=False,
+                **cut.forward.options,
             )
     return y, qparams
 
@@ -137,22 +142,64 @@ def _backward(
         dx, d_scale, d_zero_point = _backward(dy.float(), x.float(), qparams, axis, group_size, *settings)
         return dx.bfloat16(), d_scale, d_zero_point
     dx = torch.empty_like(x)
-    layout = _plan(dx.shape, dx.stride(), axis, group_size, channels)
-    if layout is None:
+    cut = _cut(dx.shape, dx.stride(), axis, group_size, channels, dx.itemsize)
+    if cut is None:
         result, d_scale, d_zero_point = _backward(dy, x.contiguous(), qparams, axis, group_size, *settings)
         return dx.copy_(result), d_scale, d_zero_point
     if not _lie_alike(x, dx):
         x = torch.empty_like(dx).copy_(x)
     if dy.dtype is not x.dtype or dy.is_neg() or not _lie_alike(dy, dx):
         dy = torch.empty_like(dx).copy_(dy)
-    d_scale, d_zero_point = (qparams.new_empty(channels if need else 0) for need in (need_scale, need_zero_point))
-    if layout.numel == 0:
-        return dx, d_scale.zero_(), d_zero_point.zero_()
-    gradients = (d_scale, d_zero_point)
+    needs = (need_scale, need_zero_point)
+    gradients = tuple(qparams.new_empty(channels if need else 0) for need in needs)
+    if cut.numel == 0:
+        return dx, gradients[0].zero_(), gradients[1].zero_()
     with torch.cuda.device_of(x):
-        launch = over_columns if layout.width else over_runs
-        launch(Pass(layout, (dy, x, dx, qparams), gradients, grad_factor, saturation, need_scale, need_zero_point))
-    return dx, d_scale, d_zero_point
+        _launch_backward(cut.backward, (dy, x, dx, qparams), gradients, grad_factor, saturation, needs)
+    return dx, *gradients
+
+
+def _launch_backward(
+    tiles: Tiles,
+    tensors: tuple[Tensor, ...],
+    gradients: tuple[Tensor, ...],
+    grad_factor: float,
+    saturation: str,
+    needs: tuple[bool, bool],
+) -> None:
+    """One pass over the tensors, and one over the partial sums unless these are the gradients."""
+    channels = tensors[-1].shape[1]
+    flags = {"NEED_SCALE": needs[0], "NEED_ZERO_POINT": needs[1]}
+    options = {**tiles.options, **flags, "SATURATION": saturation, "enable_fp_fusion": False}
+    grid = (tiles.programs,)
+    final = not tiles.columns and tiles.sums == channels
+    sums = (
+        gradients
+        if final
+        else tuple(g.new_empty(tiles.sums if need else 0) for g, need in zip(gradients, needs, strict=True))
+    )
+    if tiles.columns:
+        kernels.backward_columns_kernel[grid](*tensors, *sums, *tiles.arguments, **options)
+    else:
+        kernels.backward_runs_kernel[grid](*tensors, *sums, grad_factor, *tiles.arguments, FINAL=final, **options)
+    if final or not any(needs):
+        return
+    count = tiles.sums // channels
+    block = min(1024, next_power_of_2(count))
+    together = min(1024 // block, next_power_of_2(channels))
+    kernels.add_up_kernel[(cdiv(channels, together),)](
+        *sums,
+        tensors[-1],
+        *gradients,
+        channels,
+        count,
+        tiles.per,
+        grad_factor,
+        CHANNELS=together,
+        BLOCK=block,
+        enable_fp_fusion=False,
+        **flags,
+    )
 
 
 def _lie_alike(a: Tensor, b: Tensor) -> bool:

@@ -17,9 +17,9 @@ NARROW, WIDE = tl.int32, tl.int64  # of offsets
 
 @triton.jit
 def _clamp(v, low, high):
-    # NaN survives both comparisons.
-    v = tl.where(low > v, low, v)
-    return tl.where(high < v, high, v)
+    # NaN survives both.
+    above = tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(above, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -37,33 +37,89 @@ def _used(scale, zero_point, quant_min, quant_max):
 
 
 @triton.jit
+def _quantized(v, s, low, high):
+    # Rounding is monotone and the limits are integers, so clamping first gives the same integer.
+    return _round_half_even(_clamp(tl.div_rn(v, s), low, high)) * s
+
+
+@triton.jit
 def _terms(x, g, s, low, high, SATURATION: tl.constexpr):
-    """Whether one element's gradient passes to x, its term for the scale, and for the zero point without the -s."""
+    """Whether one element's gradient passes to x, its term for the scale, and for the zero point without the -s.
+
+    An x that is not finite never passes: its code is out of range, or NaN.
+    """
     u = tl.div_rn(x, s)
-    c = _round_half_even(_clamp(u, low, high))
     if SATURATION == "lsq":
+        c = _round_half_even(_clamp(u, low, high))
         passes = (u > low) & (u < high)
         learns = passes
     else:
         r = _round_half_even(_clamp(u, low - 1.0, high + 1.0))
-        passes = (r >= low) & (r <= high)
+        c = _clamp(r, low, high)
+        passes = c == r
         learns = passes
         if SATURATION == "inclusive":
             learns = (r > low) & (r < high)
     finite = tl.abs(x) <= _LARGEST
     weight = tl.where(learns, c - u, c)
-    return (
-        passes & finite,
-        tl.where(finite, g * weight, 0.0),
-        tl.where(learns, 0.0, tl.where(finite, g, 0.0)),
+    return passes, tl.where(finite, g * weight, 0.0), tl.where(finite & (learns == 0), g, 0.0)
+
+
+# ---- where the elements of a program are, and their scales -----------------------------------------------------------
+
+
+@triton.jit
+def _note(program, scale, zero_point, qparams, quant_min, quant_max, channels, CHANNELS: tl.constexpr):
+    """Write what backward needs of some channels, (3, channels)."""
+    channel = program * CHANNELS + tl.arange(0, CHANNELS)
+    known = channel < channels
+    s, low, high = _used(
+        tl.load(scale + channel, known, 1.0), tl.load(zero_point + channel, known, 0.0), quant_min, quant_max
     )
+    tl.store(qparams + channel, s, known)
+    tl.store(qparams + channels + channel, low, known)
+    tl.store(qparams + 2 * channels + channel, high, known)
+
+
+@triton.jit
+def _runs(
+    program,
+    pieces,
+    per_run,
+    channels,
+    row,
+    groups,
+    chunk,
+    ONE: tl.constexpr,
+    INDEX: tl.constexpr,
+    ROWS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """A program's pieces of memory that share one scale each: number, whether it is one, channel, start and length.
+
+    `per_run` pieces of up to LENGTH elements make a run; ONE says that there is a single run. STEP divides `row` and
+    `chunk`, so that so many neighbours are loaded and stored at once.
+    """
+    row, chunk = row // STEP * STEP, chunk // STEP * STEP  # the compiler learns it from the products
+    piece = program.to(INDEX) * ROWS + tl.arange(0, ROWS)
+    valid = piece < pieces
+    run, part = piece // per_run, piece % per_run
+    if ONE:
+        run, part = piece * 0, piece
+    begin = run % groups * chunk
+    offset = part.to(tl.int64) * LENGTH
+    start = (run // groups).to(tl.int64) * row + begin + offset
+    # It does not see it through `where` and `minimum`.
+    length = tl.multiple_of(tl.where(valid, tl.minimum(row - begin, chunk) - offset, 0), STEP)
+    return piece, valid, run % channels, start, length
 
 
 # ---- forward --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def forward_kernel(
+def forward_runs_kernel(
     x,
     y,
     scale,
@@ -71,54 +127,84 @@ def forward_kernel(
     qparams,
     quant_min,
     quant_max,
-    numel,
+    noting,
+    pieces,
+    per_run,
     channels,
     row,
     groups,
     chunk,
-    noting,
-    KIND: tl.constexpr,
+    ONE: tl.constexpr,
     INDEX: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TURNS: tl.constexpr,
+    STEP: tl.constexpr,
+    NOTED: tl.constexpr,
 ):
-    """Write y, block by block of memory; the first `noting` programs write what backward needs, (3, channels).
-
-    KIND says how a block finds its scales: "one" for all; "run" where it meets at most two; "element" by division.
-    """
+    """Write y over pieces of memory; the first `noting` programs write what backward needs."""
     program = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    # Names of their own: the compiler wants one type of a name that both branches assign.
     if program < noting:
-        noted = program * BLOCK + lane
-        known = noted < channels
-        noted_s, noted_low, noted_high = _used(
-            tl.load(scale + noted, known, 1.0), tl.load(zero_point + noted, known, 0.0), quant_min, quant_max
-        )
-        tl.store(qparams + noted, noted_s, known)
-        tl.store(qparams + channels + noted, noted_low, known)
-        tl.store(qparams + 2 * channels + noted, noted_high, known)
+        _note(program, scale, zero_point, qparams, quant_min, quant_max, channels, NOTED)
     else:
-        start = (program - noting).to(tl.int64) * BLOCK
-        inside = lane < numel - start
-        value = tl.load(x + start + lane, inside, 0.0).to(tl.float32)
-        if KIND == "one":
-            s, low, high = _used(tl.load(scale), tl.load(zero_point), quant_min, quant_max)
-        elif KIND == "run":
-            run = start // chunk
-            here, next_one = run % channels, (run + 1) % channels
-            a, a_low, a_high = _used(tl.load(scale + here), tl.load(zero_point + here), quant_min, quant_max)
-            b, b_low, b_high = _used(tl.load(scale + next_one), tl.load(zero_point + next_one), quant_min, quant_max)
-            first = lane < chunk - start % chunk
-            s, low, high = tl.where(first, a, b), tl.where(first, a_low, b_low), tl.where(first, a_high, b_high)
-        else:
-            # The pattern of scales repeats: offsets within one turn of it mostly fit 32 bits, where division is cheap.
-            turn = row * (channels // groups)
-            element = (start % turn).to(INDEX) + lane
-            channel = (element // row * groups + element % row // chunk) % channels
-            s, low, high = _used(tl.load(scale + channel), tl.load(zero_point + channel), quant_min, quant_max)
-        # Rounding is monotone and the limits are integers, so clamping first gives the same integer.
-        result = _round_half_even(_clamp(tl.div_rn(value, s), low, high)) * s
-        tl.store(y + start + lane, result.to(y.dtype.element_ty), inside)
+        _, valid, channel, start, length = _runs(
+            program - noting, pieces, per_run, channels, row, groups, chunk, ONE, INDEX, ROWS, BLOCK * TURNS, STEP
+        )
+        s, low, high = _used(
+            tl.load(scale + channel, valid, 1.0), tl.load(zero_point + channel, valid, 0.0), quant_min, quant_max
+        )
+        lane = tl.arange(0, BLOCK)[None, :]
+        for turn in range(TURNS):
+            column = lane + turn * BLOCK
+            inside = column < length[:, None]
+            at = start[:, None] + column
+            value = tl.load(x + at, inside, 0.0).to(tl.float32)
+            result = _quantized(value, s[:, None], low[:, None], high[:, None])
+            tl.store(y + at, result.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def forward_columns_kernel(
+    x,
+    y,
+    scale,
+    zero_point,
+    qparams,
+    quant_min,
+    quant_max,
+    noting,
+    rows,
+    width,
+    across,
+    channels,
+    repeat,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TURNS: tl.constexpr,
+    STEP: tl.constexpr,
+    NOTED: tl.constexpr,
+):
+    """Write y of a matrix, `across` blocks beside each other; the first programs as in `forward_runs_kernel`."""
+    program = tl.program_id(0)
+    if program < noting:
+        _note(program, scale, zero_point, qparams, quant_min, quant_max, channels, NOTED)
+    else:
+        width = width // STEP * STEP  # see `_runs`
+        block = (program - noting) // across
+        column = (program - noting) % across * COLUMNS + tl.arange(0, COLUMNS)
+        within = column < width
+        channel = column // repeat % channels
+        s, low, high = _used(
+            tl.load(scale + channel, within, 1.0), tl.load(zero_point + channel, within, 0.0), quant_min, quant_max
+        )
+        first = block.to(tl.int64) * (ROWS * TURNS) + tl.arange(0, ROWS)
+        for turn in range(TURNS):
+            line = first + turn * ROWS
+            inside = (line < rows)[:, None] & within[None, :]
+            at = line[:, None] * width + column[None, :]
+            value = tl.load(x + at, inside, 0.0).to(tl.float32)
+            result = _quantized(value, s[None, :], low[None, :], high[None, :])
+            tl.store(y + at, result.to(y.dtype.element_ty), inside)
 
 
 # ---- backward -------------------------------------------------------------------------------------------------------
@@ -132,38 +218,28 @@ def backward_runs_kernel(
     qparams,
     d_scale,
     d_zero_point,
+    grad_factor,
     pieces,
     per_run,
     channels,
     row,
     groups,
     chunk,
-    grad_factor,
     SATURATION: tl.constexpr,
     NEED_SCALE: tl.constexpr,
     NEED_ZERO_POINT: tl.constexpr,
     FINAL: tl.constexpr,
+    ONE: tl.constexpr,
     INDEX: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     TURNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Write dx, and a sum for each piece of memory that shares one scale: `per_run` pieces make a run.
-
-    FINAL says that each channel has one piece: the sums are then the gradients. STEP divides `row` and `chunk`, so that
-    so many neighbours are loaded and stored at once.
-    """
-    row, chunk = row // STEP * STEP, chunk // STEP * STEP  # the compiler learns it from the products
-    piece = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS)
-    valid = piece < pieces
-    run, part = piece // per_run, piece % per_run
-    begin = run % groups * chunk
-    offset = part.to(tl.int64) * (BLOCK * TURNS)
-    start = (run // groups).to(tl.int64) * row + begin + offset
-    # It does not see it through `where` and `minimum`.
-    length = tl.multiple_of(tl.where(valid, tl.minimum(row - begin, chunk) - offset, 0), STEP)
-    channel = run % channels
+    """Write dx, and a sum for each piece of memory. FINAL: each channel has one piece; its sums are the gradients."""
+    piece, valid, channel, start, length = _runs(
+        tl.program_id(0), pieces, per_run, channels, row, groups, chunk, ONE, INDEX, ROWS, BLOCK * TURNS, STEP
+    )
     scales = tl.load(qparams + channel, valid, 1.0)
     s = scales[:, None]
     low = tl.load(qparams + channels + channel, valid, 0.0)[:, None]
@@ -210,13 +286,10 @@ def backward_columns_kernel(
     TURNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Write dx, and a sum for each column of each block of rows; `across` blocks lie beside each other.
-
-    STEP divides `width`: see `backward_runs_kernel`.
-    """
+    """Write dx, and a sum for each column of each block of rows; `across` blocks lie beside each other."""
+    width = width // STEP * STEP  # see `_runs`
     program = tl.program_id(0)
     block = program // across
-    width = width // STEP * STEP  # the compiler learns it from the product
     column = program % across * COLUMNS + tl.arange(0, COLUMNS)
     within = column < width
     channel = column // repeat % channels

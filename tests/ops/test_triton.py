@@ -23,7 +23,7 @@ from tests.samples import INTERPRETED, LAYOUTS, SATURATIONS, Case, cases, on, sc
 if not INTERPRETED:
     pytest.skip("needs Triton and TRITON_INTERPRET=1", allow_module_level=True)
 
-from lfq_lightning.ops import native, triton, triton_backward
+from lfq_lightning.ops import native, triton, triton_tiles
 
 # Every way to find the scales, and both ways to cut: runs, short runs, groups with and without a rest, columns.
 GRANULARITIES = [
@@ -85,18 +85,22 @@ def test_every_shape_stride_dtype_and_granularity_gives_the_definition(
 def test_programs_that_take_several_tiles_agree_with_native(
     turns: int, shape: tuple[int, ...], granularity: dict[str, int]
 ) -> None:
-    with mock.patch.object(triton_backward, "_turns", return_value=turns):
+    triton._cut.cache_clear()
+    with mock.patch.object(triton_tiles, "_turns", return_value=turns):
         assert_agrees_with_native(arguments(shape, granularity))
+    triton._cut.cache_clear()
 
 
 @each_granularity
 def test_offsets_of_64_bits_agree_with_native(shape: tuple[int, ...], granularity: dict[str, int]) -> None:
-    with mock.patch.object(triton, "NARROW", triton.WIDE), mock.patch.object(triton_backward, "NARROW", triton.WIDE):
+    triton._cut.cache_clear()
+    with mock.patch.object(triton_tiles, "NARROW", triton_tiles.WIDE):
         assert_agrees_with_native(arguments(shape, granularity))
+    triton._cut.cache_clear()
 
 
 def test_large_tensors_take_more_tiles_a_program_by_their_size_alone() -> None:
-    turns = [triton_backward._turns(2**k) for k in range(16, 34)]
+    turns = [triton_tiles._turns(2**k, 1024) for k in range(16, 34)]
     assert turns[0] == 1
     assert turns[-1] == 16
     assert turns == sorted(turns)
@@ -107,7 +111,7 @@ def test_large_tensors_take_more_tiles_a_program_by_their_size_alone() -> None:
     ("chunk", "block"), [(1, 1), (3, 4), (49, 64), (300, 512), (784, 1024), (3136, 512), (9000, 1024), (2**20, 2048)]
 )
 def test_runs_are_cut_with_few_idle_lanes(chunk: int, block: int) -> None:
-    assert triton_backward._fitting_block(chunk) == block
+    assert triton_tiles._fitting_block(chunk, 2048) == block
 
 
 @each_granularity
@@ -164,7 +168,9 @@ def test_compiled_code_calls_the_kernels_and_gives_the_bits_of_eager(backend: st
             inputs = [torch.randn(rows, 10), torch.rand(10) / 4 + 0.1, torch.randn(10)]
             inputs[0][0, 0] = torch.nan
             inputs = [t.requires_grad_() for t in inputs]
-            with mock.patch.object(triton.kernels, "forward_kernel", _Counted(triton.kernels.forward_kernel)) as count:
+            with mock.patch.object(
+                triton.kernels, "forward_columns_kernel", _Counted(triton.kernels.forward_columns_kernel)
+            ) as count:
                 y = compiled(*inputs)
             assert count.calls == 1
             expected = network(*inputs)

@@ -151,12 +151,12 @@ def _backward(
     if dy.dtype is not x.dtype or dy.is_neg() or not _lie_alike(dy, dx):
         dy = torch.empty_like(dx).copy_(dy)
     needs = (need_scale, need_zero_point)
-    gradients = tuple(qparams.new_empty(channels if need else 0) for need in needs)
+    d_scale, d_zero_point = (qparams.new_empty(channels if need else 0) for need in needs)
     if cut.numel == 0:
-        return dx, gradients[0].zero_(), gradients[1].zero_()
+        return dx, d_scale.zero_(), d_zero_point.zero_()
     with torch.cuda.device_of(x):
-        _launch_backward(cut.backward, (dy, x, dx, qparams), gradients, grad_factor, saturation, needs)
-    return dx, *gradients
+        _launch_backward(cut.backward, (dy, x, dx, qparams), (d_scale, d_zero_point), grad_factor, saturation, needs)
+    return dx, d_scale, d_zero_point
 
 
 def _launch_backward(

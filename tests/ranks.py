@@ -21,10 +21,10 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import lfq_lightning as lfq
-from lfq_lightning.placement.host import qparams
+from lfq_lightning.placement.host import FrozenLayers, qparams
 from lfq_lightning.techniques.batch_norm import reestimate_batch_norm
 from tests.processes import Program
 from tests.runs import Net, fit, images, qat, trainer
@@ -93,6 +93,15 @@ class FrozenBody(NormFree):
         self.second.requires_grad_(False)
 
 
+class FromZero(WithAdam):
+    """One channel of a weight begins at zero, and its scale has to follow as it grows, a little each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.second.weight[1].detach())
+        nn.init.constant_(self.second.bias, 0.1)  # its ReLU lets something through
+
+
 class Sharded(NormFree):
     """Each layer a unit of FSDP2."""
 
@@ -104,15 +113,24 @@ class Sharded(NormFree):
         return self(batch[0])
 
 
-class ShardedFromZero(Sharded):
-    """One channel of a weight begins at zero, so that its scale has to follow it; steps have momentum."""
+class ShardedFromZero(FromZero, Sharded):
+    """The same, with each layer a unit of FSDP2."""
+
+
+class Branches(NormFree):
+    """Has a layer that the second rank's batches alone reach, one from the third epoch on, and one that is both."""
 
     def __init__(self) -> None:
         super().__init__()
-        nn.init.zeros_(self.second.weight[1].detach())
+        self.lone, self.later, self.lone_later = (nn.Conv2d(1, 1, 1).double() for _ in range(3))
 
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=1e-2, momentum=0.9)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.double()
+        lone, later = self.global_rank == 1, self.current_epoch >= 2
+        for layer, reached in ((self.lone, lone), (self.later, later), (self.lone_later, lone and later)):
+            if reached:
+                x = x + layer(x)
+        return super().forward(x)
 
 
 class Collapses(L.Callback):
@@ -201,6 +219,12 @@ def fifty(directory: Path, ranks: int, **options: Any) -> Any:
     return run(directory, ranks=ranks, callback=qat(schedule=schedule, rules=TWO_BITS), max_epochs=1, **options)
 
 
+def from_zero(directory: Path, ranks: int) -> Any:
+    """Learn from the second step on, when the weight is still next to nothing."""
+    callback = qat(schedule=lfq.PhaseSchedule(observe=0, estimate=0, learn=1, unit="step"))
+    return run(directory, FromZero, ranks, callback=callback, callbacks=[Equal()])
+
+
 def quantizer_state(model: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in model.state_dict().items() if "quantizer" in k and not k.endswith("_extra_state")}
 
@@ -209,21 +233,45 @@ def kept(directory: Path) -> list[L.Callback]:
     return [ModelCheckpoint(directory, filename="{epoch}", save_top_k=-1)]
 
 
+def unused(directory: Path) -> None:
+    """Observe one huge value on the second rank alone, by minimum and maximum, and keep what each rank says."""
+    x, labels = (tensor.clone() for tensor in images().tensors)
+    x[12, 0, 0, 0] = 1000.0
+    own = range(4) if os.environ["RANK"] == "0" else range(4, 8)
+    batches = DataLoader(TensorDataset(x, labels), batch_sampler=[[8 * batch + i for i in own] for batch in range(8)])
+    inputs = lfq.QuantSpec(bits=8, symmetric=False, observer="minmax")
+    callback = qat(activation=inputs, schedule=SCHEDULE, record_every_n_steps=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(directory, data=batches, callback=callback, callbacks=[Equal()])
+    said = [str(warning.message) for warning in caught if "unused" in str(warning.message)]
+    (directory / f"rank{os.environ['RANK']}.txt").write_text("\n".join(said))
+
+
+def frozen_body(directory: Path, choice: FrozenLayers) -> None:
+    callback = qat(schedule=SCHEDULE, record_every_n_steps=1, frozen_layers=choice)
+    run(directory, FrozenBody, callback=callback, callbacks=[Equal()])
+
+
 DDP: dict[str, Callable[[Path], Any]] = {
     "plain": lambda d: run(d),
     "fifty": lambda d: fifty(d, 2),
     "fifty accumulated": lambda d: fifty(d, 2, accumulate_grad_batches=2),
-    "saved": lambda d: run(d, callbacks=kept(d), max_epochs=5),
-    "resumed": lambda d: run(d, callbacks=kept(d), max_epochs=5, ckpt_path=d.parent / "one/epoch=2.ckpt"),
+    "saved": lambda d: run(d, callbacks=kept(d), max_epochs=4),
+    "resumed": lambda d: run(d, callbacks=kept(d), max_epochs=4, ckpt_path=d.parent / "one/epoch=2.ckpt"),
     "static graph false": lambda d: run(d, strategy=DDPStrategy(static_graph=False, gradient_as_bucket_view=True)),
     "uneven": lambda d: run(d, data=data(2, uneven=True)),
     "no sync": lambda d: run(d, ByHand),
     "accumulated": lambda d: run(d, accumulate_grad_batches=2),
     "user": lambda d: run(d, WithAdam, callback=qat(schedule=SCHEDULE, optimizer="user")),
     "user frozen": lambda d: run(
-        d, WithAdam, callback=qat(schedule=lfq.PhaseSchedule(0, 1, 2, 3), optimizer="user"), max_epochs=5
+        d, WithAdam, callback=qat(schedule=lfq.PhaseSchedule(0, 1, 2, 3), optimizer="user"), max_epochs=4
     ),
-    "frozen body": lambda d: run(d, FrozenBody),
+    "frozen body": lambda d: frozen_body(d, "keep"),
+    "frozen body learns": lambda d: frozen_body(d, "learn"),
+    "branches": lambda d: run(d, Branches, strategy=DDPStrategy(find_unused_parameters=True), callbacks=[Equal()]),
+    "from zero": lambda d: from_zero(d, 2),
+    "unused": unused,
     "averaged": lambda d: run(d, callbacks=[EMAWeightAveraging(decay=0.5)]),
     "reinit": lambda d: run(
         d,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lfq_lightning as lfq
 from lfq_lightning.training.sharding import check_strategy
-from tests.ranks import DDP, ByHand, fifty, kept, run, start_two
+from tests.ranks import DDP, ByHand, fifty, from_zero, kept, run, start_two
 from tests.runs import Net, qat, trainer
 
 
@@ -21,7 +21,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
     """Every scenario's folder, after one process has left a checkpoint that two resume from."""
     torch.set_num_threads(1)
     directory = tmp_path_factory.mktemp("ranks")
-    run(directory / "one", ranks=1, callbacks=kept(directory / "one"), max_epochs=5)
+    run(directory / "one", ranks=1, callbacks=kept(directory / "one"), max_epochs=4)
     return directory, start_two(directory, "ddp")
 
 
@@ -104,7 +104,7 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one(runs: Any) -> None:
 def test_one_rank_goes_on_from_the_checkpoint_of_two(runs: Any, tmp_path: Path) -> None:
     expected = state(runs, "saved")
     path = runs[0] / "saved/epoch=2.ckpt"
-    run(tmp_path, ranks=1, callbacks=kept(tmp_path), max_epochs=5, ckpt_path=path)
+    run(tmp_path, ranks=1, callbacks=kept(tmp_path), max_epochs=4, ckpt_path=path)
     assert_near(torch.load(tmp_path / "quantizers.pt"), expected, rtol=1e-4)
 
 
@@ -112,6 +112,38 @@ def test_a_collapsed_quantizer_starts_over_on_both_ranks(runs: Any) -> None:
     found, expected = state(runs, "reinit"), state(runs, "plain")
     key = "second.input_quantizer.scale"
     torch.testing.assert_close(found[key], expected[key], rtol=0.2, atol=0.0)
+
+
+def test_layers_that_one_rank_reaches_or_that_are_reached_late_learn_on_both_ranks(runs: Any) -> None:
+    found = state(runs, "branches")
+    for name in ("lone", "later", "lone_later"):
+        key = f"{name}.input_quantizer.scale"
+        assert not torch.equal(found[key], found[f"{key}_reference"]), name
+        assert found[f"{name}.input_quantizer.observer.maximum"].isfinite().all(), name
+
+
+def test_a_weight_that_grows_from_zero_on_two_ranks_follows_one_process(runs: Any, tmp_path: Path) -> None:
+    found = state(runs, "from zero")
+    from_zero(tmp_path, 1)
+    assert_near(found, torch.load(tmp_path / "quantizers.pt"))
+    assert found["second.weight_quantizer.observer.blank"].tolist() == [False, True, False, False]
+    assert found["second.weight_quantizer.scale"][1] > 1e-3
+
+
+def test_unused_codes_for_a_value_that_one_rank_saw_are_told_once(runs: Any) -> None:
+    state(runs, "unused")
+    first, second = ((runs[0] / f"unused/rank{rank}.txt").read_text() for rank in (0, 1))
+    assert first.startswith("Most codes of quantizers are unused: first.input_quantizer: ")
+    assert first.count("first.input_quantizer") == 1
+    assert not second
+
+
+def test_frozen_layers_keep_still_or_learn_alone_on_both_ranks(runs: Any) -> None:
+    keep, learn = state(runs, "frozen body"), state(runs, "frozen body learns")
+    for key in (key for key in keep if key.endswith("quantizer.scale")):
+        still = torch.equal(keep[key], keep[f"{key}_reference"])
+        assert still == (not key.startswith("head")), key
+        assert not torch.equal(learn[key], learn[f"{key}_reference"]), key
 
 
 def test_a_run_with_every_argument_and_technique_ends_on_both_ranks(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lfq_lightning.checking import check_batches, check_function, check_model
-from lfq_lightning.gathering import gathering, merge_statistics
+from lfq_lightning.gathering import Gathered, gathering
 from lfq_lightning.phases import go_on
 from lfq_lightning.placement.found import Found
 from lfq_lightning.running import in_eval_mode, run_by
@@ -56,13 +56,13 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Mo
     first = next(batches, None)
     if first is None:
         raise ValueError("`batches` must hold at least one batch. Found none: an iterator may have been used up.")
-    before = {quantizer: quantizer.switches for quantizer in found.values()}
+    before, gathered = {quantizer: quantizer.switches for quantizer in found.values()}, Gathered(found)
     go_on(everything, "observe")
     try:
         with in_eval_mode(model), gathering(found.values()), torch.no_grad():
             for batch in itertools.chain([first], batches):
                 run_by(forward, model, batch)
-                met = merge_statistics(found)
+                met = gathered.merge()
                 for name in met.not_finite() if met else ():
                     found[name].warn_non_finite(name)
     except BaseException:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lfq_lightning.observers import Observer, Statistics, calculate_all, reset_all, update_all
+from lfq_lightning.observers import Observer, Statistics, Together, calculate_all, reset_all, update_all
 from lfq_lightning.placement.host import QuantizedLayer, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
@@ -36,7 +36,7 @@ def set_gathering(quantizers: Iterable[LearnableFakeQuantize], gathering: bool |
 
 @contextmanager
 def gathering(quantizers: Iterable[LearnableFakeQuantize]) -> Iterator[None]:
-    """Within it, quantizers gather the statistics of a batch in every mode, for `merge_statistics` to take in."""
+    """Within it, quantizers gather the statistics of a batch in every mode, for `Gathered` to take in."""
     quantizers = list(quantizers)
     set_gathering(quantizers, True)
     try:
@@ -45,34 +45,60 @@ def gathering(quantizers: Iterable[LearnableFakeQuantize]) -> Iterator[None]:
         set_gathering(quantizers, None)
 
 
-@torch.no_grad()
-def merge_statistics(quantizers: Mapping[str, LearnableFakeQuantize], reduce: Reduce | None = None) -> Met | None:
-    """Take one batch's statistics into every observing input quantizer, and set its qparams in phase "estimate".
+class Gathered:
+    """Quantizers whose statistics are merged after one batch and the next, and what no batch needs to find out again.
 
     Args:
-        quantizers: those that gathered, by name.
-        reduce: the elementwise maximum ("max") or sum ("sum") of a flat tensor over all ranks; called once for each
-            that an observer needs. Every rank takes part whatever it saw.
+        quantizers: those that gather, by name; they and their observers stay what and where they are.
 
-    Returns:
-        Which of those that saw the batch met values that are not finite; None if none did.
+    Attributes:
+        quantizers: those to be told when to gather; a layer's weight is looked at where it is.
     """
-    seen: dict[str, tuple[LearnableFakeQuantize, Observer, Statistics]] = {}
-    for name, quantizer in quantizers.items():
-        if quantizer.static_enabled and not quantizer.is_weight:
-            observer, gathered = quantizer.observer, quantizer.batch_statistics
-            if isinstance(observer, Observer) and (gathered is not None or reduce is not None):
-                seen[name] = quantizer, observer, observer.nothing() if gathered is None else gathered
-                quantizer.__dict__["batch_statistics"] = None
-    if not seen:
-        return None
-    own, observers, parts = zip(*seen.values(), strict=True)
-    if reduce is not None:
-        extremes = _merged([part.extremes for part in parts], "max", reduce)
-        parts = tuple(map(Statistics, extremes, _merged([part.sums for part in parts], "sum", reduce)))
-    update_all(observers, parts)
-    _estimate_inputs([quantizer for quantizer in own if quantizer.fake_quant_enabled and not quantizer.learned])
-    return Met(tuple(seen), _flags([part.extremes for part in parts]))
+
+    def __init__(self, quantizers: Mapping[str, LearnableFakeQuantize]) -> None:
+        self.quantizers = [quantizer for quantizer in quantizers.values() if quantizer.role != "weight"]
+        self._inputs = [
+            (name, quantizer, vars(quantizer), quantizer.observer)
+            for name, quantizer in quantizers.items()
+            if not quantizer.is_weight and isinstance(quantizer.observer, Observer)
+        ]
+        self._together = Together([observer for *_, observer in self._inputs])
+
+    @torch.no_grad()
+    def merge(self, reduce: Reduce | None = None) -> Met | None:
+        """Take one batch's statistics into every observing input quantizer, and set its qparams in phase "estimate".
+
+        Args:
+            reduce: the elementwise maximum ("max") or sum ("sum") of a flat tensor over all ranks; called once for each
+                that an observer needs. Every rank takes part whatever it saw.
+
+        Returns:
+            Which of those that saw the batch met values that are not finite; None if none did.
+        """
+        names: list[str] = []
+        statistics: dict[Observer, Statistics] = {}
+        estimated: list[LearnableFakeQuantize] = []
+        for name, quantizer, own, observer in self._inputs:
+            gathered = own["batch_statistics"]
+            if own["static_enabled"] and (gathered is not None or reduce is not None):
+                names.append(name)
+                statistics[observer] = observer.nothing() if gathered is None else gathered
+                own["batch_statistics"] = None
+                if own["fake_quant_enabled"] and not own["learned"]:
+                    estimated.append(quantizer)
+        if not names:
+            return None
+        if reduce is not None:
+            statistics = _over_ranks(statistics, reduce)
+        self._together.update(statistics)
+        _estimate_inputs(estimated)
+        return Met(tuple(names), _flags([part.extremes for part in statistics.values()]))
+
+
+def _over_ranks(statistics: Mapping[Observer, Statistics], reduce: Reduce) -> dict[Observer, Statistics]:
+    extremes = _merged([part.extremes for part in statistics.values()], "max", reduce)
+    sums = _merged([part.sums for part in statistics.values()], "sum", reduce)
+    return dict(zip(statistics, map(Statistics, extremes, sums), strict=True))
 
 
 def _merged(parts: list[Tensor], operation: Literal["max", "sum"], reduce: Reduce) -> list[Tensor]:
@@ -147,9 +173,9 @@ def estimate_weights(layers: Iterable[QuantizedLayer], cheap: bool = False) -> N
             looked[quantizer] = observer.statistics(whole_weight(layer))
         else:
             quantizer.estimate_from(whole_weight(layer))
-    observers = [_observer(quantizer) for quantizer in looked]
-    reset_all(observers)
-    update_all(observers, list(looked.values()))
+    statistics = {_observer(quantizer): seen for quantizer, seen in looked.items()}
+    reset_all(list(statistics))
+    update_all(statistics)
     _estimate(list(looked))
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
-from lfq_lightning.gathering import estimate_weights, gathering, merge_statistics
-from lfq_lightning.observers import OBSERVERS
+from lfq_lightning.gathering import Gathered, estimate_weights, gathering
+from lfq_lightning.observers import OBSERVERS, Together, calculate_all
 from lfq_lightning.placement.host import hosts
 from tests.runs import Net, fit, images, qat
 
@@ -32,18 +32,45 @@ def test_quantizers_that_are_served_together_get_what_each_would_get_alone(obser
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3))
     lfq.attach(model, spec, spec)
     lfq.set_phase(model, "estimate")
-    twin = copy.deepcopy(model)
+    twin, gathered = copy.deepcopy(model), Gathered(lfq.quantizers(model))
     for batch in (X[:16], 3 * X[16:32]):
         estimate_weights(hosts(model).values())
         with gathering(lfq.quantizers(model).values()):
             model(batch)
-            merge_statistics(lfq.quantizers(model))
+            gathered.merge()
         twin(batch)  # used alone, each observes and estimates by itself
     expected, found = state_of(twin), state_of(model)
     # The twin's second layer saw what its first made of the second batch before the merge; ranges of weights are equal.
     for name, value in found.items():
         if name.startswith("0.") or "weight_quantizer" in name:
             assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("kind", OBSERVERS)
+def test_observers_together_come_to_what_each_comes_to_alone(kind: Any) -> None:
+    """Batches with an outlier, one observer that misses some, and one with another setting."""
+    channels = [1, 3, 1, 200, 1, 900, *[1] * 12]
+    group = [
+        OBSERVERS[kind](0, 15 if number else 255, axis=1 if count > 1 else None, channels=count)
+        for number, count in enumerate(channels)
+    ]
+    alone, together = copy.deepcopy(group), Together(group)
+    for step in range(12):
+        seen = {}
+        for number, observer in enumerate(group):
+            if (step + number) % 4:
+                size = 1000.0 if step == 9 and number == 2 else 1.0 + number
+                seen[observer] = observer.statistics(size * torch.randn(4, observer.channels))
+        together.update(seen)
+        for own, other in zip(alone, group, strict=True):
+            if other in seen:
+                own.update(seen[other])
+        for own, other in zip(alone, group, strict=True):
+            assert own.state_dict().keys() == other.state_dict().keys()
+            for name, value in own.state_dict().items():
+                assert torch.equal(other.state_dict()[name], value), name
+    for own, found in zip(alone, calculate_all(group), strict=True):
+        assert all(map(torch.equal, own.calculate_qparams(), found))
 
 
 class Walked(Net):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lfq_lightning as lfq
-from lfq_lightning.gathering import gathering, merge_statistics
+from lfq_lightning.gathering import Gathered, gathering
 from lfq_lightning.phases import join, model_phase
 from lfq_lightning.records.trajectory import read_trajectory
 from tests.assertions import assert_bit_equal
@@ -192,7 +192,7 @@ def test_on_several_ranks_it_joins_everywhere_where_any_rank_had_data() -> None:
     for model, batch, reduce in zip(ranks, (negative, positive), (keep, other), strict=True):
         with gathering(late(model).values()):
             model(batch)
-            merge_statistics(late(model), reduce)
+            Gathered(late(model)).merge(reduce)
         assert join(late(model).values(), "learn") == [model.experts[1].input_quantizer]
     assert_bit_equal(ranks[1].experts[1].input_quantizer.scale, ranks[0].experts[1].input_quantizer.scale)
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lfq_lightning as lfq
-from lfq_lightning.gathering import estimate_weights, merge_statistics, set_gathering
+from lfq_lightning.gathering import Gathered, estimate_weights, set_gathering
 from lfq_lightning.observers import OBSERVERS
 from lfq_lightning.placement.host import hosts
 from lfq_lightning.schedule import PHASES, Phase
@@ -49,7 +49,7 @@ def test_no_step_of_any_phase_looks_at_a_value(phase: Phase, scaler: Any) -> Non
             optimizer.step()
             optimizer.zero_grad()
             set_gathering(lfq.quantizers(model).values(), False)
-            merge_statistics(lfq.quantizers(model), lambda flat, _: flat)
+            Gathered(lfq.quantizers(model)).merge(lambda flat, _: flat)
             estimate_weights(hosts(model).values(), cheap=True)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
-from lfq_lightning.gathering import gathering, merge_statistics
+from lfq_lightning.gathering import Gathered, gathering
 from tests.runs import Net, images
 
 X = images().tensors[0]
@@ -195,7 +195,7 @@ def test_the_sign_of_codes_is_decided_by_the_first_batch_of_estimate_and_again_o
     def see(x: Tensor) -> tuple[int, int]:
         with gathering(lfq.quantizers(layer).values()):
             layer(x)
-            merge_statistics(lfq.quantizers(layer))
+            Gathered(lfq.quantizers(layer)).merge()
         return layer[0].input_quantizer.code_range
 
     for first, then in ((X.abs(), X), (X, X.abs())):

@@ -11,7 +11,7 @@ from lfq_lightning.observers.histogram import PercentileObserver
 from lfq_lightning.observers.moments import LSQObserver, ThreeSigmaObserver
 from lfq_lightning.observers.mse import MSEObserver
 from lfq_lightning.observers.ranges import MinMaxObserver, MovingAverageObserver
-from lfq_lightning.observers.together import calculate_all, reset_all, update_all
+from lfq_lightning.observers.together import Together, calculate_all, reset_all, update_all
 
 
 def lsq_plus(quant_min: int = 0, quant_max: int = 255, symmetric: bool = False, *args: Any, **kwargs: Any) -> Observer:
@@ -39,6 +39,7 @@ __all__ = [
     "PercentileObserver",
     "Statistics",
     "ThreeSigmaObserver",
+    "Together",
     "calculate_all",
     "check_observer",
     "reset_all",

@@ -63,11 +63,20 @@ class HistogramObserver(Observer):
         return histogram(rows_of(x, self.axis, self.group_size, padding=math.nan))
 
     def update(self, statistics: Statistics) -> None:
+        self.update_range(statistics)
+        if not self.whole:
+            self.add_histogram(statistics.sums)
+
+    def update_range(self, statistics: Statistics) -> None:
+        """`update`, but for the histogram."""
         super().update(statistics)
         if not self.whole:
-            # Whole numbers, so that a change of dtype leaves them alone.
-            self._kept("histogram", BINS, torch.int64).add_(statistics.sums.long())
             self._count(statistics)
+
+    def add_histogram(self, counts: Tensor) -> None:
+        """Take in that of one batch, as `sums_of` gives it."""
+        # Whole numbers, so that a change of dtype leaves them alone.
+        self._kept("histogram", BINS, torch.int64).add_(counts.long())
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> Tensor:

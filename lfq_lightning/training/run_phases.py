@@ -9,12 +9,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lfq_lightning.gathering import (
+    Gathered,
     Reduce,
     blank_layers,
     estimate_weights,
     follow_blank,
     mark_blank,
-    merge_statistics,
     set_gathering,
 )
 from lfq_lightning.phases import check_ranks_agree, go_on, join, leading_quantizer, model_phase, phase_of
@@ -42,6 +42,7 @@ class RunPhases:
         waiting = [quantizer for quantizer in found.quantizers.values() if not (quantizer.learned or quantizer.late)]
         self.phase = phase_of(waiting or found.quantizers.values())
         self._late = self._find_late()
+        self._gathered = Gathered(self._observing)
         mark_blank(found.layers.values())
         self._blank = blank_layers(found.layers.values())
         self.told_still = False  # by `warn_if_still`
@@ -59,6 +60,7 @@ class RunPhases:
         self._lead, self._late = leading_quantizer(self.found.quantizers.values()), self._find_late()
         self._blank = blank_layers(self.found.layers.values())
         self.phase = phase
+        self._gathered = Gathered(self._observing)
         self._tell(trainer, model)
         tell(
             trainer,
@@ -71,15 +73,15 @@ class RunPhases:
 
     def before_batch(self) -> None:
         """Gather statistics in the coming forward passes."""
-        set_gathering(self._observing.values(), True)
+        set_gathering(self._gathered.quantizers, True)
 
     def after_batch(self, trainer: L.Trainer, model: L.LightningModule) -> None:
         """Merge what was gathered over ranks, into observers and estimates; late quantizers with data join the rest."""
         observing = self._observing
         if not observing:
             return
-        set_gathering(observing.values(), False)
-        met = merge_statistics(observing, _over_ranks(trainer) if trainer.world_size > 1 else None)
+        set_gathering(self._gathered.quantizers, False)
+        met = self._gathered.merge(_over_ranks(trainer) if trainer.world_size > 1 else None)
         if met is not None and met.flags.device.type == "cpu":
             for name in met.not_finite():
                 observing[name].warn_non_finite(name)
@@ -88,6 +90,7 @@ class RunPhases:
         elif self._late and join(self._late.values(), cast(Phase, self.phase)):
             joined = [name for name, quantizer in self._late.items() if not quantizer.late]
             self._late = self._find_late()
+            self._gathered = Gathered(self._observing)
             self._tell(trainer, model)
             tell(trainer, f"Step {trainer.global_step}: {', '.join(joined)} saw data and go to {self.phase}.")
 

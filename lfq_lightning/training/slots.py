@@ -19,22 +19,27 @@ _EPS = torch.finfo(torch.float32).eps
 Kind = Literal["scale", "log scale", "zero point"]
 
 
-@dataclass
+@dataclass(slots=True)
 class Slot:
     """One qparam, and the dimensionless value that stands for it in the optimizer.
 
     The qparam is looked up whenever it is used: moving a module puts other tensors, or other parameters, in its place.
+    There are thousands, and each is looked up several times a step, so what holds them is kept at hand.
     """
 
     quantizer: LearnableFakeQuantize
     name: str
     host: QuantizedLayer | None  # None where the user has placed the quantizer
     proxy: nn.Parameter = field(init=False)
+    held: dict[str, nn.Parameter | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.held = self.quantizer._parameters
 
     @property
     def value(self) -> nn.Parameter:
         """The scale or zero point, as it is now."""
-        value: nn.Parameter | None = self.quantizer._parameters.get(self.name)
+        value = self.held.get(self.name)
         return getattr(self.quantizer, self.name) if value is None else value  # it is hidden at times
 
     @property
@@ -45,10 +50,9 @@ class Slot:
         return "scale" if self.quantizer.scale_domain == "linear" else "log scale"
 
     @property
-    def gradient(self) -> Tensor | None:
-        """What it is to learn from; None too where the phase or the layer lets nothing move."""
-        learns = self.quantizer.learning_enabled and (self.host is None or self.host.learns)
-        return self.value.grad if learns else None
+    def learns(self) -> bool:
+        """Whether the phase and the layer let it move."""
+        return self.quantizer.learning_enabled and (self.host is None or self.host.learns)
 
 
 @dataclass
@@ -88,7 +92,7 @@ class Row:
     @property
     def is_in_place(self) -> bool:
         """Whether all qparams are on the row's device still."""
-        return {slot.value.device for slot in self.slots} == {self._device}
+        return all(slot.value.device == self._device for slot in self.slots)
 
     def take_gradients(self, scaler: Any) -> _Taken | None:
         """Hand values and gradients to the proxies; None where there is nothing to learn from.
@@ -96,13 +100,13 @@ class Row:
         Args:
             scaler: the gradient scaler of mixed precision, or None; its own `unscale_` would wait for the device.
         """
-        found = [slot.gradient for slot in self.slots]
+        qparams: list[Tensor] = [slot.value for slot in self.slots]
+        found = [qparam.grad if slot.learns else None for qparam, slot in zip(qparams, self.slots, strict=True)]
         moving = [gradient is not None for gradient in found]
         if not any(moving):
             for slot in self.slots:
                 slot.proxy.grad = None
             return None
-        qparams: list[Tensor] = [slot.value for slot in self.slots]
         values, units = torch.cat(qparams), self._units()
         held = torch.cat([zeros if own is None else own for own, zeros in zip(found, self._nothing, strict=True)])
         gradients = held.nan_to_num(0.0, 0.0, 0.0)
@@ -132,7 +136,7 @@ class Row:
     def _units(self) -> Tensor:
         """What the qparams are measured in: the scales they began to learn with, or their ranges of codes."""
         if self.kind != "zero point":
-            return torch.cat([slot.quantizer.scale_reference for slot in self.slots])
+            return torch.cat([vars(slot.quantizer)["_buffers"]["scale_reference"] for slot in self.slots])
         ranges = [slot.quantizer.code_range for slot in self.slots]
         if ranges != self._ranges:  # another bit width has another range
             self._ranges = ranges

@@ -191,7 +191,7 @@ class QuantizationAwareTraining(AtRest):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Let no user's optimizer move qparams outside `learn`, and note where it moves weights of few bits from."""
         if isinstance(self.qparam_optimizer, UserOptimizers):
-            self.qparam_optimizer.keep_still()
+            self.qparam_optimizer.prepare()
         self._weight_steps.remember(optimizer)
 
     # ---- after the run ----------------------------------------------------------------------------------------------

@@ -287,11 +287,16 @@ def parallel(**options: Any) -> ModelParallelStrategy:
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **options)
 
 
-def sharded(directory: Path, ckpt_path: str | None = None, distributed: bool = True) -> Any:
+def sharded(directory: Path, ckpt_path: str | None = None, distributed: bool = True, **options: Any) -> Any:
     """Four epochs, each with its checkpoint; two observe."""
     path = None if ckpt_path is None else directory.parent / ckpt_path
     strategy = parallel(save_distributed_checkpoint=distributed)
-    return run(directory, ShardedFromZero, strategy=strategy, callbacks=kept(directory), max_epochs=4, ckpt_path=path)
+    options |= {"strategy": strategy, "callbacks": kept(directory), "max_epochs": 4, "ckpt_path": path}
+    return run(directory, ShardedFromZero, **options)
+
+
+def in_users_optimizer() -> lfq.QuantizationAwareTraining:
+    return qat(schedule=SCHEDULE, record_every_n_steps=1, optimizer="user")
 
 
 def predicted(directory: Path) -> None:
@@ -312,6 +317,10 @@ FSDP: dict[str, Callable[[Path], Any]] = {
     "resumed from whole": lambda d: sharded(d, "whole/epoch=2.ckpt"),
     "resumed from whole while observing": lambda d: sharded(d, "whole/epoch=0.ckpt"),
     "predicted": predicted,
+    "user by DDP": lambda d: run(d, FromZero, callback=in_users_optimizer(), max_epochs=4),
+    "user": lambda d: sharded(d, callback=in_users_optimizer()),
+    "user resumed": lambda d: sharded(d, "user/epoch=2.ckpt", callback=in_users_optimizer()),
+    "user resumed while observing": lambda d: sharded(d, "user/epoch=0.ckpt", callback=in_users_optimizer()),
 }
 
 

@@ -38,9 +38,14 @@ def test_sharded_weights_give_the_qparams_of_one_process(runs: Any, tmp_path: Pa
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5 if "zero_point" in key else 0.0, msg=key)
 
 
-@pytest.mark.parametrize("name", [name for name in FSDP if name.startswith("resumed")])
+def test_in_the_users_optimizer_sharded_weights_give_the_qparams_of_ddp(runs: Any) -> None:
+    found, expected = state(runs, "user"), state(runs, "user by DDP")
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("name", [name for name in FSDP if "resumed" in name])
 def test_a_sharded_run_resumes_bit_equal_from_either_kind_of_checkpoint(runs: Any, name: str) -> None:
-    found, expected = state(runs, name), state(runs, "saved")
+    found, expected = state(runs, name), state(runs, "user" if name.startswith("user") else "saved")
     assert list(found) == list(expected)
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 

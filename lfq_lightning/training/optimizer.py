@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lfq_lightning.placement.host import QuantizedLayer, hosts, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.training.rates import Pace, Reading
+from lfq_lightning.training.sharding import average_gradients
 from lfq_lightning.training.slots import Row, Slot, rows_of
 from lfq_lightning.training.stepping import StepHooks, wrapped_by
 from lfq_lightning.training.wrapping import Wrappers
@@ -136,7 +137,8 @@ class QParamOptimizer:
         self._unseen.pop(position, None)
         if not any(own["learning_enabled"] for own in self._switches[position]):
             return
-        self._average(self._slots[position])
+        if self._over_ranks is not None:
+            average_gradients([slot.value for slot in self._slots[position]], self._over_ranks)
         self._follow_devices(position)
         taken = [(row, row.take_gradients(self._scaler)) for row in self._rows[position]]
         if all(before is None for _, before in taken):
@@ -149,21 +151,6 @@ class QParamOptimizer:
                 row.write_back(before)
         if self._schedules:
             self._schedules[position].step()
-
-    def _average(self, slots: Sequence[Slot]) -> None:
-        """Give every rank the mean gradient; one that was not used on a rank counts as zero there.
-
-        Whether there is anything to average is known without asking the other ranks, and so without waiting for the
-        device: `fully_shard` lets no rank run a layer alone.
-        """
-        if self._over_ranks is None:
-            return
-        if all(slot.value.grad is None for slot in slots):
-            return  # torch's checkpoints step an optimizer without gradients to learn what state it has
-        own = [torch.zeros_like(slot.value) if slot.value.grad is None else slot.value.grad for slot in slots]
-        mean = self._over_ranks(torch.cat(own)).split([gradient.numel() for gradient in own])
-        for slot, gradient in zip(slots, mean, strict=True):
-            slot.value.grad = gradient
 
     def _follow_devices(self, position: int) -> None:
         """Lay out anew what was moved to another device, with the optimizer's state."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from lfq_lightning.observers.passing import is_passing
-from lfq_lightning.placement.host import plain_name, quantizers
+from lfq_lightning.placement.host import QuantizedLayer, hosts, plain_name, quantizers
+from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.training.sharding import shards
 from lfq_lightning.training.wrapping import Wrappers
 
@@ -39,21 +41,52 @@ def load_quantizers_whole(wrappers: Wrappers, trainer: L.Trainer, model: L.Light
     strategy = trainer.strategy
 
     def load_checkpoint(original: Any, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        found, aside = quantizers(model), Wrappers()
-        for quantizer in found.values():
-            aside.around(quantizer, "set_extra_state", lambda original, state: None)
-        try:
-            checkpoint = original(checkpoint_path, weights_only=weights_only)
-        finally:
-            aside.remove()
         rest = _left_out(Path(strategy.broadcast(checkpoint_path)), weights_only)
-        for name, quantizer in found.items():
-            start = f"{name}."
-            own = {key.removeprefix(start): value for key, value in rest.items() if key.startswith(start)}
-            quantizer.load_state_dict(own, strict=False)
+        _take_in(model, rest)  # before, as what optimizers remember depends on it, and after, as some of it is lost
+        with _as_optimizers_left_them(model):
+            checkpoint = original(checkpoint_path, weights_only=weights_only)
+        _take_in(model, rest)
         return checkpoint
 
     wrappers.around(strategy, "load_checkpoint", load_checkpoint)
+
+
+def _take_in(model: L.LightningModule, rest: Mapping[str, Tensor]) -> None:
+    """Give each quantizer its part."""
+    for name, quantizer in quantizers(model).items():
+        start = f"{name}."
+        own = {key.removeprefix(start): value for key, value in rest.items() if key.startswith(start)}
+        quantizer.load_state_dict(own, strict=False)
+
+
+@contextmanager
+def _as_optimizers_left_them(model: L.LightningModule) -> Iterator[None]:
+    """Within it, qparams learn if an optimizer remembers something of them, and extra states stay as they are.
+
+    Torch has the fresh optimizer step once, and asks the checkpoint for the state of every parameter that requires a
+    gradient. With `optimizer="user"` there is none of qparams that have yet to learn, or keep still in a frozen layer.
+    """
+    found, aside = quantizers(model).values(), Wrappers()
+    before = [quantizer.learning_enabled for quantizer in found]
+    still = {quantizer for layer in hosts(model).values() if not layer.learns for quantizer in _of(layer)}
+    for quantizer in found:
+        aside.around(quantizer, "set_extra_state", lambda original, state: None)
+        quantizer.learning_enabled = quantizer.learned and quantizer not in still
+    unknown = [p for q in found if not q.learning_enabled for p in q.parameters(recurse=False) if p.requires_grad]
+    for parameter in unknown:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        aside.remove()
+        for parameter in unknown:
+            parameter.requires_grad_(True)
+        for quantizer, learning in zip(found, before, strict=True):
+            quantizer.learning_enabled = learning
+
+
+def _of(layer: QuantizedLayer) -> list[LearnableFakeQuantize]:
+    return [quantizer for quantizer in (layer.weight_quantizer, layer.input_quantizer) if quantizer is not None]
 
 
 def _left_out(path: Path, weights_only: bool | None) -> dict[str, Tensor]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_strategy(trainer: L.Trainer) -> None:
@@ -44,3 +45,22 @@ def mean_over_shards(trainer: L.Trainer) -> Callable[[Tensor], Tensor] | None:
     if not shards(trainer) or trainer.world_size == 1:
         return None
     return lambda flat: trainer.strategy.reduce(flat, reduce_op="mean")
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter], over_ranks: Callable[[Tensor], Tensor]) -> None:
+    """Give every rank the mean gradients; one that was not used on a rank counts as zero there.
+
+    Whether there is anything to average is known without asking the other ranks, and so without waiting for the device:
+    `fully_shard` lets no rank run a layer alone.
+
+    Args:
+        parameters: those that `fully_shard` did not see.
+        over_ranks: the mean of a flat tensor over all ranks.
+    """
+    if all(parameter.grad is None for parameter in parameters):
+        return  # torch's checkpoints step an optimizer without gradients to learn what state it has
+    own = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters]
+    mean = over_ranks(torch.cat(own)).split([gradient.numel() for gradient in own])
+    for parameter, gradient in zip(parameters, mean, strict=True):
+        parameter.grad = gradient

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lfq_lightning.placement.host import QuantizedLayer, hosts, qparams, quantizers
@@ -23,7 +23,7 @@ from lfq_lightning.training.optimizer import (
     hidden_qparams,
 )
 from lfq_lightning.training.rates import Reading
-from lfq_lightning.training.sharding import mean_over_shards
+from lfq_lightning.training.sharding import average_gradients, mean_over_shards
 from lfq_lightning.training.stepping import StepHooks, wrapped_by
 from lfq_lightning.training.wrapping import Wrappers
 
@@ -95,14 +95,21 @@ class UserOptimizers:
         model: a model whose optimizers were made within `grouped_qparams`.
         optimizers: those optimizers.
         scheduled: whether learning-rate schedulers were made of them already.
+        over_ranks: the mean of a flat tensor over all ranks, where nothing else averages the qparams' gradients.
 
     Raises:
         ValueError: if there are qparams that no optimizer took, and schedulers keep them from joining one now, or
             scales that learn in the log domain.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], scheduled: bool) -> None:
-        self._placed = _placed(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        scheduled: bool,
+        over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self._placed, self._over_ranks = _placed(model), over_ranks
         _check_linear(model)
         qparams = {id(p): p for _, quantizer in self._placed for p in quantizer.parameters(recurse=False)}
         held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
@@ -137,10 +144,17 @@ class UserOptimizers:
         """The present learning rate of each group of qparams."""
         return [read(optimizer.param_groups[position].get("lr")) for optimizer, position, read in self._groups]
 
+    def prepare(self) -> None:
+        """Leave the gradients that a step is to be made with, those of all ranks."""
+        self.keep_still()
+        learning = [p for layer, q in self._placed if _learns(layer, q) for p in q.parameters(recurse=False)]
+        if self._over_ranks is not None:
+            average_gradients(learning, self._over_ranks)
+
     def keep_still(self) -> None:
         """Take gradients away that must move nothing: Adam's momentum moves a parameter whose gradient is zero."""
         for layer, quantizer in self._placed:
-            if not quantizer.learning_enabled or (layer is not None and not layer.learns):
+            if not _learns(layer, quantizer):
                 for parameter in quantizer.parameters(recurse=False):
                     parameter.grad = None
 
@@ -180,6 +194,10 @@ class UserOptimizers:
                 'The checkpoint\'s qparams have an optimizer of their own. Found `optimizer="user"` here: resume with '
                 "the `optimizer` that the run began with."
             )
+
+
+def _learns(layer: QuantizedLayer | None, quantizer: LearnableFakeQuantize) -> bool:
+    return quantizer.learning_enabled and (layer is None or layer.learns)
 
 
 def _check_linear(model: nn.Module) -> None:
@@ -232,7 +250,8 @@ def make_optimizer(
     """
     complete_gradients(wrappers, model, choice != "user")
     if choice == "user":
-        return UserOptimizers(model, trainer.optimizers, scheduled=bool(trainer.lr_scheduler_configs))
+        scheduled = bool(trainer.lr_scheduler_configs)
+        return UserOptimizers(model, trainer.optimizers, scheduled, mean_over_shards(trainer))
     _check_apart(model, trainer.optimizers)
     faces = model.optimizers()
     return QParamOptimizer(

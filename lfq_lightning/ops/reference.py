@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,9 +15,11 @@ EPS = torch.finfo(torch.float32).eps
 
 def effective(scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """S and z, shape (2, scales): scales above zero and integer zero points within the range."""
-    s = scale.clamp(min=EPS)
-    z = zero_point.clamp(quant_min, quant_max).round()
-    return torch.stack((s, z))
+    return torch.stack(_used(scale, zero_point, quant_min, quant_max))
+
+
+def _used(scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
+    return scale.clamp(min=EPS), zero_point.clamp(quant_min, quant_max).round()
 
 
 def forward(
@@ -132,16 +135,18 @@ def measure(
     The share of the elements that are clamped to the range of codes; 1 if any is not finite, else 0; and from the third
     entry on x / s of an even choice of the elements, a thousand or two, or all where there are fewer.
     """
-    s, z = (spread(p, x.shape, axis, group_size) for p in effective(scale, zero_point, quant_min, quant_max))
+    s, z = (spread(p, x.shape, axis, group_size) for p in _used(scale, zero_point, quant_min, quant_max))
     if not x.numel():
         return torch.stack((s.new_full((), torch.nan), s.new_zeros(())))
     u = x.float() / s
-    chosen = u.reshape(-1)[:: _stride(x.numel())].clone()
+    every = _stride(x.numel())
+    chosen = u.as_strided((-(-x.numel() // every),), (every,)).clone()  # as they lie in memory, which has no holes
     r = u.round_()
     clamped = torch.count_nonzero((r < quant_min - z) | (r > quant_max - z)).float()
     return torch.cat(((clamped / x.numel())[None], not_finite(x)[None], chosen))
 
 
+@lru_cache(maxsize=4096)
 def _stride(numel: int) -> int:
     """One without a divisor in common with any dimension, lest it choose a few channels alone."""
     every = max(1, numel // 1024)
@@ -153,4 +158,4 @@ def _stride(numel: int) -> int:
 def not_finite(x: Tensor) -> Tensor:
     """1 if any element is not finite, else 0, in one pass and without waiting for the device; x is not empty."""
     low, high = x.aminmax()  # a NaN anywhere makes both NaN
-    return 1 - (low.isfinite() & high.isfinite()).float()
+    return (low * 0 != high * 0).float()  # which is 0 for each that is finite, and NaN for others

@@ -159,5 +159,5 @@ def snapshot(quantizers: Mapping[str, LearnableFakeQuantize], measured: Mapping[
         tuple(float(np.linalg.norm(gradient)) if gradient.size else math.nan for gradient in each_gradient),
         tuple(float(share[0]) for share in each_share),
         tuple(float(share[1]) for share in each_share),
-        tuple(in_few_codes(share[2:], *q.code_range) for share, q in zip(each_share, found.values(), strict=True)),
+        in_few_codes([share[2:] for share in each_share], [quantizer.code_range for quantizer in found.values()]),
     )

@@ -115,7 +115,7 @@ def _flags(extremes: list[Tensor]) -> Tensor:
     each = torch.cat([part if part.device == device else part.to(device) for part in extremes], dim=1)[2]
     if len(each) == len(extremes):
         return each
-    sizes = torch.tensor([part.shape[1] for part in extremes], device=device)
+    sizes = torch.tensor([part.shape[1] for part in extremes], device="cpu").to(device, non_blocking=True)
     index = torch.arange(len(extremes), device=device).repeat_interleave(sizes, output_size=len(each))
     return each.new_zeros(len(extremes)).index_add_(0, index, each)
 

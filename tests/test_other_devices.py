@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -32,6 +33,20 @@ def on_meta(observer: str = "mse") -> Net:
     return model
 
 
+class NothingIsBroughtThere(TorchDispatchMode):
+    """Refuses copies from the CPU to the device that wait for each other."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = function.overloadpacket.__name__
+        if isinstance(result, Tensor) and result.is_meta and name in ("_to_copy", "copy_", "lift_fresh"):
+            source = args[1] if name == "copy_" else args[0]
+            asynchronous = kwargs.get("non_blocking", False) or (name == "copy_" and len(args) > 2 and args[2])
+            assert source.is_meta != (name == "lift_fresh") or asynchronous, f"{name}: use non_blocking=True"
+        return result
+
+
 @pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu")])
 @pytest.mark.parametrize("phase", PHASES)
 def test_no_step_of_any_phase_looks_at_a_value(phase: Phase, scaler: Any) -> None:
@@ -45,12 +60,13 @@ def test_no_step_of_any_phase_looks_at_a_value(phase: Phase, scaler: Any) -> Non
         for _ in range(2):
             set_gathering(lfq.quantizers(model).values(), True)
             x, target = torch.randn(8, 1, 8, 8, device="meta"), torch.zeros(8, dtype=torch.long, device="meta")
-            nn.functional.cross_entropy(model(x), target).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            set_gathering(lfq.quantizers(model).values(), False)
-            Gathered(lfq.quantizers(model)).merge(lambda flat, _: flat)
-            estimate_weights(hosts(model).values(), cheap=True)
+            with NothingIsBroughtThere():
+                nn.functional.cross_entropy(model(x), target).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                set_gathering(lfq.quantizers(model).values(), False)
+                Gathered(lfq.quantizers(model)).merge(lambda flat, _: flat)
+                estimate_weights(hosts(model).values(), cheap=True)
 
 
 class Meta(CPUAccelerator):
@@ -84,6 +100,21 @@ class Silent(Net):
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
 
+class Guard(L.Callback):
+    """Refuses them in batches: one that begins to stands first of all callbacks, one that ends it last."""
+
+    def __init__(self, mode: NothingIsBroughtThere, begins: bool) -> None:
+        self.mode, self.begins = mode, begins
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.begins:
+            self.mode.__enter__()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if not self.begins:
+            self.mode.__exit__(None, None, None)
+
+
 @pytest.mark.parametrize("optimizer", [None, "user"])
 def test_no_step_of_a_run_between_two_records_looks_at_a_value(tmp_path: Path, optimizer: Any) -> None:
     model = Silent()
@@ -92,6 +123,8 @@ def test_no_step_of_a_run_between_two_records_looks_at_a_value(tmp_path: Path, o
         quantizer.learned = True
     callback = qat(schedule=lfq.PhaseSchedule(0, 0, 0), record_every_n_steps=1000, optimizer=optimizer)
     made = trainer(tmp_path, [callback], accelerator="auto", strategy=OnMeta(), max_epochs=1)
+    mode = NothingIsBroughtThere()
+    made.callbacks = [Guard(mode, begins=True), *made.callbacks, Guard(mode, begins=False)]
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # its metrics, in the end
         made.fit(model, Unsized())
     assert made.global_step == BATCHES

@@ -73,13 +73,14 @@ class MSEObserver(HistogramObserver):
         self, roughly: Errors, errors: Errors, low: Tensor, high: Tensor, shortest: float
     ) -> tuple[Tensor, Tensor]:
         for number, factors in enumerate(_SYMMETRIC if self.symmetric else _AFFINE):
-            factors = factors.to(low.device)
+            factors = factors.to(low.device, non_blocking=True)
             pairs = (factors, factors) if self.symmetric else torch.cartesian_prod(factors, factors).unbind(1)
             low, high, *best = self._best(errors if number else roughly, low, high, *pairs)
         # Moving one end of an affine range changes its scale by half of that.
         length, reach = (shortest, 0.04) if self.symmetric else (2 * shortest, 0.03)
         steps = max(2, round(reach / length))
-        last = 1 + length * torch.arange(-steps, steps + 1, dtype=torch.float32, device="cpu").to(low.device)
+        last = 1 + length * torch.arange(-steps, steps + 1, dtype=torch.float32, device="cpu")
+        last = last.to(low.device, non_blocking=True)
         same = last if self.symmetric else torch.ones_like(last)
         low, high, *best = self._best(errors, low, high, same, last)
         if not self.symmetric:
@@ -135,7 +136,7 @@ def _points(rows: Tensor) -> Points:
     count = rows.shape[1]
     tail = {round(2 ** (k / 4)) for k in range(4 * count.bit_length() - 4)}
     ranks = {r for t in tail if t < count / 2 for r in (t, count - t)} | {round(k * count / 64) for k in range(65)}
-    chosen = torch.tensor(sorted(ranks), device=rows.device)
+    chosen = torch.tensor(sorted(ranks), device="cpu").to(rows.device, non_blocking=True)
     values = rows.sort(dim=1).values[:, chosen.clamp(max=count - 1)]
     return Points(chosen.diff().float().expand(len(rows), -1), values[:, :-1], values[:, 1:])
 

@@ -141,7 +141,7 @@ class Row:
         if ranges != self._ranges:  # another bit width has another range
             self._ranges = ranges
             each = torch.tensor(ranges, dtype=self._proxies.dtype).repeat_interleave(torch.tensor(self._sizes), 0)
-            self._lowest, self._highest = each.to(self._proxies.device).unbind(1)
+            self._lowest, self._highest = each.to(self._proxies.device, non_blocking=True).unbind(1)
             self._span = self._highest - self._lowest
         return self._span
 

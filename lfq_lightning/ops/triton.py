@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton import cdiv, next_power_of_2
+from triton import cdiv
 from triton.runtime.interpreter import InterpretedFunction
 
 from lfq_lightning.ops import triton_kernels as kernels
 from lfq_lightning.ops.layout import plan
-from lfq_lightning.ops.triton_tiles import Tiles, backward_tiles, forward_tiles
+from lfq_lightning.ops.triton_tiles import Adding, Tiles, adding, backward_tiles, forward_tiles
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -25,8 +25,10 @@ _NOTED = 512  # channels whose qparams one program writes
 class _Cut(NamedTuple):
     channels: int
     numel: int
+    noting: int  # programs
     forward: Tiles
     backward: Tiles
+    adding: Adding | None
 
 
 @lru_cache(maxsize=4096)
@@ -36,7 +38,9 @@ def _cut(
     layout = plan(shape, stride, axis, group_size, scales)
     if layout is None:
         return None
-    return _Cut(layout.channels, layout.numel, forward_tiles(layout, itemsize), backward_tiles(layout))
+    backward, channels = backward_tiles(layout), layout.channels
+    tiles = forward_tiles(layout, itemsize), backward, adding(backward, channels)
+    return _Cut(channels, layout.numel, cdiv(channels, _NOTED), *tiles)
 
 
 def serves(x: Tensor) -> bool:
@@ -104,11 +108,10 @@ def _forward(
         x = torch.empty_like(y).copy_(x)
     # Made of a tensor: the default dtype and device may be others.
     qparams = scale.new_empty((3, cut.channels))
-    noting = cdiv(cut.channels, _NOTED)
-    if noting + cut.forward.programs:
+    if cut.noting + cut.forward.programs:
         kernel = kernels.forward_columns_kernel if cut.forward.columns else kernels.forward_runs_kernel
         with torch.cuda.device_of(x):
-            kernel[(noting + cut.forward.programs,)](
+            kernel[(cut.noting + cut.forward.programs,)](
                 x,
                 y,
                 scale.resolve_neg().contiguous(),
@@ -116,7 +119,7 @@ def _forward(
                 qparams,
                 float(quant_min),
                 float(quant_max),
-                noting,
+                cut.noting,
                 *cut.forward.arguments,
                 NOTED=_NOTED,
                 enable_fp_fusion=False,
@@ -155,51 +158,36 @@ def _backward(
     if cut.numel == 0:
         return dx, d_scale.zero_(), d_zero_point.zero_()
     with torch.cuda.device_of(x):
-        _launch_backward(cut.backward, (dy, x, dx, qparams), (d_scale, d_zero_point), grad_factor, saturation, needs)
+        _launch_backward(cut, (dy, x, dx, qparams), (d_scale, d_zero_point), grad_factor, saturation, needs)
     return dx, d_scale, d_zero_point
 
 
 def _launch_backward(
-    tiles: Tiles,
+    cut: _Cut,
     tensors: tuple[Tensor, ...],
-    gradients: tuple[Tensor, ...],
+    gradients: tuple[Tensor, Tensor],
     grad_factor: float,
     saturation: str,
     needs: tuple[bool, bool],
 ) -> None:
     """One pass over the tensors, and one over the partial sums unless these are the gradients."""
-    channels = tensors[-1].shape[1]
-    flags = {"NEED_SCALE": needs[0], "NEED_ZERO_POINT": needs[1]}
-    options = {**tiles.options, **flags, "SATURATION": saturation, "enable_fp_fusion": False}
-    grid = (tiles.programs,)
-    final = not tiles.columns and tiles.sums == channels
-    sums = (
-        gradients
-        if final
-        else tuple(g.new_empty(tiles.sums if need else 0) for g, need in zip(gradients, needs, strict=True))
-    )
+    tiles, last = cut.backward, cut.adding
+    flags = {"NEED_SCALE": needs[0], "NEED_ZERO_POINT": needs[1], "enable_fp_fusion": False}
+    options = {**tiles.options, **flags, "SATURATION": saturation}
+    grid, sums = (tiles.programs,), gradients
+    if last is not None:
+        d_scale, d_zero_point = gradients
+        sums = d_scale.new_empty(tiles.sums * needs[0]), d_zero_point.new_empty(tiles.sums * needs[1])
     if tiles.columns:
         kernels.backward_columns_kernel[grid](*tensors, *sums, *tiles.arguments, **options)
     else:
-        kernels.backward_runs_kernel[grid](*tensors, *sums, grad_factor, *tiles.arguments, FINAL=final, **options)
-    if final or not any(needs):
-        return
-    count = tiles.sums // channels
-    block = min(1024, next_power_of_2(count))
-    together = min(1024 // block, next_power_of_2(channels))
-    kernels.add_up_kernel[(cdiv(channels, together),)](
-        *sums,
-        tensors[-1],
-        *gradients,
-        channels,
-        count,
-        tiles.per,
-        grad_factor,
-        CHANNELS=together,
-        BLOCK=block,
-        enable_fp_fusion=False,
-        **flags,
-    )
+        kernels.backward_runs_kernel[grid](
+            *tensors, *sums, grad_factor, *tiles.arguments, FINAL=last is None, **options
+        )
+    if last is not None and any(needs):
+        kernels.add_up_kernel[(last.programs,)](
+            *sums, tensors[-1], *gradients, *last.arguments, grad_factor, **flags, **last.options
+        )
 
 
 def _lie_alike(a: Tensor, b: Tensor) -> bool:

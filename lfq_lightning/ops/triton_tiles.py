@@ -10,11 +10,13 @@ from triton import cdiv, next_power_of_2
 from lfq_lightning.ops.layout import Layout
 from lfq_lightning.ops.triton_kernels import NARROW, WIDE
 
-WARPS = 4
-_FORWARD_BYTES = 4096  # of a tile: 32 a thread
-_BACKWARD_TILE = 1024  # elements; more would not leave registers for enough warps
+# All of these are the best of those that were measured on an H200, README of tests/benchmarks.
+_FORWARD_BYTES = 4096  # of a tile of four warps: 32 a thread
+_FORWARD_TURNS = 4
+_BACKWARD_TILE = 1024  # elements of a tile of four warps; more would not leave registers for enough of them
+_BACKWARD_TURNS = 16  # the sums of a program cost as much as a tile
+_COLUMNS_TILE = 512  # of two warps, between which fewer sums are exchanged
 _PROGRAMS = 1024  # a program takes several tiles where there would be more of them
-_MOST_TURNS = 16
 
 
 class Tiles(NamedTuple):
@@ -28,24 +30,43 @@ class Tiles(NamedTuple):
     options: dict[str, Any]
 
 
+class Adding(NamedTuple):
+    """The launch that adds partial sums up: `count` a channel, `per` of them beside each other."""
+
+    programs: int
+    arguments: tuple[int, int, int]
+    options: dict[str, Any]
+
+
 def forward_tiles(layout: Layout, itemsize: int) -> Tiles:
     """The cut for writing y."""
-    return _tiles(layout, _FORWARD_BYTES // itemsize)
+    tile = _FORWARD_BYTES // itemsize
+    if layout.width:
+        return _columns(layout, tile, _FORWARD_TURNS, warps=4)
+    return _runs(layout, tile, 1 if layout.segments == 1 else _FORWARD_TURNS)
 
 
 def backward_tiles(layout: Layout) -> Tiles:
     """The cut for writing dx and the sums; by the tensor's size alone, so that no device changes a sum."""
-    return _tiles(layout, _BACKWARD_TILE)
+    if layout.width:
+        return _columns(layout, _COLUMNS_TILE, _BACKWARD_TURNS, warps=2)
+    return _runs(layout, _BACKWARD_TILE, _BACKWARD_TURNS)
 
 
-def _tiles(layout: Layout, tile: int) -> Tiles:
-    return _columns(layout, tile) if layout.width else _runs(layout, tile)
+def adding(tiles: Tiles, channels: int) -> Adding | None:
+    """What remains to be done after `backward_tiles`; None where each channel has one sum, which is its gradient."""
+    if not tiles.sums or (tiles.sums == channels and not tiles.columns):
+        return None
+    count = tiles.sums // channels
+    block = min(1024, next_power_of_2(count))
+    together = min(1024 // block, next_power_of_2(channels))
+    return Adding(cdiv(channels, together), (channels, count, tiles.per), {"CHANNELS": together, "BLOCK": block})
 
 
-def _runs(layout: Layout, tile: int) -> Tiles:
+def _runs(layout: Layout, tile: int, most: int) -> Tiles:
     row, groups, chunk = layout.runs if layout.numel else (1, 1, 1)
     block = _fitting_block(chunk, tile)
-    turns = min(_turns(layout.numel, tile), next_power_of_2(cdiv(chunk, block)))
+    turns = min(_turns(layout.numel, tile, most), next_power_of_2(cdiv(chunk, block)))
     per_run = cdiv(chunk, block * turns)
     pieces, rows = layout.segments * per_run, tile // block
     return Tiles(
@@ -61,16 +82,16 @@ def _runs(layout: Layout, tile: int) -> Tiles:
             "BLOCK": block,
             "TURNS": turns,
             "STEP": _step(row, chunk, block),
-            "num_warps": WARPS,
+            "num_warps": 4,
         },
     )
 
 
-def _columns(layout: Layout, tile: int) -> Tiles:
+def _columns(layout: Layout, tile: int, most: int, warps: int) -> Tiles:
     width = layout.width
     rows, columns = layout.numel // width, min(128, next_power_of_2(width))
     lines = tile // columns
-    turns = min(_turns(layout.numel, tile), next_power_of_2(cdiv(rows, lines)))
+    turns = min(_turns(layout.numel, tile, most), next_power_of_2(cdiv(rows, lines)))
     down, across = cdiv(rows, lines * turns), cdiv(width, columns)
     return Tiles(
         columns=True,
@@ -83,14 +104,14 @@ def _columns(layout: Layout, tile: int) -> Tiles:
             "COLUMNS": columns,
             "TURNS": turns,
             "STEP": _step(width, columns),
-            "num_warps": WARPS,
+            "num_warps": warps,
         },
     )
 
 
-def _turns(numel: int, tile: int) -> int:
+def _turns(numel: int, tile: int, most: int) -> int:
     """Tiles that a program takes, a power of 2."""
-    return int(max(1, min(_MOST_TURNS, 1 << max(0, (numel // (tile * _PROGRAMS)).bit_length() - 1))))
+    return int(max(1, min(most, 1 << max(0, (numel // (tile * _PROGRAMS)).bit_length() - 1))))
 
 
 def _step(*lengths: int) -> int:

@@ -203,7 +203,7 @@ def test_a_device_that_is_not_the_current_one_computes() -> None:
     assert_bit_equal(found[0], expected[0])
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:The CUDA Graph is empty:UserWarning")
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("granularity", [{}, {"axis": 0}, {"group_size": 64}], ids=str)
 def test_compiled_code_gives_the_bits_of_eager(granularity: dict[str, int], mode: str | None) -> None:

@@ -100,7 +100,7 @@ def test_offsets_of_64_bits_agree_with_native(shape: tuple[int, ...], granularit
 
 
 def test_large_tensors_take_more_tiles_a_program_by_their_size_alone() -> None:
-    turns = [triton_tiles._turns(2**k, 1024) for k in range(16, 34)]
+    turns = [triton_tiles._turns(2**k, 1024, 16) for k in range(16, 34)]
     assert turns[0] == 1
     assert turns[-1] == 16
     assert turns == sorted(turns)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lfq_lightning.observers.base import Observer, Statistics
-from lfq_lightning.observers.outliers import MAGNITUDES, bin_of_range, rare_batches
+from lfq_lightning.observers.outliers import MAGNITUDES, bin_of_range, none_are_rare, rare_batches
 
 
 class ByBatchObserver(Observer):
@@ -31,4 +31,6 @@ class ByBatchObserver(Observer):
         if decay is not None:
             sums.mul_(decay[:, None, None])
         sums.scatter_add_(2, where[:, None].expand(-1, width, -1), values[..., None])
+        if none_are_rare(batches):
+            return sums.sum(2)
         return torch.where(rare_batches(batches)[:, None], 0.0, sums).sum(2)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lfq_lightning.checking import check_number
 from lfq_lightning.observers.base import Observer, Statistics
-from lfq_lightning.observers.outliers import beyond_the_rest, rare_values
+from lfq_lightning.observers.outliers import beyond_the_rest, none_are_rare, rare_values
 from lfq_lightning.observers.rows import rows_of
 
 # A bin is a sign, an exponent and the first bits of a mantissa: 16 bins an octave over all of float32. So histograms of
@@ -101,6 +101,9 @@ class HistogramObserver(Observer):
         """The histogram and its range without values that are rare and apart, or of few batches."""
         counts = self.passing["histogram"]
         magnitudes = counts[:, :_PER_SIGN] + counts[:, _PER_SIGN:]
+        glance = "batches" in self.passing and none_are_rare(self.passing["batches"])
+        if glance and not bool(rare_values(magnitudes, _PER_OCTAVE).any()):
+            return counts, low, high
         inner = edges(counts.device)[0][:_PER_SIGN].nan_to_num(torch.inf)  # the outermost bins are never used
         few = torch.zeros_like(magnitudes, dtype=torch.bool)
         if "batches" in self.passing:  # files from before have none

@@ -76,12 +76,25 @@ def rare_batches(batches: Tensor) -> Tensor:
     return apart(counts, torch.where(seen >= _FEWEST, few, 0), _PER_OCTAVE)
 
 
+def none_are_rare(batches: Tensor) -> bool:
+    """Whether a glance tells that `rare_batches` finds nothing, as mostly: the magnitudes of all lie close together.
+
+    Elsewhere than on the CPU looking would wait for the device, and in a graph it is not possible.
+    """
+    if batches.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    used = batches[:, 1:].any(0).nonzero()
+    return len(used) == 0 or int(used[-1] - used[0]) <= _OCTAVES_APART * _PER_OCTAVE
+
+
 def beyond_the_rest(batches: Tensor) -> Tensor:
     """The magnitude beyond which only outliers of few batches lie, float32 of shape (channels,); infinite without any.
 
     Args:
         batches: as `rare_batches` takes it.
     """
+    if none_are_rare(batches):
+        return torch.full((len(batches),), torch.inf, dtype=torch.float32, device=batches.device)
     first = (~rare_batches(batches)).sum(1, dtype=torch.int32)
     edge = ((first + _LOWEST) << _SHIFT).view(torch.float32)
     return torch.where(first < MAGNITUDES, edge, torch.inf)

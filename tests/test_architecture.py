@@ -45,7 +45,7 @@ FLOORS = [
     ["quantizer"],
     ["placement.computing", "placement.saving"],
     ["placement.host"],
-    ["placement.found", "gathering"],
+    ["placement.found", "placement.points", "gathering"],
     ["placement.layers"],
     ["placement.planning"],
     ["placement.attaching"],

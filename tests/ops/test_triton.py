@@ -1,11 +1,7 @@
-"""The Triton kernels, interpreted on the CPU: their cuts, their sums, what torch.compile makes of them, their PTX."""
+"""The Triton kernels, interpreted on the CPU: their cuts, their sums, and what torch.compile makes of them."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -190,69 +186,3 @@ class _Counted:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         self.calls += 1
         return self.kernel[grid]
-
-
-# ---- compiled for GPUs that are not here ----------------------------------------------------------------------------
-
-COMPILE = """
-import re, sys
-import triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from lfq_lightning.ops import triton_kernels as kernels
-
-FLOATS = {"quant_min", "quant_max", "grad_factor"}
-WIDE = {"x", "y", "g", "dx"}
-FLAGS = {"INDEX": tl.int32, "NEED_SCALE": True, "NEED_ZERO_POINT": True, "FINAL": False, "TURNS": 2, "STEP": 16}
-KINDS = {"one": ("fp32", "bf16", "fp16", "fp64"), "run": ("bf16",), "element": ("fp32",)}
-RULES = {"lsq": ("fp32", "bf16"), "exclusive": ("fp32",), "inclusive": ("bf16",)}
-CALLS = [(kernels.forward_kernel, {"KIND": kind, "BLOCK": 1024}, KINDS[kind]) for kind in KINDS]
-CALLS += [
-    (kernels.backward_runs_kernel, {"SATURATION": rule, "ROWS": 2, "BLOCK": 1024}, RULES[rule]) for rule in RULES
-]
-CALLS += [(kernels.backward_columns_kernel, {"SATURATION": "lsq", "ROWS": 32, "COLUMNS": 64}, RULES["lsq"])]
-CALLS += [(kernels.add_up_kernel, {"CHANNELS": 4, "BLOCK": 256}, ("fp32",))]
-for kernel, own, dtypes in CALLS:
-    for dtype in dtypes:
-        names = kernel.arg_names
-        constants = {name: value for name, value in (FLAGS | own).items() if name in names}
-        tensors = {"scale", "zero_point", "qparams"} | {name for name in names if "partial" in name or "d_" in name[:2]}
-        signature = {
-            name: "constexpr" if name in constants
-            else f"*{dtype}" if name in WIDE
-            else "*fp32" if name in tensors
-            else "fp32" if name in FLOATS
-            else "i32"
-            for name in names
-        }
-        aligned = [name for name in names if name in WIDE | {"numel", "row", "chunk", "width"}]
-        source = triton.compiler.ASTSource(
-            fn=kernel,
-            signature=signature,
-            constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-        )
-        ptx = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False}).asm["ptx"]
-        count = {word: len(re.findall(word, ptx)) for word in ("div.rn.f32", "div.full", "fma.rn.f32", "ftz", "v4|v2")}
-        print(kernel.__name__, dtype, *count.values())
-"""
-
-
-def test_the_compiled_kernels_divide_as_ieee_contract_nothing_and_move_many_bytes_at_once(tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    found = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert found.returncode == 0, found.stderr
-    lines = [line.split() for line in found.stdout.splitlines()]
-    assert len(lines) == 13
-    for name, dtype, *counts in lines:
-        ieee, approximate, fused, flushed, vectors = map(int, counts)
-        assert (approximate, fused, flushed) == (0, 0, 0), (name, dtype)
-        if name != "add_up_kernel":
-            assert ieee > 0, (name, dtype)
-            assert vectors > 0, (name, dtype)

@@ -1,0 +1,88 @@
+"""The Triton kernels compiled for GPUs that are not here, with the options of their launches: PTX and its accesses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.compiled_kernels import both_passes, launches
+from tests.gpu_code import Access
+
+# A name, the shape, the axis, the group size, and how many neighbours lie together for certain.
+GRANULARITIES = {
+    "one scale": ((4096, 1024), None, None, 16),
+    "per row": ((4096, 1024), 0, None, 16),
+    "groups of 128": ((4096, 1024), None, 128, 16),
+    "768 columns": ((4096, 768), 1, None, 16),
+    "1000 columns": ((4096, 1000), 1, None, 8),
+    "3x3 kernels of 64 channels": ((64, 64, 3, 3), 0, None, 16),
+    "runs of 3136": ((16, 64, 56, 56), 1, None, 16),
+    "runs of 196": ((16, 256, 14, 14), 1, None, 4),
+}
+PROCESSORS = {80: "float32", 90: "bfloat16", 100: "bfloat16"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+# Which elements lie together does not hang on the processor: each granularity is compiled once for each.
+CASES = [(capability, name, dtype, "lsq") for capability, dtype in PROCESSORS.items() for name in GRANULARITIES]
+CASES += [(90, "per row", "float16", "exclusive"), (90, "per row", "float64", "inclusive")]
+WORDS = ("div.rn.f32", "div.full", "fma.rn.f32", "ftz")
+
+
+def report() -> None:
+    """Print what each launch of each case has become, as JSON."""
+    for capability, name, dtype, saturation in CASES:
+        *granularity, _ = GRANULARITIES[name]
+        sums_too = (capability, name) == (90, "768 columns")  # the second stage is the same for all
+        with launches(capability, smallest=0 if sums_too else prod(granularity[0])) as found:
+            x = both_passes(*granularity, DTYPES[dtype], saturation)
+        for launch in found:
+            of = launch.as_large_as(x)
+            met = [access for access in launch.accesses if access.argument in {*of, "unknown"}]
+            count = {word: len(re.findall(re.escape(word), launch.ptx)) for word in WORDS}
+            case = {"capability": capability, "granularity": name, "dtype": dtype}
+            print(json.dumps({**case, "kernel": launch.name, "large": sorted(of), "met": met, **count}))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    found = subprocess.run(
+        [sys.executable, "-c", f"from {__name__} import report; report()"],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert found.returncode == 0, found.stderr
+    return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+def test_float32_is_divided_as_ieee_and_nothing_is_contracted_or_flushed(compiled: list[dict[str, Any]]) -> None:
+    for kernel in compiled:
+        assert (kernel["div.full"], kernel["fma.rn.f32"], kernel["ftz"]) == (0, 0, 0), kernel
+        assert not kernel["large"] or kernel["div.rn.f32"] > 0, kernel
+
+
+def test_as_many_bytes_move_at_once_as_the_granularity_allows(compiled: list[dict[str, Any]]) -> None:
+    passes = [kernel for kernel in compiled if kernel["large"]]
+    assert len(passes) == 2 * len(CASES)
+    narrow = []
+    for kernel in passes:
+        *_, neighbours = GRANULARITIES[kernel["granularity"]]
+        met = [Access(*access) for access in kernel["met"]]
+        assert {access.argument for access in met} == set(kernel["large"]), kernel
+        assert len({access.argument for access in met if access.stores}) == 1, kernel  # y or dx
+        if min(access.bits for access in met) < min(128, neighbours * DTYPES[kernel["dtype"]].itemsize * 8):
+            narrow.append(kernel)
+    assert not narrow

@@ -16,6 +16,7 @@ from lfq_lightning.gathering import set_gathering
 from lfq_lightning.placement import Placement, apply, plan, quantizers
 from lfq_lightning.placement.found import Found
 from lfq_lightning.placement.host import FrozenLayers
+from lfq_lightning.records.recorder import Recorder
 from lfq_lightning.rules import Rule, as_rules
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, as_schedule, weight_spec
@@ -26,7 +27,6 @@ from lfq_lightning.training.frozen_layers import settle_frozen_layers
 from lfq_lightning.training.module_hooks import add_note, meet_quantizers, note_on_checkpoints
 from lfq_lightning.training.neighbours import arrange, check_neighbours, require_gradients
 from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, ScheduleFactory
-from lfq_lightning.training.recorder import Recorder
 from lfq_lightning.training.resuming import explain_torn_checkpoint, open_epoch, take_up
 from lfq_lightning.training.run_phases import RunPhases, begin, show_phase, warn_if_float, warn_if_unlearned
 from lfq_lightning.training.sentinel import Reaction, Sentinel

@@ -15,7 +15,7 @@ from lfq_lightning.checking import check_flags, check_model, in_words
 from lfq_lightning.observers.passing import lasting
 from lfq_lightning.placement import PlacedLayer, Placement, apply
 from lfq_lightning.placement.host import plain_name
-from lfq_lightning.quantizer.saved import described
+from lfq_lightning.quantizer.saved import Role, described, site_in_model
 from lfq_lightning.reading import read_checkpoint
 from lfq_lightning.running import explained
 from lfq_lightning.spec import QuantSpec
@@ -105,10 +105,11 @@ def attach_as_saved(model: nn.Module, saved: Descriptions, strict: bool = True) 
     Raises:
         ValueError: if it has not all layers, and strict.
     """
-    layers: dict[str, dict[str, QuantSpec | None]] = {}
+    layers: dict[str, dict[Role | None, QuantSpec | None]] = {}
     for name, description in saved.items():
-        if description.role is not None:
-            layers.setdefault(name.rpartition(".")[0], {})[description.role] = spec_of(name, description)
+        if description.site is not None:
+            site = site_in_model(name, description.site)
+            layers.setdefault(site, {})[description.role] = spec_of(name, description)
     modules = {
         plain_name(name): module
         for name, module in model.named_modules(remove_duplicate=False)

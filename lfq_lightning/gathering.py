@@ -56,11 +56,11 @@ class Gathered:
     """
 
     def __init__(self, quantizers: Mapping[str, LearnableFakeQuantize]) -> None:
-        self.quantizers = [quantizer for quantizer in quantizers.values() if quantizer.role != "weight"]
+        self.quantizers = [q for q in quantizers.values() if q.role != "weight" or q.site is None]
         self._inputs = [
             (name, quantizer, vars(quantizer), quantizer.observer)
             for name, quantizer in quantizers.items()
-            if not quantizer.is_weight and isinstance(quantizer.observer, Observer)
+            if quantizer.role != "weight" and isinstance(quantizer.observer, Observer)
         ]
         self._together = Together([observer for *_, observer in self._inputs])
 

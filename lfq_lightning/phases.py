@@ -61,7 +61,9 @@ def _switch(found: Found, phase: Phase, keep_learning: bool) -> None:
         raise ValueError(
             f"The model has no quantizers to put in phase {phase!r}. Found none: call `lfq_lightning.attach` first."
         )
-    inputs = {name: q for name, q in found.quantizers.items() if not (q.role == "weight" or q.learned)}
+    inputs = {
+        name: q for name, q in found.quantizers.items() if (q.role != "weight" or q.site is None) and not q.learned
+    }
     late = set()
     if phase in ("learn", "freeze"):
         _check_some_saw_data(found.quantizers, phase)
@@ -89,7 +91,7 @@ def _put(quantizer: LearnableFakeQuantize, phase: Phase, keep_learning: bool, la
 
 
 def _check_some_saw_data(found: Mapping[str, LearnableFakeQuantize], phase: Phase) -> None:
-    inputs = {name: quantizer for name, quantizer in found.items() if not quantizer.is_weight}
+    inputs = {name: quantizer for name, quantizer in found.items() if quantizer.role != "weight"}
     if inputs and not any(quantizer.learned or quantizer.saw_data() for quantizer in inputs.values()):
         raise ValueError(
             f"A quantizer must see data before phase {phase!r}. Found none for {', '.join(inputs)}: observe for "

@@ -32,7 +32,7 @@ def descriptions(state_dict: Mapping[str, Any]) -> Descriptions:
             name = plain_name(key.removesuffix(_EXTRA))
             if isinstance(value, Mapping):
                 role = _ROLES.get(name.rpartition(".")[2])
-                description = replace(description, role=role, is_weight=role == "weight")
+                description = replace(description, role=role, site=None if role is None else "")
             found[name] = description
     return found
 
@@ -76,7 +76,7 @@ def without_quantizers(state_dict: Mapping[str, Any], only_placed: bool = False)
         state_dict: of any model.
         only_placed: keep the quantizers that the user has placed, which are part of the model's own code.
     """
-    left_out = [name for name, d in descriptions(state_dict).items() if d.role is not None or not only_placed]
+    left_out = [name for name, d in descriptions(state_dict).items() if d.site is not None or not only_placed]
     belongs = belonging(left_out)
     return {key: value for key, value in state_dict.items() if key != NOTE and not belongs(key)}
 
@@ -103,7 +103,7 @@ def fit_to(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     differences: list[str] = []
     for placed in (True, False):
         mine, theirs = (
-            {name: d for name, d in found.items() if (d.role is not None) is placed} for found in (here, saved)
+            {name: d for name, d in found.items() if (d.site is not None) is placed} for found in (here, saved)
         )
         if not mine:
             belongs = belonging(theirs)

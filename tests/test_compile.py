@@ -90,7 +90,7 @@ def test_quantizers_alone_give_the_bits_of_eager_execution_from_the_inductor() -
     lfq.set_phase(model, "learn")
     x = torch.randn(16, 8) * 3
     for quantizer in lfq.quantizers(model).values():
-        value = model[0].weight if quantizer.is_weight else x
+        value = model[0].weight if quantizer.role == "weight" else x
         assert torch.equal(torch.compile(quantizer, fullgraph=True)(value), quantizer(value))
 
 

@@ -72,7 +72,7 @@ def assert_quantizers_are_exact(model: nn.Module, path: Path, x: torch.Tensor) -
     fed = {session.get_inputs()[0].name: x.numpy()}
     values = fed | dict(zip([o.name for o in session.get_outputs()], session.run(None, fed), strict=True))
     initializers = {i.name: onnx.numpy_helper.to_array(i) for i in proto.graph.initializer}
-    quantizers = [q for q in lfq.quantizers(model).values() if not q.is_weight]
+    quantizers = [q for q in lfq.quantizers(model).values() if q.role != "weight"]
     for node in nodes:
         scale, zero_point = (initializers[name] for name in node.input[1:])
         [quantizer, *_] = [q for q in quantizers if float(q.used_qparams()[0]) == float(scale)]

@@ -53,7 +53,7 @@ def test_they_go_through_the_phases_with_the_others_and_learn(run: tuple[Path, R
     directory, model, _ = run
     for name in OWN:
         quantizer = lfq.quantizers(model)[name]
-        assert (quantizer.phase, quantizer.role) == ("learn", None)
+        assert (quantizer.phase, quantizer.site) == ("learn", None)
         assert not torch.equal(quantizer.scale, quantizer.scale_reference)
         assert 0 < quantizer.scale.max() < 0.5
     rows = read_trajectory(directory / "trajectory.csv")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import lfq_lightning as lfq
 from lfq_lightning.records.history import read_qparams
+from lfq_lightning.records.place import Place
 from lfq_lightning.records.trajectory import read_trajectory
-from lfq_lightning.training.place import Place
 from tests.runs import Net, fit, loader, qat
 
 SHORT: dict[str, Any] = {"max_epochs": 1, "limit_val_batches": 0}

@@ -147,7 +147,7 @@ def _run(
     codes: dict[str, list[np.ndarray]] = {}
     handles = []
     for name, quantizer in quantizers(model).items():
-        if quantizer.role != "weight":
+        if quantizer.role != "weight" or quantizer.site is None:
             handles.append(quantizer.register_forward_hook(_See(codes, name)))
     try:
         rule = f"{type(model).__name__} must take what `batches` hold"

@@ -115,9 +115,9 @@ def quantize_layer(
     """Turn a layer into a quantized one in place."""
     layer.__class__ = quantized_type(type(layer))  # type: ignore[arg-type]
     if weight is not None:
-        weight.role = "weight"
+        weight.role, weight.site = "weight", ""
     if activation is not None:
-        activation.role = "input"
+        activation.role, activation.site = "input", ""
     layer.add_module(WEIGHT, weight)
     layer.add_module(INPUT, activation)
     layer.__dict__["_slow_path_hook"] = layer.register_forward_pre_hook(KeepSlowPath())
@@ -188,7 +188,7 @@ def quantizers(model: nn.Module) -> dict[str, LearnableFakeQuantize]:
 
 def placed_by_users(model: nn.Module) -> dict[str, LearnableFakeQuantize]:
     """The quantizers of a model that `attach` did not put on a layer."""
-    return {name: quantizer for name, quantizer in quantizers(model).items() if quantizer.role is None}
+    return {name: quantizer for name, quantizer in quantizers(model).items() if quantizer.site is None}
 
 
 def replace_placed(model: nn.Module, make: Callable[[str, LearnableFakeQuantize], nn.Module]) -> None:

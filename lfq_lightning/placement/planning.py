@@ -151,7 +151,7 @@ def _speaks_of_parameters(rule: Rule, name: str, layer: nn.Module) -> bool:
 
 
 def _is_users(module: nn.Module) -> bool:
-    return isinstance(module, LearnableFakeQuantize) and module.role is None
+    return isinstance(module, LearnableFakeQuantize) and module.site is None
 
 
 def _why_unused(

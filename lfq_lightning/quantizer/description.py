@@ -17,7 +17,8 @@ from lfq_lightning.spec import QuantSpec
 class Described(Switches, nn.Module):
     """A module whose phase, range and specification travel with its state dict, and whose tensors stay float32."""
 
-    role: Role | None = None  # what it quantizes of a layer that `attach` put it on
+    role: Role | None = None  # what it quantizes
+    site: str | None = None  # where that is read, below the module that holds it; None for one that the user has placed
     spec: QuantSpec | None
     scale: Tensor
     quant_min: int
@@ -25,7 +26,6 @@ class Described(Switches, nn.Module):
     axis: int | None
     group_size: int | None
     symmetric: bool
-    is_weight: bool
     observer: nn.Module
     estimated: bool
     learned: bool
@@ -37,7 +37,7 @@ class Described(Switches, nn.Module):
         spec = None if self.spec is None else self.spec.to_dict()
         ends, switches = (self.quant_min, self.quant_max), (fake_quant, static, learning)
         stands = (switches, self.estimated, self.learned, self.late)
-        return Description(*stands, *ends, self.axis, self.is_weight, self.role, spec)
+        return Description(*stands, *ends, self.axis, self.role, self.site, spec)
 
     def get_extra_state(self) -> Tensor:
         """What `describe` says, as a tensor."""
@@ -109,7 +109,8 @@ class Described(Switches, nn.Module):
 
     def extra_repr(self) -> str:
         """A label such as `w4 symmetric per_channel(0) learn`."""
-        return f"{'w' if self.is_weight else 'a'}{self.bitwidth} {self.kind} {self.phase}"
+        letter = "w" if self.role == "weight" else "a"
+        return f"{letter}{self.bitwidth} {self.kind} {self.phase}"
 
 
 def _shown(state: object) -> str:

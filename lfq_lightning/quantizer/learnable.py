@@ -89,7 +89,6 @@ class LearnableFakeQuantize(Described, Observing):
         self.grad_factor = grad_factor
         self.saturation_rule: str = "lsq"
         self.scale_domain: str = "linear"
-        self.is_weight = False
         self.spec: QuantSpec | None = None
 
         self._start = float(scale), float(zero_point)
@@ -144,7 +143,7 @@ class LearnableFakeQuantize(Described, Observing):
             grad_factor=spec.grad_factor,
             learn_zero_point=spec.learn_zero_point,
         )
-        made.spec, made.is_weight, made.feature_dims = spec, weight, feature_dims
+        made.spec, made.role, made.feature_dims = spec, "weight" if weight else None, feature_dims
         made.saturation_rule, made.scale_domain = str(spec.saturation), spec.scale_domain
         return made
 
@@ -222,7 +221,7 @@ class LearnableFakeQuantize(Described, Observing):
             self._observe(x)
         if not self.quantizes:
             # In a run, one that the user calls must be in the graph too; a layer sees to its own.
-            return x if self.gathering is None or self.role is not None else self.in_graph(x)
+            return x if self.gathering is None or self.site is not None else self.in_graph(x)
         return self.quantized(x, self._gradient_factor(x) if self.learning_enabled and learn else 0.0)
 
     def in_graph(self, x: Tensor) -> Tensor:
@@ -239,11 +238,12 @@ class LearnableFakeQuantize(Described, Observing):
     def _gradient_factor(self, x: Tensor) -> float:
         if self.grad_factor != "lsq":
             return float(self.grad_factor)
+        whole = self.role == "weight"
         dims, scales = self.feature_dims, self.scale.numel()
-        if not self.is_weight and dims is None:
+        if not whole and dims is None:
             dims = max(x.ndim - 1, 1)
             scales = 1 if self.axis == 0 else scales  # with the batch as the channel axis, a channel is one sample
-        return lsq_factor(x, None if self.is_weight else dims, scales, self.quant_min, self.quant_max)
+        return lsq_factor(x, None if whole else dims, scales, self.quant_min, self.quant_max)
 
 
 def _device_of(module: nn.Module) -> torch.device | None:

@@ -34,8 +34,8 @@ class Observing(nn.Module):
     scale_reference: Tensor
     observer: nn.Module
     spec: QuantSpec | None
-    is_weight: bool
     role: Role | None
+    site: str | None
     quant_min: int
     quant_max: int
     fake_quant_enabled: bool
@@ -78,7 +78,7 @@ class Observing(nn.Module):
             sign: False leaves the sign as it was decided before, and so need not wait for the device.
         """
         observer = self.observer
-        spec = None if self.is_weight or not sign else self.spec
+        spec = None if self.role == "weight" or not sign else self.spec
         if isinstance(observer, Observer) and spec is not None and spec.symmetric and spec.signed is None:
             self.quant_min, self.quant_max = spec.code_range(signed=bool((observer.minimum < 0).any()))
             observer.quant_min, observer.quant_max = self.quant_min, self.quant_max
@@ -118,7 +118,7 @@ class Observing(nn.Module):
             weight: the whole weight; None for what the observer saw of it last.
         """
         observer = self.observer
-        if not (self.is_weight and isinstance(observer, Observer)) or observer.minimum.is_meta:
+        if not (self.role == "weight" and isinstance(observer, Observer)) or observer.minimum.is_meta:
             return
         blank = torch.maximum(-observer.minimum, observer.maximum) if weight is None else _size(observer, weight)
         blank = blank == 0 if self.blank is None else (blank == 0) | self.blank
@@ -175,18 +175,18 @@ class Observing(nn.Module):
         if self.gathering is None:
             if self.training:
                 self._observe_alone(x)
-        elif self.gathering and not self.is_weight and isinstance(self.observer, Observer):
+        elif self.gathering and self.role != "weight" and isinstance(self.observer, Observer):
             statistics = self.observer.statistics(x)
             if self.batch_statistics is not None:
                 statistics = self.observer.merge(self.batch_statistics, statistics)
             self.batch_statistics = statistics
-        elif self.gathering and self.role is None:
+        elif self.gathering and self.site is None:
             # A weight that the user hands in is the same on every rank; other libraries' observers cannot be merged.
             self._observe_alone(x)
 
     def _observe_alone(self, x: Tensor) -> None:
         if isinstance(self.observer, Observer):
-            if self.is_weight:
+            if self.role == "weight":
                 self.observer.reset()
             at_fault = self.observer.observe(x)
             if not torch.compiler.is_compiling() and bool(at_fault.any()):

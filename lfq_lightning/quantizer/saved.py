@@ -31,8 +31,9 @@ class Description:
         quant_min: smallest integer code.
         quant_max: largest integer code.
         axis: the dimension with one scale per index, or None.
-        is_weight: whether it was made for a weight.
-        role: what it quantizes of the layer that `attach` put it on; None for one that the user has placed.
+        role: what it quantizes; None where only the user who has placed it knows.
+        site: the module in whose forward the tensor is read, as a dotted name below the module that holds the
+            quantizer; empty for that module itself. None for a quantizer that the user has placed.
         spec: the fields of its QuantSpec, or None without one.
     """
 
@@ -43,8 +44,8 @@ class Description:
     quant_min: int
     quant_max: int
     axis: int | None
-    is_weight: bool
     role: Role | None
+    site: str | None
     spec: dict[str, Any] | None
 
     def to_tensor(self, device: torch.device | None = None) -> Tensor:
@@ -55,7 +56,9 @@ class Description:
         of different phases it is one of them.
         """
         ends = (*divmod(self.quant_min, 256), *divmod(self.quant_max, 256))
-        constants = {"axis": self.axis, "is_weight": self.is_weight, "role": self.role, "spec": self.spec}
+        # Files of shards load into tensors of the same length, so what goes without saying is left out.
+        role, site = (None, {}) if self.site is None else (self.role, {"site": self.site} if self.site else {})
+        constants = {"axis": self.axis, "is_weight": self.role == "weight", "role": role, **site, "spec": self.spec}
         text = f"{_MARK}, {json.dumps(constants)[1:]}"
         numbers = [*self.switches, self.estimated, self.learned, self.late, *ends, *text.encode("ascii")]
         return torch.tensor(numbers, dtype=torch.float32, device=device)
@@ -82,8 +85,14 @@ def described(value: Any) -> Description | None:
         return None
 
 
+def site_in_model(name: str, site: str | None) -> str:
+    """The dotted name in a model of a quantizer's site, from the quantizer's own name there."""
+    return ".".join(filter(None, (name.rpartition(".")[0], site)))
+
+
 def _of_numbers(numbers: list[int], constants: Mapping[str, Any]) -> Description:
     fake_quant, static, learning, estimated, learned, late = (bool(number) for number in numbers[:6])
+    role = constants.get("role")
     return Description(
         (fake_quant, static, learning),
         estimated,
@@ -92,8 +101,8 @@ def _of_numbers(numbers: list[int], constants: Mapping[str, Any]) -> Description
         quant_min=256 * numbers[6] + numbers[7],
         quant_max=256 * numbers[8] + numbers[9],
         axis=constants.get("axis"),
-        is_weight=bool(constants.get("is_weight")),
-        role=constants.get("role"),
+        role=role or ("weight" if constants.get("is_weight") else None),
+        site=None if role is None else constants.get("site", ""),
         spec=constants.get("spec"),
     )
 

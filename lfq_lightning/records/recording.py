@@ -63,7 +63,7 @@ def probed(quantizers: Mapping[str, LearnableFakeQuantize]) -> Iterator[dict[str
     handles = [
         quantizer.register_forward_pre_hook(_Probe(name, measured))
         for name, quantizer in quantizers.items()
-        if quantizer.role != "weight"
+        if quantizer.role != "weight" or quantizer.site is None
     ]
     # Compiled code does not look at hooks that came later, so a measured batch runs eagerly.
     stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lfq_lightning.placement.host import plain_name, quantize_layer
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.quantizer.saved import Description
+from lfq_lightning.quantizer.saved import Description, site_in_model
 from lfq_lightning.state_dicts import descriptions, spec_of, without_quantizers
 
 
@@ -38,10 +38,10 @@ def stored_model(state_dict: Mapping[str, Any]) -> nn.Module:
     for name, description in saved.items():
         made = _quantizer(name, description, state_dict)
         owner, _, leaf = name.rpartition(".")
-        if description.role is None and made is not None:
+        if description.site is None and made is not None:
             _module(root, owner)._modules[leaf] = made
         elif made is not None:
-            layers.setdefault(owner, {})[description.role] = made
+            layers.setdefault(site_in_model(name, description.site), {})[description.role] = made
     shared: dict[int, tuple[nn.Parameter, LearnableFakeQuantize | None]] = {}
     for name, by_role in layers.items():
         layer = _module(root, name)
@@ -77,7 +77,7 @@ def _quantizer(name: str, description: Description, state_dict: Mapping[str, Any
     state = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
     try:
         channels = None if spec.granularity == "per_tensor" else state["scale"].numel()
-        weight, axis = description.is_weight, description.axis
+        weight, axis = description.role == "weight", description.axis
         made = LearnableFakeQuantize.from_spec(spec, channels, weight=weight, axis=axis)
         made.load_state_dict(state)
     except (KeyError, AttributeError, RuntimeError, ValueError) as error:

@@ -79,7 +79,7 @@ def arrange(wrappers: Wrappers, trainer: L.Trainer, model: L.LightningModule) ->
 def hidden_quantizers(model: nn.Module) -> Iterator[None]:
     """Within it, the model has no quantizers but those that the user has placed, and computes in float."""
     layers = [(layer, dict(layer._modules)) for layer in hosts(model).values()]
-    users = {q: q.switches for q in quantizers(model).values() if q.role is None}
+    users = {q: q.switches for q in quantizers(model).values() if q.site is None}
     for layer, _ in layers:
         layer._modules[WEIGHT] = layer._modules[INPUT] = None
     for quantizer in users:

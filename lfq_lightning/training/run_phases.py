@@ -118,7 +118,7 @@ def begin(model: L.LightningModule, anew: bool) -> None:
         if anew:
             quantizer.forget()
         known = quantizer.estimated or quantizer.learned or quantizer.late
-        if quantizer.role is None and not known and not quantizer.saw_data():
+        if quantizer.site is None and not known and not quantizer.saw_data():
             quantizer.start_off()  # as those of layers are; one that the user has placed is made in phase "estimate"
         quantizer.gathering = False
 

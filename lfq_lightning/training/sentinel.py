@@ -180,7 +180,7 @@ class Sentinel:
 def _reinitialise(model: nn.Module, name: str) -> LearnableFakeQuantize:
     """Estimate a quantizer anew, from the weight as it is or from what was observed of the input."""
     quantizer = quantizers(model)[name]
-    if quantizer.role == "weight":
+    if quantizer.role == "weight" and quantizer.site is not None:
         quantizer.estimate_from(whole_weight(hosts(model)[name.rpartition(".")[0]]))
     elif quantizer.saw_data():
         quantizer.estimate()

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from lfq_lightning.records import history, trajectory
 from lfq_lightning.records.history import History
+from lfq_lightning.records.place import Place, fetch
 from lfq_lightning.records.trajectory import Trajectory, TrajectoryRow
-from lfq_lightning.training.place import Place, fetch
 
 
 class RunFiles:

@@ -1,0 +1,79 @@
+"""Where a model is quantized: each place with its quantizer, what that serves, and whose it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lfq_lightning.placement.host import QuantizedLayer, plain_name, whole_weight
+from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.quantizer.saved import Role, site_in_model
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place where a network is quantized.
+
+    Args:
+        name: by which records and checkpoints know the quantizer, such as `conv1.weight_quantizer`.
+        quantizer: the module itself.
+        site: dotted name of the module in whose forward the tensor is read, such as `conv1`.
+        owner: the layer that `attach` put the quantizer on; None for one that the user has placed.
+    """
+
+    name: str
+    quantizer: LearnableFakeQuantize
+    site: str
+    owner: QuantizedLayer | None
+
+    @property
+    def role(self) -> Role | None:
+        """What the quantizer serves; None where only the user knows."""
+        return self.quantizer.role
+
+    @property
+    def parameter(self) -> Tensor | None:
+        """What is quantized, where that is the owner's own; None for what a forward pass brings."""
+        return self.owner.weight if self.owner is not None and self.role == "weight" else None
+
+    @property
+    def learns(self) -> bool:
+        """Whether the phase may let scale and zero point learn."""
+        return self.owner is None or self.owner.learns
+
+    def whole_parameter(self) -> Tensor:
+        """The parameter, gathered from every rank where FSDP2 has sharded it; every rank takes part."""
+        assert self.owner is not None
+        return whole_weight(self.owner)
+
+
+Points = Mapping[str, Point]
+
+
+def points(model: nn.Module) -> dict[str, Point]:
+    """Every place where a model is quantized, by name, in order of registration; a shared quantizer once.
+
+    A walk through a model of thousands of layers takes a good part of a step. Nothing is remembered behind anybody's
+    back: who keeps this knows when quantizers may come and go, as a run does, which attaches before it begins.
+    """
+    found: dict[str, Point] = {}
+    modules: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        modules[path] = module
+        if isinstance(module, LearnableFakeQuantize):
+            name, holder = plain_name(path), modules[path.rpartition(".")[0]]
+            owner = holder if isinstance(holder, QuantizedLayer) and module.site is not None else None
+            found[name] = Point(name, module, site_in_model(name, module.site), owner)
+    return found
+
+
+def weights(points: Points) -> Iterator[Point]:
+    """Those whose tensor is a parameter, which can be looked at where it is."""
+    return (point for point in points.values() if point.parameter is not None)
+
+
+def activations(points: Points) -> Iterator[Point]:
+    """Those that see their tensor in a forward pass alone; a weight that the user hands to a quantizer is one."""
+    return (point for point in points.values() if point.parameter is None)

@@ -21,7 +21,7 @@ from lfq_lightning.techniques.batch_norm_statistics import BatchNormStatistics
 from lfq_lightning.techniques.bit_annealing import BitAnnealing
 from lfq_lightning.techniques.distillation import Distillation
 from lfq_lightning.techniques.oscillation_control import OscillationControl
-from lfq_lightning.training.neighbours import while_learning
+from lfq_lightning.techniques.while_learning import while_learning
 
 __all__ = [
     "BatchNormStatistics",

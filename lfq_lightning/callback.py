@@ -20,21 +20,26 @@ from lfq_lightning.records.recorder import Recorder
 from lfq_lightning.rules import Rule, as_rules
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, as_schedule, weight_spec
-from lfq_lightning.training.copying import AtRest
-from lfq_lightning.training.counting import ModelSchedule
-from lfq_lightning.training.fit_export import FitExport
-from lfq_lightning.training.frozen_layers import settle_frozen_layers
-from lfq_lightning.training.module_hooks import add_note, meet_quantizers, note_on_checkpoints
-from lfq_lightning.training.neighbours import arrange, check_neighbours, require_gradients
-from lfq_lightning.training.optimizer import OptimizerFactory, QParamOptimizer, ScheduleFactory
-from lfq_lightning.training.resuming import explain_torn_checkpoint, open_epoch, take_up
-from lfq_lightning.training.run_phases import RunPhases, begin, show_phase, warn_if_float, warn_if_unlearned
+from lfq_lightning.training.exporting import FitExport
+from lfq_lightning.training.phases import (
+    RunPhases,
+    begin,
+    settle_frozen_layers,
+    show_phase,
+    warn_if_float,
+    warn_if_still,
+    warn_if_unlearned,
+)
 from lfq_lightning.training.sentinel import Reaction, Sentinel
-from lfq_lightning.training.sharded_loading import load_quantizers_whole
-from lfq_lightning.training.stillness import warn_if_still
-from lfq_lightning.training.user_optimizer import UserOptimizers, arranged_qparams, check_makers, make_optimizer
-from lfq_lightning.training.weight_steps import WeightSteps
-from lfq_lightning.training.wrapping import Wrappers
+from lfq_lightning.training.stepping.qparams import OptimizerFactory, QParamOptimizer, ScheduleFactory
+from lfq_lightning.training.stepping.users import UserOptimizers, arranged_qparams, check_makers, make_optimizer
+from lfq_lightning.training.stepping.weights import WeightSteps
+from lfq_lightning.training.trainer.length import ModelSchedule
+from lfq_lightning.training.trainer.module import add_note, meet_quantizers, note_on_checkpoints
+from lfq_lightning.training.trainer.neighbours import arrange, check_neighbours, require_gradients
+from lfq_lightning.training.trainer.resuming import explain_torn_checkpoint, open_epoch, take_up
+from lfq_lightning.training.trainer.strategy import load_quantizers_whole
+from lfq_lightning.training.wrapping import AtRest, Wrappers
 
 
 class QuantizationAwareTraining(AtRest):

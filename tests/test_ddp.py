@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
-from lfq_lightning.training.sharding import check_strategy
+from lfq_lightning.training.trainer.strategy import check_strategy
 from tests.ranks import DDP, ByHand, fifty, from_zero, kept, run, start_two
 from tests.runs import Net, qat, trainer
 

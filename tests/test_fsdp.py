@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lfq_lightning as lfq
-from lfq_lightning.training.sharding import check_strategy
+from lfq_lightning.training.trainer.strategy import check_strategy
 from tests.ranks import FSDP, NormFree, run, start_two
 from tests.runs import Net, images, qat, trainer
 

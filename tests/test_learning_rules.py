@@ -22,7 +22,7 @@ from lfq_lightning.observers import OBSERVERS, MinMaxObserver, MSEObserver
 from lfq_lightning.placement.host import set_compressed
 from lfq_lightning.records.trajectory import read_trajectory
 from lfq_lightning.spec import ScaleDomain
-from lfq_lightning.training.optimizer import QParamOptimizer
+from lfq_lightning.training.stepping.qparams import QParamOptimizer
 from tests.assertions import assert_bit_equal
 from tests.runs import Net, every_epoch, fit, images, qat
 

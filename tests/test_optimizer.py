@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lfq_lightning as lfq
 from lfq_lightning.placement.host import qparams
-from lfq_lightning.training.optimizer import QParamOptimizer, hidden_qparams
-from lfq_lightning.training.run_length import length_of
+from lfq_lightning.training.hiding import hidden_qparams
+from lfq_lightning.training.stepping.qparams import QParamOptimizer
+from lfq_lightning.training.trainer.length import length_of
 from tests.runs import Net, fit, images, qat
 
 X = images().tensors[0]

@@ -19,7 +19,8 @@ from lfq_lightning.gathering import Gathered, estimate_weights, set_gathering
 from lfq_lightning.observers import OBSERVERS
 from lfq_lightning.placement.host import hosts
 from lfq_lightning.schedule import PHASES, Phase
-from lfq_lightning.training.optimizer import QParamOptimizer, hidden_qparams
+from lfq_lightning.training.hiding import hidden_qparams
+from lfq_lightning.training.stepping.qparams import QParamOptimizer
 from tests.runs import BATCHES, Net, loader, qat, trainer
 
 

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from torch.optim import LBFGS, SGD, Adam, AdamW
 
 import lfq_lightning as lfq
-from lfq_lightning.training.weight_steps import WeightSteps
+from lfq_lightning.training.stepping.weights import WeightSteps
 from tests.runs import BATCHES, Net, every_epoch, fit, qat
 from tests.test_precision import scaled
 

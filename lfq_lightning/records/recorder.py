@@ -21,7 +21,7 @@ from lfq_lightning.records.recording import measure_weights, probed, snapshot
 from lfq_lightning.records.run_files import RunFiles
 from lfq_lightning.records.trajectory import TrajectoryRow
 from lfq_lightning.schedule import PHASES, Phase
-from lfq_lightning.training.telling import tell
+from lfq_lightning.telling import tell
 
 
 class HasRates(Protocol):

@@ -20,8 +20,8 @@ from lfq_lightning.schedule import PHASES
 from lfq_lightning.techniques.batch_norm import batch_norms, reestimate_batch_norm
 from lfq_lightning.techniques.order import check_order, check_quantized, epochs_before
 from lfq_lightning.techniques.served import Served
-from lfq_lightning.training.copying import AtRest
-from lfq_lightning.training.run_length import is_dev_run, length_of
+from lfq_lightning.training.trainer.length import is_dev_run, length_of
+from lfq_lightning.training.wrapping import AtRest
 
 Moment = int | Literal["off", "observe", "estimate", "learn", "freeze"]
 

@@ -16,8 +16,8 @@ from lfq_lightning.phases import forget_compiled_code
 from lfq_lightning.placement.host import hosts, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.techniques.order import check_order, check_quantized, epochs_before, quantization_callback
-from lfq_lightning.training.neighbours import share_with_averages
-from lfq_lightning.training.telling import tell
+from lfq_lightning.telling import tell
+from lfq_lightning.training.trainer.neighbours import share_with_averages
 
 
 def widened(quantizer: LearnableFakeQuantize, bits: int) -> tuple[int, int]:

@@ -22,9 +22,8 @@ from lfq_lightning.reading import read_checkpoint
 from lfq_lightning.techniques.order import check_quantized
 from lfq_lightning.techniques.served import Served
 from lfq_lightning.techniques.teacher import Calls, float_copy
-from lfq_lightning.training.copying import AtRest
-from lfq_lightning.training.package import check_package
-from lfq_lightning.training.wrapping import Wrappers
+from lfq_lightning.training.trainer.neighbours import check_package
+from lfq_lightning.training.wrapping import AtRest, Wrappers
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

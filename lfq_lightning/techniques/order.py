@@ -6,7 +6,7 @@ import lightning as L
 
 from lfq_lightning.callback import QuantizationAwareTraining
 from lfq_lightning.placement.host import first_quantizer
-from lfq_lightning.training.package import check_package
+from lfq_lightning.training.trainer.neighbours import check_package
 
 
 def quantization_callback(trainer: L.Trainer) -> QuantizationAwareTraining | None:

@@ -24,8 +24,8 @@ from lfq_lightning.techniques.oscillation import (
     integer_weights,
 )
 from lfq_lightning.techniques.served import Served
-from lfq_lightning.training.copying import AtRest
-from lfq_lightning.training.run_length import length_of
+from lfq_lightning.training.trainer.length import length_of
+from lfq_lightning.training.wrapping import AtRest
 
 _OSCILLATES = 0.005  # from this frequency on, Nagel et al. 2022 call a weight oscillating
 

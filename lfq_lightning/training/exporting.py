@@ -1,4 +1,4 @@
-"""The trained model as an ONNX file when a fit ends, and what stands in its way before the fit begins."""
+"""The export of one fit to an ONNX file: what stands in its way, the batch that is kept, and the file at its end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,39 @@ from lfq_lightning.export.to_onnx import require_onnx
 from lfq_lightning.placement import to_float
 from lfq_lightning.placement.host import quantizers
 from lfq_lightning.running import example_of, inputs_of
-from lfq_lightning.training.telling import tell
+from lfq_lightning.telling import tell
+from lfq_lightning.training.trainer.length import is_dev_run
+
+
+class FitExport:
+    """Exports a fit's model to a file, or does nothing without one.
+
+    Args:
+        path: the file to write; a relative path is taken from the Trainer's log directory.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = path
+        self._last_batch: Any = None
+
+    def begin(self, trainer: L.Trainer, model: L.LightningModule) -> None:
+        """Refuse a fit whose model could not be exported."""
+        if self.path is not None:
+            check_fit(trainer, model, self.path)
+            self._last_batch = None
+
+    def see(self, model: L.LightningModule, batch: Any) -> None:
+        """Refuse, at the first batch, a model that cannot be traced; keep the batch."""
+        if self.path is not None:
+            if self._last_batch is None:
+                check_batch(model, batch)
+            self._last_batch = batch
+
+    def end(self, trainer: L.Trainer, model: L.LightningModule) -> Parity | None:
+        """Write the file on rank zero; every rank calls this."""
+        if self.path is None or is_dev_run(trainer):
+            return None
+        return export_fit(trainer, model, self.path, self._last_batch)
 
 
 def check_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path) -> None:

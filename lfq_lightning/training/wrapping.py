@@ -1,11 +1,14 @@
-"""Instance-level wrappers around a module's methods, and taking them off again."""
+"""What a run lays around methods of other objects, taken off again when it ends, and in no copy of a callback."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import lightning as L
+
 _NOTHING = object()
+_OF_THE_MODULE = ("log", "log_dict")  # Lightning gives a callback those of the module that it fits
 
 
 class _Wrapped:
@@ -52,3 +55,17 @@ class Wrappers:
                 target.__dict__.pop(name, None)
             else:
                 object.__setattr__(target, name, before)
+
+
+class AtRest(L.Callback):
+    """A callback whose copies carry what it was given and what came out, and nothing that a run is at work with."""
+
+    def _rest(self) -> None:
+        """Set every attribute that belongs to a run as it is without one, from the others."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        resting = object.__new__(type(self))
+        resting.__dict__.update(self.__dict__)
+        resting._rest()
+        return {name: value for name, value in resting.__dict__.items() if name not in _OF_THE_MODULE}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
-from lfq_lightning.training.optimizer import QParamOptimizer, hidden_qparams
+from lfq_lightning.training.hiding import hidden_qparams
+from lfq_lightning.training.stepping.qparams import QParamOptimizer
 from tests.benchmarks import peers
 from tests.benchmarks.measuring import Call
 from tests.benchmarks.networks import make

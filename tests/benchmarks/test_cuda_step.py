@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from lfq_lightning.training.optimizer import QParamOptimizer, hidden_qparams
+from lfq_lightning.training.hiding import hidden_qparams
+from lfq_lightning.training.stepping.qparams import QParamOptimizer
 from tests.benchmarks.measuring import Table
 from tests.benchmarks.on_cuda import device_note, make, medians, needs_cuda
 from tests.benchmarks.steps import PREPARATIONS

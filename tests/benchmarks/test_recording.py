@@ -15,7 +15,8 @@ from lfq_lightning.placement.host import hosts
 from lfq_lightning.records.recorder import metrics_of
 from lfq_lightning.records.recording import measure_weights, probed, snapshot
 from lfq_lightning.records.trajectory import Trajectory
-from lfq_lightning.training.optimizer import QParamOptimizer, hidden_qparams
+from lfq_lightning.training.hiding import hidden_qparams
+from lfq_lightning.training.stepping.qparams import QParamOptimizer
 from tests.benchmarks.measuring import Call, Table, middle, times
 from tests.benchmarks.networks import make, resnet18
 from tests.benchmarks.steps import with_ours

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import lfq_lightning as lfq
 from lfq_lightning.placement.host import qparams
-from lfq_lightning.training.optimizer import QParamOptimizer, hidden_qparams
+from lfq_lightning.training.hiding import hidden_qparams
+from lfq_lightning.training.stepping.qparams import QParamOptimizer
 from tests.runs import Net, images, loader, qat, trainer
 
 

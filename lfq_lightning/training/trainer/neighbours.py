@@ -1,26 +1,22 @@
-"""Other callbacks and plugins of a Trainer: which cannot share a run with quantizers, and what the others must meet."""
+"""What else a Trainer was given: which callbacks and plugins cannot share a run, and what the others must meet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import lightning as L
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelSummary, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from torch import nn
 
-from lfq_lightning.checking import in_words
-from lfq_lightning.phases import model_phase
-from lfq_lightning.placement.host import INPUT, WEIGHT, hosts, qparams, quantizers
-from lfq_lightning.training.optimizer import hidden_qparams
-from lfq_lightning.training.package import change_of_import, check_package
-from lfq_lightning.training.sharding import check_strategy
+from lfq_lightning.placement.host import qparams, quantizers
+from lfq_lightning.training.hiding import hidden_qparams, hidden_quantizers
+from lfq_lightning.training.trainer.strategy import check_strategy
 from lfq_lightning.training.wrapping import Wrappers
 
-SomeCallback = TypeVar("SomeCallback", bound=L.Callback)
-
+_OTHER = "pytorch_lightning"  # of the two packages that Lightning is published as, with classes of equal names
 _AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 
 
@@ -75,24 +71,6 @@ def arrange(wrappers: Wrappers, trainer: L.Trainer, model: L.LightningModule) ->
         wrappers.around(logger, "log_graph", unseen(hidden_quantizers))
 
 
-@contextmanager
-def hidden_quantizers(model: nn.Module) -> Iterator[None]:
-    """Within it, the model has no quantizers but those that the user has placed, and computes in float."""
-    layers = [(layer, dict(layer._modules)) for layer in hosts(model).values()]
-    users = {q: q.switches for q in quantizers(model).values() if q.site is None}
-    for layer, _ in layers:
-        layer._modules[WEIGHT] = layer._modules[INPUT] = None
-    for quantizer in users:
-        quantizer.phase = "off"
-    try:
-        yield
-    finally:
-        for quantizer, switches in users.items():
-            quantizer.fake_quant_enabled, quantizer.static_enabled, quantizer.learning_enabled = switches
-        for layer, modules in layers:
-            layer._modules.update(modules)
-
-
 def require_gradients(model: nn.Module) -> None:
     """Undo what froze qparams along with their layer: DDP must know them from the start, and the layer decides."""
     for parameter in qparams(model):
@@ -109,44 +87,30 @@ def share_with_averages(trainer: L.Trainer, model: nn.Module) -> None:
                 copies[name].load_state_dict(quantizer.state_dict())
 
 
-class _OnlyWhileLearning:
-    """One hook of a callback, called while the model's quantizers learn or are frozen."""
-
-    def __init__(self, callback: L.Callback, hook: str) -> None:
-        self.callback, self.hook = callback, hook
-
-    def __call__(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
-        if model_phase(pl_module) in ("learn", "freeze"):
-            getattr(type(self.callback), self.hook)(self.callback, trainer, pl_module, *args, **kwargs)
+def change_of_import(value: object) -> str:
+    """The line to change where an object comes from the other package, or nothing."""
+    if not any(kind.__module__.partition(".")[0] == _OTHER for kind in type(value).__mro__):
+        return ""
+    return f"write `import lightning.pytorch as pl` in place of `import {_OTHER} as pl`, everywhere in the program"
 
 
-def while_learning(callback: SomeCallback) -> SomeCallback:
-    """Let a callback see only what comes out of a quantized model that learns, so that "best" is the best of those.
+def check_package(trainer: L.Trainer, own: L.Callback) -> None:
+    """Refuse what is of the other package, which would pass by every check of strategies, callbacks and modules.
 
-    An epoch in float, before quantization, is often better than all that follow, and of no use.
-
-    Args:
-        callback: a ModelCheckpoint or EarlyStopping, for instance.
-
-    Returns:
-        The same callback: its hooks at the end of training batches, training epochs and validation wait for phase
-        "learn" or "freeze".
-
-    Example:
-        >>> import lfq_lightning as lfq
-        >>> from lightning.pytorch.callbacks import ModelCheckpoint
-        >>> best = lfq.while_learning(ModelCheckpoint(monitor="val_loss"))
+    Raises:
+        TypeError: unless the Trainer is one of `lightning`, and all that it was given.
     """
-    if not isinstance(callback, L.Callback):
-        raise TypeError(
-            f"`callback` must be a Lightning callback, for instance a ModelCheckpoint. Found {in_words(callback)}: "
-            f"{change_of_import(callback) or 'pass what goes into the callbacks of a Trainer'}."
-        )
-    if any(kind.__module__.startswith("lfq_lightning.") for kind in type(callback).__mro__):
-        raise TypeError(
-            "`callback` must judge epochs, as a ModelCheckpoint or EarlyStopping does. Found "
-            f"{type(callback).__name__}, which goes by the phases itself: pass it to the Trainer as it is."
-        )
-    for hook in ("on_train_batch_end", "on_train_epoch_end", "on_validation_end"):
-        setattr(callback, hook, _OnlyWhileLearning(callback, hook))
-    return callback
+    if not isinstance(trainer, Trainer):
+        _refuse(trainer, own)
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for part in (*callbacks, *trainer.loggers, trainer.strategy, trainer.precision_plugin):
+        if change_of_import(part):
+            _refuse(part, own)
+
+
+def _refuse(found: object, own: L.Callback) -> None:
+    kind = type(found)
+    raise TypeError(
+        f"{type(own).__name__} needs a Trainer of the package `lightning`, with callbacks, loggers and plugins of it. "
+        f"Found {kind.__module__}.{kind.__qualname__}: {change_of_import(found) or 'use `lightning.Trainer`'}."
+    )

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lfq_lightning.placement.host import QuantizedLayer, hosts
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.spec import QuantSpec
-from lfq_lightning.training.stepping import StepHooks, wrapped_by
+from lfq_lightning.training.stepping.hooks import StepHooks, wrapped_by
 
 _Moved = tuple[float, list[Tensor], list[Tensor]]  # a factor, weights, and what they were before the step
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,10 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lfq_lightning.placement.host import QuantizedLayer, hosts, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.training.rates import Pace, Reading
-from lfq_lightning.training.sharding import average_gradients
-from lfq_lightning.training.slots import Row, Slot, rows_of
-from lfq_lightning.training.stepping import StepHooks, wrapped_by
+from lfq_lightning.training.stepping.hooks import StepHooks, wrapped_by
+from lfq_lightning.training.stepping.slots import Row, Slot, rows_of
+from lfq_lightning.training.trainer.strategy import average_gradients
 from lfq_lightning.training.wrapping import Wrappers
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
@@ -32,34 +30,50 @@ def default_optimizer(parameters: Iterable[Tensor]) -> Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3, fused=fused, foreach=not fused)
 
 
-def any_parameter(parameter: Tensor) -> bool:
-    """What `hidden` hides unless told."""
-    return True
+class Reading:
+    """Reads a number that may be a tensor, and waits for a GPU only where it has changed since."""
+
+    def __init__(self) -> None:
+        self._tensor: Tensor | None = None
+        self._version, self._value = -1, 0.0
+
+    def __call__(self, number: float | Tensor | None) -> float:
+        if not isinstance(number, Tensor):
+            return float(number or 0.0)
+        if number is not self._tensor or number._version != self._version:
+            self._tensor, self._version, self._value = number, number._version, float(number)
+        return self._value
 
 
-@contextmanager
-def hidden(found: Iterable[LearnableFakeQuantize], hide: Callable[[Tensor], bool] = any_parameter) -> Iterator[None]:
-    """Within it, quantizers do not list the scales and zero points that `hide` holds for, and compute with them."""
-    taken: list[tuple[LearnableFakeQuantize, dict[str, Any], list[str]]] = []
-    for quantizer in found:
-        listed = dict(quantizer._parameters)
-        names = [name for name, p in listed.items() if p is not None and hide(p)]
-        for name in names:
-            object.__setattr__(quantizer, name, quantizer._parameters.pop(name))
-        taken.append((quantizer, listed, names))
-    try:
-        yield
-    finally:
-        for quantizer, listed, names in taken:
-            for name in names:
-                object.__delattr__(quantizer, name)
-            quantizer._parameters.clear()
-            quantizer._parameters.update(listed)  # in their order
+class Pace:
+    """An optimizer's learning rate in proportion to another's: 1 where that stands at the peak of its schedule."""
 
+    def __init__(self, own: Optimizer, followed: Optimizer) -> None:
+        self.own, self.followed = own, followed
+        self._peaks = [float(group["lr"]) for group in own.param_groups]
+        self._now, self._highest, self._initial = Reading(), Reading(), Reading()
+        self._usual = self._now(self._lead.get("lr"))
 
-def hidden_qparams(model: nn.Module) -> AbstractContextManager[None]:
-    """Within it, `model.parameters()` does not know the qparams, so that no user optimizer decays or misses them."""
-    return hidden(quantizers(model).values())
+    @property
+    def _lead(self) -> dict[str, Any]:
+        """The group that is followed; Lightning has an optimizer without any where a module makes none."""
+        return self.followed.param_groups[0] if self.followed.param_groups else {}
+
+    def rates(self) -> list[float]:
+        """The learning rate of each group in the coming step."""
+        lead = self._lead
+        # Schedulers leave these names in the group that they drive.
+        peak = self._highest(lead.get("max_lr")) or self._initial(lead.get("initial_lr")) or self._usual
+        share = self._now(lead["lr"]) / peak if peak else 1.0
+        return [rate * share for rate in self._peaks]
+
+    def keep(self) -> None:
+        """Set them."""
+        for group, rate in zip(self.own.param_groups, self.rates(), strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
 
 class QParamOptimizer:

@@ -14,17 +14,17 @@ from torch.optim import Optimizer
 
 from lfq_lightning.placement.host import QuantizedLayer, hosts, qparams, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.training.gradients import complete_gradients
-from lfq_lightning.training.optimizer import (
+from lfq_lightning.training.hiding import hidden_qparams
+from lfq_lightning.training.stepping.hooks import StepHooks, wrapped_by
+from lfq_lightning.training.stepping.qparams import (
     OptimizerFactory,
     QParamOptimizer,
+    Reading,
     ScheduleFactory,
     default_optimizer,
-    hidden_qparams,
 )
-from lfq_lightning.training.rates import Reading
-from lfq_lightning.training.sharding import average_gradients, mean_over_shards
-from lfq_lightning.training.stepping import StepHooks, wrapped_by
+from lfq_lightning.training.trainer.module import complete_gradients
+from lfq_lightning.training.trainer.strategy import average_gradients, mean_over_shards
 from lfq_lightning.training.wrapping import Wrappers
 
 _REMEDY = (

@@ -1,12 +1,15 @@
-"""Phases in a Trainer's run: entering one on every rank at once, and taking in what a batch showed."""
+"""What quantizers do at each moment of a Trainer's run: which learn, in which phase, and what a batch showed them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
 
 from lfq_lightning.gathering import (
     Gathered,
@@ -19,12 +22,14 @@ from lfq_lightning.gathering import (
 )
 from lfq_lightning.phases import check_ranks_agree, go_on, join, leading_quantizer, model_phase, phase_of
 from lfq_lightning.placement.found import Found
-from lfq_lightning.placement.host import quantizers
+from lfq_lightning.placement.host import FrozenLayers, hosts, quantizers, set_learning_alone
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.schedule import OBSERVING, Phase, PhaseSchedule
-from lfq_lightning.training.neighbours import share_with_averages
-from lfq_lightning.training.run_length import is_dev_run
-from lfq_lightning.training.telling import tell
+from lfq_lightning.telling import tell
+from lfq_lightning.training.stepping.qparams import QParamOptimizer
+from lfq_lightning.training.stepping.users import UserOptimizers
+from lfq_lightning.training.trainer.length import is_dev_run
+from lfq_lightning.training.trainer.neighbours import share_with_averages
 from lfq_lightning.training.wrapping import Wrappers
 
 
@@ -154,3 +159,66 @@ def show_phase(wrappers: Wrappers, trainer: L.Trainer, phases: RunPhases) -> Non
 
 def _over_ranks(trainer: L.Trainer) -> Reduce:
     return lambda flat, operation: trainer.strategy.reduce(flat, reduce_op=operation)
+
+
+def warn_if_still(trainer: L.Trainer, phases: RunPhases, optimizer: QParamOptimizer | UserOptimizers | None) -> None:
+    """Say once in a run that optimizers make their steps where neither Lightning nor a hook sees them.
+
+    Args:
+        trainer: at the end of a training epoch.
+        phases: those of the run.
+        optimizer: what steps the qparams.
+    """
+    if phases.found.quantizers and optimizer is not None and not phases.told_still:
+        said = _still(trainer, phases, optimizer)
+        if said:
+            phases.told_still = True
+            rank_zero_warn(said)
+
+
+def _still(trainer: L.Trainer, phases: RunPhases, optimizer: QParamOptimizer | UserOptimizers) -> str:
+    if phases.phase == "learn" and optimizer.unseen:
+        return (
+            "Scales and zero points step with the optimizer that holds their layer's weight. Found no call of `step()` "
+            f"of {', '.join(optimizer.unseen)} so far: none has moved, and no weight of few bits took longer steps. "
+            "Make updates by `step()` of an optimizer of `configure_optimizers`, or of one that it keeps as an "
+            "attribute, as SAM does."
+        )
+    if phases.phase in ("off", *OBSERVING) and phases.schedule.unit == "step" and trainer.global_step == 0:
+        return (
+            "The schedule counts optimizer steps, and Lightning has counted none: scales and zero points would never "
+            f"be learned. Found phase {phases.phase!r}: call `step()` of what `self.optimizers()` gives, or give the "
+            "schedule in epochs, such as `schedule=PhaseSchedule(observe=0, estimate=1, learn=2)`."
+        )
+    return ""
+
+
+def settle_frozen_layers(model: nn.Module, optimizers: Sequence[Optimizer], choice: FrozenLayers) -> None:
+    """Decide for each quantized layer, as a fit begins, whether its scales learn without its weight, and say so.
+
+    Frozen is a layer whose weight has `requires_grad=False` now. Of several optimizers, one that holds such a weight
+    will take turns with the others (a GAN's): that layer is not frozen but waits, and its scales wait with it.
+
+    Args:
+        model: a model with quantizers.
+        optimizers: the user's.
+        choice: "keep" leaves scales and zero points of frozen layers as they were estimated, "learn" lets them learn.
+    """
+    layers = hosts(model)
+    held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]} if len(optimizers) > 1 else set()
+    frozen = [layer for layer in layers.values() if not layer.weight.requires_grad and id(layer.weight) not in held]
+    set_learning_alone(layers.values(), False)
+    if choice == "learn":
+        set_learning_alone(frozen, True)
+    if not frozen:
+        return
+    count = f"{len(frozen)} of {len(layers)} quantized layers have frozen weights"
+    if choice == "learn":
+        rank_zero_info(f"{count}: their scales and zero points learn alone (frozen_layers='learn').")
+    elif len(frozen) == len(layers):
+        rank_zero_warn(
+            f"{count}, and with frozen_layers='keep' their scales and zero points keep their estimates: nothing that "
+            "is quantized will learn. Use frozen_layers='learn' to train scales and zero points alone."
+        )
+    else:
+        rank_zero_info(f"{count}: their scales and zero points keep their estimates (frozen_layers='keep').")

@@ -1,0 +1,1 @@
+"""What steps: scales and zero points by themselves or in users' optimizers, and longer steps of few bits."""

@@ -1,0 +1,1 @@
+"""What knows the Trainer: how long it runs, its strategy, its other callbacks, its module, and its checkpoints."""

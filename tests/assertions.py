@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@contextmanager
+def case(**named: Any) -> Iterator[None]:
+    """Within a loop over cases: a failure says which one it was."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note("in the case " + ", ".join(f"{name}={value}" for name, value in named.items()))
+        raise
 
 
 def assert_bit_equal(found: Tensor, expected: Tensor) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import gc
 import logging
 import os
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; processes that tests start inherit it
+# Inductor would start processes that compile, and try with the compiler what the processor says that it has.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import hypothesis
 import pytest
@@ -24,3 +31,23 @@ hypothesis.settings.load_profile("no_timing")
 def _same_start() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what the imports made stays: no later collection looks through it
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _what_onnx_has_is_read_once() -> None:
+    """Of a small export, reading the sources of onnxscript's functions takes two thirds, and again each time."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    read = functools.cache(ONNXRegistry.from_torchlib)
+
+    def from_torchlib(*arguments: Any, **keywords: Any) -> ONNXRegistry:
+        known = copy.copy(read(*arguments, **keywords))
+        known.functions = {target: list(functions) for target, functions in known.functions.items()}
+        return known
+
+    ONNXRegistry.from_torchlib = staticmethod(from_torchlib)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +16,7 @@ from torch import Tensor
 
 import lfq_lightning as lfq
 from lfq_lightning.quantizer.saved import described
+from tests.processes import ROOT, run_python
 from tests.runs import Net, every_epoch, fit, images, loader, qat, trainer
 
 X = images().tensors[0]
@@ -271,7 +270,8 @@ assert torch.equal(found, torch.load({str(tmp_path / "expected.pt")!r}))
 made.test(model, loader(), ckpt_path={str(tmp_path / "epoch=2.ckpt")!r})
 made.validate(model, loader(), ckpt_path={str(tmp_path / "epoch=2.ckpt")!r})
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+    done = run_python("-c", code, cwd=ROOT, directory=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_checkpoint_that_disagrees_with_the_callback_is_refused_with_both_shown(tmp_path: Path) -> None:

@@ -51,10 +51,10 @@ def test_the_main_job_trains_to_four_bits_and_writes_what_it_says(tmp_path: Path
 @pytest.mark.timeout(600)
 def test_a_sweep_over_bits_and_seeds_ends_in_the_comparison(tmp_path: Path) -> None:
     budget = ["float.trainer.max_epochs=1", "quantized.trainer.max_epochs=1", "onnx=false"]
-    sweep = ["--multirun", "quant=w8a8,w4a4,w2a2", "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
+    sweep = ["--multirun", "quant=w4a4,w2a2", "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
     run("train.py", *sweep, *budget, directory=tmp_path, timeout=580)
     methods = {m.name: m for m in compare(tmp_path).methods}
-    assert list(methods) == ["w2a2", "w4a4", "w8a8", "float"]
+    assert list(methods) == ["w2a2", "w4a4", "float"]
     assert all(len(m.values) == 2 for m in methods.values())
     assert methods["w2a2"].size < 0.1 * methods["float"].size
     assert plot_comparison(compare(tmp_path), tmp_path / "pareto.png").stat().st_size > 10_000

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 import lfq_lightning as lfq
 from tests.assertions import assert_bit_equal
 from tests.exported_networks import inputs, trained
+from tests.processes import run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the back ends', about themselves
 
@@ -63,8 +62,7 @@ def test_files_run_in_a_process_without_this_package(tmp_path: Path, weight: int
     expected = {name: model(x).detach() for name in ("traced.ts", "frozen.pt2")}
     expected["program.pt2"] = program.module()(x).detach()
     torch.save((x, expected), tmp_path / "data.pt")
-    command = [sys.executable, "-c", ALONE, *expected]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = run_python("-c", ALONE, *expected, cwd=tmp_path, directory=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("is equal") == 3
 
@@ -130,8 +128,7 @@ def test_a_pickled_frozen_model_runs_in_a_process_without_this_package(tmp_path:
     lfq.calibrate(model, [x])
     torch.save(lfq.freeze(model), tmp_path / "frozen.pt")
     torch.save((x, {"frozen.pt": model.eval()(x).detach()}), tmp_path / "data.pt")
-    command = [sys.executable, "-c", ALONE, "frozen.pt"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = run_python("-c", ALONE, "frozen.pt", cwd=tmp_path, directory=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

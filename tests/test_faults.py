@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -15,10 +13,11 @@ import torch
 from torch import Tensor
 
 import lfq_lightning as lfq
-from tests.processes import run_python
-from tests.runs import BATCHES, Net, every_epoch, fit, images, loader, qat, trainer
+from tests.processes import Program, run_python
+from tests.runs import Net, every_epoch, fit, images, loader, qat, trainer
 
 ROOT = Path(__file__).parents[1]
+BATCHES = 3  # of an epoch into which a bad one falls
 
 KILLED = """
 import os, random, signal, sys, threading, warnings
@@ -98,7 +97,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
 @pytest.mark.parametrize("phase", ["observe", "estimate", "learn", "freeze"])
 def test_a_bad_batch_leaves_every_quantizer_finite(tmp_path: Path, phase: str, value: float, optimizer: Any) -> None:
-    at = ["observe", "estimate", "learn", "freeze"].index(phase) * BATCHES + 3
+    at = ["observe", "estimate", "learn", "freeze"].index(phase) * BATCHES + 1
 
     class Bad(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -119,9 +118,9 @@ def test_a_bad_batch_leaves_every_quantizer_finite(tmp_path: Path, phase: str, v
     schedule = lfq.PhaseSchedule(0, 1, 2, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, _, _ = fit(
-            tmp_path, Bad(), callback=qat(schedule=schedule, optimizer=optimizer), max_epochs=4, limit_val_batches=0
-        )
+        callback = qat(schedule=schedule, optimizer=optimizer)
+        short = {"max_epochs": 4, "limit_train_batches": BATCHES, "limit_val_batches": 0}
+        model, _, _ = fit(tmp_path, Bad(), callback=callback, **short)
     for name, quantizer in lfq.quantizers(model).items():
         assert quantizer.scale.isfinite().all(), name
         assert (quantizer.scale > 0).all(), name
@@ -157,14 +156,14 @@ def test_an_exception_anywhere_leaves_a_model_that_can_be_fitted(tmp_path: Path,
     broken = type("Broken", (Net,), {hook: fail})
     model.__class__ = broken
     with pytest.raises(RuntimeError, match="on purpose"):
-        fit(tmp_path, model, callback=qat(optimizer=optimizer))
+        fit(tmp_path, model, callback=qat(optimizer=optimizer), limit_train_batches=2)
     model.__class__ = Net
     assert not {"configure_model", "configure_optimizers", "on_load_checkpoint"} & set(model.__dict__)
     assert all("scale" in q._parameters for q in lfq.quantizers(model).values())
     assert {q.gathering for q in lfq.quantizers(model).values()} <= {None}
     assert torch.optim.Optimizer.__init__.__name__ == "__init__"
     assert model(images().tensors[0]).isfinite().all()
-    fit(tmp_path / "again", model.train())
+    fit(tmp_path / "again", model.train(), limit_train_batches=2)
     assert {q.phase for q in lfq.quantizers(model).values()} == {"learn"}
 
 
@@ -235,14 +234,12 @@ fit(out, callbacks=[Dies()], devices=2, strategy="ddp")
 @pytest.mark.parametrize("dying", [1, 0])
 def test_when_one_rank_dies_the_other_ends_with_an_error(tmp_path: Path, dying: int) -> None:
     (tmp_path / "script.py").write_text(DYING)
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(dying)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with open(tmp_path / "errors", "w") as errors:
-        done = subprocess.run(command, env=environment, stderr=errors, stdout=errors, timeout=120, check=False)
-    assert done.returncode != 0
+    environment, errors = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, tmp_path / "errors"
+    command = [tmp_path / "script.py", tmp_path, str(dying)]
+    assert Program(command, errors, errors, environment=environment).wait(120) != 0
     survivor = int((tmp_path / f"pid{1 - dying}").read_text())
     until = time.monotonic() + 60
     while Path(f"/proc/{survivor}").exists() and time.monotonic() < until:
         time.sleep(0.1)
     assert not Path(f"/proc/{survivor}").exists()
-    assert "Error" in (tmp_path / "errors").read_text()
+    assert "Error" in errors.read_text()

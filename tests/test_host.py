@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import lfq_lightning as lfq
+from tests.processes import ROOT, run_python
 from tests.runs import Net
 
 
@@ -64,7 +64,8 @@ def test_pickle_survives_into_a_fresh_process(model: Net, tmp_path: Path) -> Non
     layer, x = nn.Sequential(copy.deepcopy(model.head)), torch.randn(2, 36)
     torch.save((layer, x, layer(x)), tmp_path / "layer.pt")
     code = "import sys, torch; m, x, y = torch.load(sys.argv[1], weights_only=False); assert torch.equal(m(x), y)"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "layer.pt")], check=True, timeout=120)
+    done = run_python("-c", code, tmp_path / "layer.pt", cwd=ROOT, directory=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
 

@@ -6,7 +6,6 @@ import importlib
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 import lfq_lightning as lfq
+from tests.processes import run_python
 from tests.samples import BACKENDS, INTERPRETED, on
 
 PACKAGE = Path(lfq.__file__).parent
@@ -32,13 +32,12 @@ def use():
 """
 
 
-def python(code: str, directory: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh process that finds the package in this directory."""
-    variables = {k: v for k, v in os.environ.items() if k not in ("LFQ_BACKEND", "PYTHONPATH")}
-    variables |= {"PYTHONPATH": str(directory), "OMP_NUM_THREADS": "2", **environment}
-    return subprocess.run(
-        [sys.executable, "-c", USE + code], env=variables, cwd=directory, capture_output=True, text=True, timeout=120
-    )
+def python(
+    code: str, output: Path, directory: Path = PACKAGE.parent, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own that finds the package in this directory."""
+    variables = {k: v for k, v in os.environ.items() if k != "LFQ_BACKEND"} | environment
+    return run_python("-c", USE + code, cwd=directory, directory=output, environment=variables)
 
 
 def result() -> list[list[float]]:
@@ -94,7 +93,7 @@ for call in (use, lfq.backends):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton")
-def test_triton_serves_cuda_is_loaded_for_it_alone_and_refuses_the_cpu_when_it_is_forced() -> None:
+def test_triton_serves_cuda_is_loaded_for_it_alone_and_refuses_the_cpu_when_it_is_forced(tmp_path: Path) -> None:
     found = python(
         """
 use()
@@ -102,6 +101,7 @@ print("lfq_lightning.ops.triton" in __import__("sys").modules)
 print(lfq.backends()["cuda"])
 """
         + REFUSED,
+        tmp_path,
         TRITON_INTERPRET="0",
     )
     loaded, name, *refusals = found.stdout.splitlines()
@@ -110,7 +110,7 @@ print(lfq.backends()["cuda"])
     assert all(refusal.startswith("LFQ_BACKEND=triton cannot run on cpu: its kernels are") for refusal in refusals)
 
 
-def test_without_triton_cuda_runs_in_plain_torch_and_warns_once_with_the_remedy() -> None:
+def test_without_triton_cuda_runs_in_plain_torch_and_warns_once_with_the_remedy(tmp_path: Path) -> None:
     found = python(
         """
 import sys; sys.modules["triton"] = None
@@ -125,7 +125,8 @@ with warnings.catch_warnings(record=True) as caught:
 print(lfq.backends())
 print(len(caught), caught[0].message)
 """
-        + REFUSED
+        + REFUSED,
+        tmp_path,
     )
     assert found.returncode == 0, found.stderr
     chosen, _, cuda, warning, *refusals = found.stdout.splitlines()
@@ -151,7 +152,7 @@ def test_a_tensor_that_native_does_not_serve_runs_in_plain_torch() -> None:
     assert y.float().tolist() == [0.0, 3.0, 7.0]
 
 
-def test_the_variable_is_read_in_a_fresh_process_and_the_extension_adds_no_openmp_runtime() -> None:
+def test_the_variable_is_read_in_a_fresh_process_and_the_extension_adds_no_openmp_runtime(tmp_path: Path) -> None:
     found = python(
         """
 from lfq_lightning.ops.native import openmp_runtimes
@@ -160,6 +161,7 @@ torch.set_num_threads(2)
 y = lfq.fake_quantize(torch.randn(10**6), torch.ones(1), torch.zeros(1), quant_min=-4, quant_max=3)
 print(len(openmp_runtimes()))
 """,
+        tmp_path,
         LFQ_BACKEND="native",
     )
     assert found.returncode == 0, found.stderr
@@ -185,6 +187,7 @@ try:
 except RuntimeError as error:
     print(error)
 """,
+        tmp_path,
         tmp_path,
     )
     assert found.returncode == 0, found.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import lfq_lightning as lfq
 from tests import oracle
-from tests.assertions import assert_bit_equal, assert_strides_kept, assert_sums
+from tests.assertions import assert_bit_equal, assert_strides_kept, assert_sums, case
 from tests.samples import (
     BACKENDS,
     DENSE,
@@ -28,6 +29,7 @@ from tests.samples import (
     scales_needed,
 )
 
+BLOCK_LAYOUTS = ("contiguous", "channels_last", "gaps")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_saturation = pytest.mark.parametrize("saturation", SATURATIONS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -49,8 +51,12 @@ def gradients(backend: str, dy: Tensor, x: Tensor, scale: Tensor, zero_point: Te
 def assert_gradients_are_the_definition(
     backend: str, dy: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, **arguments: Any
 ) -> None:
-    found = gradients(backend, dy, x, scale, zero_point, **arguments)
     expected = oracle.backward(dy, x, scale, zero_point, **arguments)
+    assert_gradients_are(expected, backend, dy, x, scale, zero_point, **arguments)
+
+
+def assert_gradients_are(expected: oracle.Gradients, backend: str, dy: Tensor, *tensors: Tensor, **more: Any) -> None:
+    found = gradients(backend, dy, *tensors, **more)
     assert_bit_equal(found.x, expected.x)
     assert_sums(found.scale, expected.scale, expected.scale_magnitude)
     assert_sums(found.zero_point, expected.zero_point, expected.zero_point_magnitude)
@@ -61,22 +67,17 @@ def upstream(x: Tensor, seed: int = 0) -> Tensor:
 
 
 @settings(max_examples=300)
-@given(case=cases(), saturation=st.sampled_from(SATURATIONS), layout=st.sampled_from(sorted(LAYOUTS)))
+@given(drawn=cases(), saturation=st.sampled_from(SATURATIONS), layout=st.sampled_from(sorted(LAYOUTS)))
 def test_every_shape_stride_dtype_and_granularity_gives_the_definition(
-    case: Case, saturation: str, layout: str
+    drawn: Case, saturation: str, layout: str
 ) -> None:
-    dy = LAYOUTS[layout](upstream(case.x))
+    dy = LAYOUTS[layout](upstream(drawn.x))
+    expected = oracle.backward(dy, *drawn[:3], saturation=saturation, **drawn.settings)
     for backend in FAST_BACKENDS:
-        assert_gradients_are_the_definition(backend, dy, *case[:3], saturation=saturation, **case.settings)
+        with case(backend=backend):
+            assert_gradients_are(expected, backend, dy, *drawn[:3], saturation=saturation, **drawn.settings)
 
 
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [(b, d) for b in BACKENDS for d in DTYPES if b != "triton" or d in (torch.float32, torch.float16)],  # it is slow
-    ids=str,
-)
-@each_saturation
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "gaps"])
 @pytest.mark.parametrize(
     ("shape", "granularity"),
     [
@@ -91,19 +92,19 @@ def test_every_shape_stride_dtype_and_granularity_gives_the_definition(
     ],
     ids=str,
 )
-def test_blocks_and_their_remainders_give_the_definition(
-    backend: str,
-    dtype: torch.dtype,
-    saturation: str,
-    layout: str,
-    shape: tuple[int, ...],
-    granularity: dict[str, int],
-) -> None:
+def test_blocks_and_their_remainders_give_the_definition(shape: tuple[int, ...], granularity: dict[str, int]) -> None:
     count = scales_needed(shape, **granularity)
-    x = LAYOUTS[layout](torch.randn(shape).to(dtype))
-    scale, zero_point = torch.rand(count) / 4 + 0.05, torch.randint(-3, 4, (count,)).float()
-    arguments = {"quant_min": -8, "quant_max": 7, "saturation": saturation, **granularity}
-    assert_gradients_are_the_definition(backend, upstream(x), x, scale, zero_point, **arguments)
+    values = torch.randn(shape)
+    qparams = torch.rand(count) / 4 + 0.05, torch.randint(-3, 4, (count,)).float()
+    for dtype, saturation in itertools.product(DTYPES, SATURATIONS):
+        arguments = {"quant_min": -8, "quant_max": 7, "saturation": saturation, **granularity}
+        x = values.to(dtype)
+        dy = upstream(x)
+        expected = oracle.backward(dy, x, *qparams, **arguments)
+        slow = dtype in (torch.float64, torch.bfloat16)  # in Triton's interpreter
+        for backend, layout in itertools.product(FAST_BACKENDS if slow else BACKENDS, BLOCK_LAYOUTS):
+            with case(backend=backend, dtype=dtype, saturation=saturation, layout=layout):
+                assert_gradients_are(expected, backend, dy, LAYOUTS[layout](x), *qparams, **arguments)
 
 
 @each_saturation
@@ -115,9 +116,12 @@ def test_backends_give_the_same_bits_for_x(grid: Grid, saturation: str) -> None:
     x = x * max(grid.scale, 1e-7)
     arguments = {"quant_min": grid.quant_min, "quant_max": grid.quant_max, "saturation": saturation}
     qparams = torch.tensor([grid.scale]), torch.tensor([grid.zero_point])
-    first, *others = (gradients(backend, upstream(x), x, *qparams, **arguments) for backend in BACKENDS)
-    for other in others:
-        assert_bit_equal(other.x, first.x)
+    expected = gradients("reference", upstream(x), x, *qparams, **arguments).x
+    for backend in BACKENDS[1:]:
+        count = len(x) if backend == "native" else 5000  # several of Triton's blocks, in its slow interpreter
+        found = gradients(backend, upstream(x)[:count], x[:count], *qparams, **arguments).x
+        with case(backend=backend):
+            assert_bit_equal(found, expected[:count])
 
 
 @each_backend
@@ -144,19 +148,19 @@ def test_sums_of_millions_of_terms_of_one_sign_stay_accurate(backend: str, satur
     assert_sums(found.zero_point, expected.zero_point * times, expected.zero_point_magnitude * times)
 
 
-@each_backend
 @each_saturation
 @each_dtype
-def test_values_that_are_not_finite_contribute_nothing(backend: str, saturation: str, dtype: torch.dtype) -> None:
+def test_values_that_are_not_finite_contribute_nothing(saturation: str, dtype: torch.dtype) -> None:
     finite = torch.linspace(-6, 6, 40).to(dtype)
     odd = torch.tensor([torch.nan, torch.inf, -torch.inf] * 20, dtype=dtype)
     arguments = {"quant_min": -8, "quant_max": 7, "saturation": saturation}
     qparams = torch.tensor([0.5]), torch.tensor([2.0])
     expected = oracle.backward(torch.ones(40), finite, *qparams, **arguments)
-    found = gradients(backend, torch.ones(100, dtype=dtype), torch.cat((finite, odd)), *qparams, **arguments)
-    assert_bit_equal(found.x, torch.cat((expected.x, torch.zeros(60, dtype=dtype))))
-    assert_sums(found.scale, expected.scale, expected.scale_magnitude)
-    assert_sums(found.zero_point, expected.zero_point, expected.zero_point_magnitude)
+    expected = expected._replace(x=torch.cat((expected.x, torch.zeros(60, dtype=dtype))))
+    for backend in BACKENDS:
+        with case(backend=backend):
+            ones, x = torch.ones(100, dtype=dtype), torch.cat((finite, odd))
+            assert_gradients_are(expected, backend, ones, x, *qparams, **arguments)
 
 
 @each_backend

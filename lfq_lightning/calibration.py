@@ -12,7 +12,7 @@ from torch import nn
 from lfq_lightning.checking import check_batches, check_function, check_model
 from lfq_lightning.gathering import Gathered, gathering
 from lfq_lightning.phases import go_on
-from lfq_lightning.placement.found import Found
+from lfq_lightning.placement.points import points
 from lfq_lightning.running import in_eval_mode, run_by
 
 
@@ -42,11 +42,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Mo
     check_model(model)
     check_batches("batches", batches)
     check_function("forward", forward, "the model and a batch")
-    everything = Found.in_model(model)
-    found = everything.quantizers
+    found = points(model)
     if not found:
         raise ValueError("A model is calibrated by its quantizers. Found none: call `lfq_lightning.attach` first.")
-    learned = [name for name, quantizer in found.items() if quantizer.learned]
+    learned = [name for name, point in found.items() if point.quantizer.learned]
     if learned and len(learned) == len(found):
         raise ValueError(
             f"Calibration would overwrite what was learned. Found learned qparams in {', '.join(learned[:5])}: call "
@@ -56,17 +55,18 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Mo
     first = next(batches, None)
     if first is None:
         raise ValueError("`batches` must hold at least one batch. Found none: an iterator may have been used up.")
-    before, gathered = {quantizer: quantizer.switches for quantizer in found.values()}, Gathered(found)
-    go_on(everything, "observe")
+    placed = [point.quantizer for point in found.values()]
+    before, gathered = {quantizer: quantizer.switches for quantizer in placed}, Gathered(found)
+    go_on(found, "observe")
     try:
-        with in_eval_mode(model), gathering(found.values()), torch.no_grad():
+        with in_eval_mode(model), gathering(placed), torch.no_grad():
             for batch in itertools.chain([first], batches):
                 run_by(forward, model, batch)
                 met = gathered.merge()
                 for name in met.not_finite() if met else ():
-                    found[name].warn_non_finite(name)
+                    found[name].quantizer.warn_non_finite(name)
     except BaseException:
         for quantizer, switches in before.items():
             quantizer.fake_quant_enabled, quantizer.static_enabled, quantizer.learning_enabled = switches
         raise
-    go_on(everything, "estimate")
+    go_on(found, "estimate")

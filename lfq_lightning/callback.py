@@ -14,8 +14,8 @@ from lfq_lightning.checking import check_choice, check_flags, check_path
 from lfq_lightning.export.parity import Parity
 from lfq_lightning.gathering import set_gathering
 from lfq_lightning.placement import Placement, apply, plan, quantizers
-from lfq_lightning.placement.found import Found
 from lfq_lightning.placement.host import FrozenLayers
+from lfq_lightning.placement.points import points
 from lfq_lightning.records.recorder import Recorder
 from lfq_lightning.rules import Rule, as_rules
 from lfq_lightning.schedule import PhaseSchedule
@@ -117,7 +117,7 @@ class QuantizationAwareTraining(AtRest):
         self._sentinel, self._export = Sentinel(self.on_collapse), FitExport(self.export)
         self._weight_steps, self.model_schedule = WeightSteps(), ModelSchedule(self.schedule)
         self.qparam_optimizer: QParamOptimizer | UserOptimizers | None = None
-        self._phases = RunPhases(Found({}, {}), PhaseSchedule())  # of nothing, until training starts
+        self._phases = RunPhases({}, PhaseSchedule())  # of nothing, until training starts
         self._restored: dict[str, Any] = {}
         self._wrappers, self._arranged = Wrappers(), Wrappers()  # until training starts, and until the run ends
 
@@ -153,7 +153,7 @@ class QuantizationAwareTraining(AtRest):
         take_up(self.qparam_optimizer, self._restored)  # strategies that shard restore it after `on_fit_start`
         before, given = self._restored, self.schedule
         schedule, steps = self.model_schedule.settle(trainer, pl_module, given, self.reobserve, before)
-        found = Found.in_model(pl_module)  # nothing comes or goes while it trains
+        found = points(pl_module)  # nothing comes or goes while it trains
         self._recorder.open(trainer, found, steps, before.get("recorder", {}))
         self._sentinel.load_state_dict(before.get("sentinel", {}))
         self._phases = RunPhases(found, schedule)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lfq_lightning.observers import Observer, Statistics, Together, calculate_all, reset_all, update_all
-from lfq_lightning.placement.host import QuantizedLayer, whole_weight
+from lfq_lightning.placement.points import Point, Points, activations, weights
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 Reduce = Callable[[Tensor, Literal["max", "sum"]], Tensor]
@@ -49,24 +49,25 @@ class Gathered:
     """Quantizers whose statistics are merged after one batch and the next, and what no batch needs to find out again.
 
     Args:
-        quantizers: those that gather, by name; they and their observers stay what and where they are.
+        points: whose quantizers gather; these and their observers stay what and where they are.
 
     Attributes:
-        quantizers: those to be told when to gather; a layer's weight is looked at where it is.
+        quantizers: those to be told when to gather.
     """
 
-    def __init__(self, quantizers: Mapping[str, LearnableFakeQuantize]) -> None:
-        self.quantizers = [q for q in quantizers.values() if q.role != "weight" or q.site is None]
-        self._inputs = [
-            (name, quantizer, vars(quantizer), quantizer.observer)
-            for name, quantizer in quantizers.items()
-            if quantizer.role != "weight" and isinstance(quantizer.observer, Observer)
+    def __init__(self, points: Points) -> None:
+        self.quantizers = [point.quantizer for point in activations(points)]
+        # Of a weight that a user hands in, every batch and every rank has the same, so that nothing is to be merged.
+        self._merged = [
+            (point.name, point.quantizer, vars(point.quantizer), point.quantizer.observer)
+            for point in activations(points)
+            if point.role != "weight" and isinstance(point.quantizer.observer, Observer)
         ]
-        self._together = Together([observer for *_, observer in self._inputs])
+        self._together = Together([observer for *_, observer in self._merged])
 
     @torch.no_grad()
     def merge(self, reduce: Reduce | None = None) -> Met | None:
-        """Take one batch's statistics into every observing input quantizer, and set its qparams in phase "estimate".
+        """Take one batch's statistics into every observing quantizer, and set its qparams in phase "estimate".
 
         Args:
             reduce: the elementwise maximum ("max") or sum ("sum") of a flat tensor over all ranks; called once for each
@@ -78,7 +79,7 @@ class Gathered:
         names: list[str] = []
         statistics: dict[Observer, Statistics] = {}
         estimated: list[LearnableFakeQuantize] = []
-        for name, quantizer, own, observer in self._inputs:
+        for name, quantizer, own, observer in self._merged:
             gathered = own["batch_statistics"]
             if own["static_enabled"] and (gathered is not None or reduce is not None):
                 names.append(name)
@@ -91,7 +92,7 @@ class Gathered:
         if reduce is not None:
             statistics = _over_ranks(statistics, reduce)
         self._together.update(statistics)
-        _estimate_inputs(estimated)
+        _estimate_seen(estimated)
         return Met(tuple(names), _flags([part.extremes for part in statistics.values()]))
 
 
@@ -120,7 +121,7 @@ def _flags(extremes: list[Tensor]) -> Tensor:
     return each.new_zeros(len(extremes)).index_add_(0, index, each)
 
 
-def _estimate_inputs(quantizers: Iterable[LearnableFakeQuantize]) -> None:
+def _estimate_seen(quantizers: Iterable[LearnableFakeQuantize]) -> None:
     again = []
     for quantizer in quantizers:
         if quantizer.estimated:
@@ -130,49 +131,45 @@ def _estimate_inputs(quantizers: Iterable[LearnableFakeQuantize]) -> None:
     _estimate(again)
 
 
-def follow_blank(layers: Iterable[QuantizedLayer]) -> list[LearnableFakeQuantize]:
+def follow_blank(blank: Iterable[Point]) -> list[LearnableFakeQuantize]:
     """Estimate anew scales of weights that were all zeros and have grown since; the quantizers whose scales were set.
 
     Args:
-        layers: quantized layers, usually those of `blank_layers`.
+        blank: usually what `blank_weights` gave.
     """
-    found = ((layer.weight_quantizer, whole_weight(layer)) for layer in layers)
-    return [quantizer for quantizer, weight in found if quantizer is not None and quantizer.follow(weight)]
+    return [point.quantizer for point in blank if point.quantizer.follow(point.whole_parameter())]
 
 
-def mark_blank(layers: Iterable[QuantizedLayer]) -> None:
+def mark_blank(points: Points) -> None:
     """Note which channels of weights that have yet to learn are all zeros now."""
-    for layer in layers:
-        quantizer = layer.weight_quantizer
-        if quantizer is not None and not quantizer.learned:
-            quantizer.mark_blank(whole_weight(layer))
+    for point in weights(points):
+        if not point.quantizer.learned:
+            point.quantizer.mark_blank(point.whole_parameter())
 
 
-def blank_layers(layers: Iterable[QuantizedLayer]) -> list[QuantizedLayer]:
-    """Those with a channel whose weight was all zeros when it was marked, or when its scale was set."""
-    return [
-        layer for layer in layers if layer.weight_quantizer is not None and layer.weight_quantizer.blank is not None
-    ]
+def blank_weights(points: Points) -> list[Point]:
+    """Weights with a channel that was all zeros when it was marked, or when its scale was set."""
+    return [point for point in weights(points) if point.quantizer.blank is not None]
 
 
 @torch.no_grad()
-def estimate_weights(layers: Iterable[QuantizedLayer], cheap: bool = False) -> None:
+def estimate_weights(points: Points, cheap: bool = False) -> None:
     """Set the qparams of weights that have not begun to learn from the weights as they are.
 
     Args:
-        layers: quantized layers.
+        points: of a model; those that are no weights stay as they are.
         cheap: leave out those that cost more than a look at the weights, as after each batch.
     """
     looked: dict[LearnableFakeQuantize, Statistics] = {}
-    for layer in layers:
-        quantizer = layer.weight_quantizer
-        if quantizer is None or quantizer.learned or (cheap and quantizer.costly):
+    for point in weights(points):
+        quantizer = point.quantizer
+        if quantizer.learned or (cheap and quantizer.costly):
             continue
         observer = quantizer.observer
         if isinstance(observer, Observer) and type(observer).observe is Observer.observe:
-            looked[quantizer] = observer.statistics(whole_weight(layer))
+            looked[quantizer] = observer.statistics(point.whole_parameter())
         else:
-            quantizer.estimate_from(whole_weight(layer))
+            quantizer.estimate_from(point.whole_parameter())
     statistics = {_observer(quantizer): seen for quantizer, seen in looked.items()}
     reset_all(list(statistics))
     update_all(statistics)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lfq_lightning.checking import check_model
 from lfq_lightning.gathering import estimate_weights
-from lfq_lightning.placement.found import Found
 from lfq_lightning.placement.host import qparams, quantizers
+from lfq_lightning.placement.points import Points, activations, points
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.schedule import PHASES, Phase, check_phase
 
@@ -44,10 +44,10 @@ def set_phase(model: nn.Module, phase: Phase) -> None:
         'observe'
     """
     check_model(model)
-    _switch(Found.in_model(model), phase, keep_learning=False)
+    _switch(points(model), phase, keep_learning=False)
 
 
-def go_on(found: Found, phase: Phase) -> None:
+def go_on(found: Points, phase: Phase) -> None:
     """`set_phase`, but for quantizers that have learned already: these do not go back to a phase before "learn".
 
     What came later, such as a new head on a model that was quantized before, goes through every phase.
@@ -55,27 +55,25 @@ def go_on(found: Found, phase: Phase) -> None:
     _switch(found, phase, keep_learning=True)
 
 
-def _switch(found: Found, phase: Phase, keep_learning: bool) -> None:
+def _switch(found: Points, phase: Phase, keep_learning: bool) -> None:
     check_phase(phase)
-    if not found.quantizers:
+    if not found:
         raise ValueError(
             f"The model has no quantizers to put in phase {phase!r}. Found none: call `lfq_lightning.attach` first."
         )
-    inputs = {
-        name: q for name, q in found.quantizers.items() if (q.role != "weight" or q.site is None) and not q.learned
-    }
+    unlearned = {point.name: point.quantizer for point in activations(found) if not point.quantizer.learned}
     late = set()
     if phase in ("learn", "freeze"):
-        _check_some_saw_data(found.quantizers, phase)
-        late = {quantizer for quantizer in inputs.values() if not quantizer.knows_range()}
-        _warn_of_late([name for name, q in inputs.items() if q in late and not q.late], phase)
+        _check_some_saw_data(found, phase)
+        late = {quantizer for quantizer in unlearned.values() if not quantizer.knows_range()}
+        _warn_of_late([name for name, q in unlearned.items() if q in late and not q.late], phase)
     if phase in _QUANTIZED:
-        estimate_weights(found.layers.values())
-        for quantizer in inputs.values():
+        estimate_weights(found)
+        for quantizer in unlearned.values():
             if quantizer not in late and quantizer.saw_data():
                 quantizer.estimate()
-    for quantizer in found.quantizers.values():
-        _put(quantizer, phase, keep_learning, quantizer in late)
+    for point in found.values():
+        _put(point.quantizer, phase, keep_learning, point.quantizer in late)
     forget_compiled_code()
 
 
@@ -90,11 +88,12 @@ def _put(quantizer: LearnableFakeQuantize, phase: Phase, keep_learning: bool, la
     quantizer.phase, quantizer.late = own, late
 
 
-def _check_some_saw_data(found: Mapping[str, LearnableFakeQuantize], phase: Phase) -> None:
-    inputs = {name: quantizer for name, quantizer in found.items() if quantizer.role != "weight"}
-    if inputs and not any(quantizer.learned or quantizer.saw_data() for quantizer in inputs.values()):
+def _check_some_saw_data(found: Points, phase: Phase) -> None:
+    # A weight that a user hands in comes with a model's own code, and says nothing of data.
+    seeing = {point.name: point.quantizer for point in activations(found) if point.role != "weight"}
+    if seeing and not any(quantizer.learned or quantizer.saw_data() for quantizer in seeing.values()):
         raise ValueError(
-            f"A quantizer must see data before phase {phase!r}. Found none for {', '.join(inputs)}: observe for "
+            f"A quantizer must see data before phase {phase!r}. Found none for {', '.join(seeing)}: observe for "
             "longer (`schedule`), or call `lfq_lightning.calibrate`."
         )
 

@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import lfq_lightning as lfq
 from lfq_lightning.gathering import Gathered, gathering, set_gathering
+from lfq_lightning.placement.points import points
 from lfq_lightning.records.trajectory import read_trajectory
 from tests.runs import Net, fit, images, qat
 
@@ -80,7 +81,7 @@ def test_gathering_under_the_callback_is_compiled_once_too() -> None:
         set_gathering(lfq.quantizers(model).values(), True)
         compiled(X)
         set_gathering(lfq.quantizers(model).values(), False)
-        Gathered(lfq.quantizers(model)).merge()
+        Gathered(points(model)).merge()
     assert counter.frame_count == 1
     assert model.second.input_quantizer.observer.saw_data()
 
@@ -161,7 +162,7 @@ def test_a_length_that_depends_on_data_is_observed_without_a_graph_break(observe
         for net, own in zip(nets, (model, eager), strict=True):
             with gathering(lfq.quantizers(own).values()):
                 net(x, chosen)
-                Gathered(lfq.quantizers(own)).merge()
+                Gathered(points(own)).merge()
     for name, one in lfq.quantizers(model).items():
         found, expected = one.calculate_qparams(), lfq.quantizers(eager)[name].calculate_qparams()
         torch.testing.assert_close(found, expected, msg=name)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lfq_lightning as lfq
 from lfq_lightning.gathering import Gathered, estimate_weights, gathering
 from lfq_lightning.observers import OBSERVERS, Together, calculate_all
-from lfq_lightning.placement.host import hosts
+from lfq_lightning.placement.points import points
 from tests.runs import Net, fit, images, qat
 
 X = images().tensors[0]
@@ -32,9 +32,9 @@ def test_quantizers_that_are_served_together_get_what_each_would_get_alone(obser
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3))
     lfq.attach(model, spec, spec)
     lfq.set_phase(model, "estimate")
-    twin, gathered = copy.deepcopy(model), Gathered(lfq.quantizers(model))
+    twin, gathered = copy.deepcopy(model), Gathered(points(model))
     for batch in (X[:16], 3 * X[16:32]):
-        estimate_weights(hosts(model).values())
+        estimate_weights(points(model))
         with gathering(lfq.quantizers(model).values()):
             model(batch)
             gathered.merge()

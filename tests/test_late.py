@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lfq_lightning as lfq
 from lfq_lightning.gathering import Gathered, gathering
 from lfq_lightning.phases import join, model_phase
+from lfq_lightning.placement.points import Point, points
 from lfq_lightning.records.trajectory import read_trajectory
 from tests.assertions import assert_bit_equal
 from tests.runs import every_epoch, fit, qat
@@ -178,8 +179,11 @@ def test_on_several_ranks_it_joins_everywhere_where_any_rank_had_data() -> None:
         with pytest.warns(UserWarning, match=NEVER):
             lfq.set_phase(model, "learn")
 
-    def late(model: nn.Module) -> dict[str, lfq.LearnableFakeQuantize]:
-        return {name: q for name, q in lfq.quantizers(model).items() if q.late}
+    def late(model: nn.Module) -> dict[str, Point]:
+        return {name: point for name, point in points(model).items() if point.quantizer.late}
+
+    def late_quantizers(model: nn.Module) -> list[lfq.LearnableFakeQuantize]:
+        return [point.quantizer for point in late(model).values()]
 
     def keep(flat: Tensor, operation: str) -> Tensor:
         parts.append(flat)
@@ -190,10 +194,10 @@ def test_on_several_ranks_it_joins_everywhere_where_any_rank_had_data() -> None:
         return torch.maximum(flat, found) if operation == "max" else flat + found
 
     for model, batch, reduce in zip(ranks, (negative, positive), (keep, other), strict=True):
-        with gathering(late(model).values()):
+        with gathering(late_quantizers(model)):
             model(batch)
             Gathered(late(model)).merge(reduce)
-        assert join(late(model).values(), "learn") == [model.experts[1].input_quantizer]
+        assert join(late_quantizers(model), "learn") == [model.experts[1].input_quantizer]
     assert_bit_equal(ranks[1].experts[1].input_quantizer.scale, ranks[0].experts[1].input_quantizer.scale)
 
 

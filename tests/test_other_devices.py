@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import lfq_lightning as lfq
 from lfq_lightning.gathering import Gathered, estimate_weights, set_gathering
 from lfq_lightning.observers import OBSERVERS
-from lfq_lightning.placement.host import hosts
+from lfq_lightning.placement.points import points
 from lfq_lightning.schedule import PHASES, Phase
 from lfq_lightning.training.hiding import hidden_qparams
 from lfq_lightning.training.stepping.qparams import QParamOptimizer
@@ -66,8 +66,8 @@ def test_no_step_of_any_phase_looks_at_a_value(phase: Phase, scaler: Any) -> Non
                 optimizer.step()
                 optimizer.zero_grad()
                 set_gathering(lfq.quantizers(model).values(), False)
-                Gathered(lfq.quantizers(model)).merge(lambda flat, _: flat)
-                estimate_weights(hosts(model).values(), cheap=True)
+                Gathered(points(model)).merge(lambda flat, _: flat)
+                estimate_weights(points(model), cheap=True)
 
 
 class Meta(CPUAccelerator):

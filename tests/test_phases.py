@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lfq_lightning as lfq
 from lfq_lightning.gathering import Gathered, gathering
+from lfq_lightning.placement.points import points
 from tests.runs import Net, images
 
 X = images().tensors[0]
@@ -195,7 +196,7 @@ def test_the_sign_of_codes_is_decided_by_the_first_batch_of_estimate_and_again_o
     def see(x: Tensor) -> tuple[int, int]:
         with gathering(lfq.quantizers(layer).values()):
             layer(x)
-            Gathered(lfq.quantizers(layer)).merge()
+            Gathered(points(layer)).merge()
         return layer[0].input_quantizer.code_range
 
     for first, then in ((X.abs(), X), (X, X.abs())):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
-from lfq_lightning.placement.host import hosts
+from lfq_lightning.placement.points import points
 from lfq_lightning.records import recording
 from lfq_lightning.records.recording import measure_weights, probed, snapshot
 from tests.runs import Net, images
@@ -26,7 +26,7 @@ def model() -> Net:
 
 def test_rows_are_mean_smallest_and_largest_over_channels(model: Net) -> None:
     model(images().tensors[0]).sum().backward()
-    rows = {row.quantizer: row for row in snapshot(lfq.quantizers(model), {}).rows(7, 2)}
+    rows = {row.quantizer: row for row in snapshot(points(model), {}).rows(7, 2)}
     assert list(rows) == list(lfq.quantizers(model))
     for name, quantizer in lfq.quantizers(model).items():
         row, scale = rows[name], quantizer.scale.detach()
@@ -39,7 +39,7 @@ def test_rows_are_mean_smallest_and_largest_over_channels(model: Net) -> None:
 
 
 def test_one_copy_to_the_host_makes_a_record(model: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = measure_weights(hosts(model))
+    measured = measure_weights(points(model))
     copies: list[str] = []
     for name in ("item", "tolist", "__float__", "__bool__", "cpu"):
         original = getattr(Tensor, name)
@@ -49,18 +49,18 @@ def test_one_copy_to_the_host_makes_a_record(model: Net, monkeypatch: pytest.Mon
             return original(tensor, *args)
 
         monkeypatch.setattr(Tensor, name, counted)
-    snapshot(lfq.quantizers(model), measured).rows(1, 0)
+    snapshot(points(model), measured).rows(1, 0)
     assert copies == ["cpu"]
 
 
 def test_weights_and_inputs_are_measured_exactly_where_they_are_small(model: Net) -> None:
     x = images().tensors[0]
-    with probed(lfq.quantizers(model)) as measured:
+    with probed(points(model)) as measured:
         model(x)
     assert set(measured) == {name for name in lfq.quantizers(model) if "input" in name}
     expected = lfq.quantizers(model)["first.input_quantizer"].saturation(x)
     assert torch.equal(measured["first.input_quantizer"][:2], expected)
-    state = snapshot(lfq.quantizers(model), measured | measure_weights(hosts(model)))
+    state = snapshot(points(model), measured | measure_weights(points(model)))
     assert all(0 <= share <= 1 for share in state.saturation)
 
 
@@ -76,18 +76,18 @@ def test_of_large_inputs_an_even_choice_is_measured_and_every_element_is_checked
     lfq.set_phase(model, "freeze")
     x = torch.rand(64, 4)
     x[::4] += 100  # every fourth sample is clamped, and every fourth is chosen
-    with probed(lfq.quantizers(model)) as measured:
+    with probed(points(model)) as measured:
         model(x)
     assert measured["0.input_quantizer"][:2].tolist() == [1.0, 0.0]
     x[1, 1] = torch.inf  # in no chosen sample
-    with probed(lfq.quantizers(model)) as measured:
+    with probed(points(model)) as measured:
         model(x)
     assert measured["0.input_quantizer"][:2].tolist() == [1.0, 1.0]
 
 
 def test_what_is_not_finite_in_one_of_several_uses_is_known(model: Net) -> None:
     x = images().tensors[0]
-    with probed(lfq.quantizers(model)) as measured:
+    with probed(points(model)) as measured:
         model(torch.where(x == x.max(), torch.inf, x))
         model(x)
     assert measured["first.input_quantizer"][1] == 1

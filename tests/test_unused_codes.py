@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lfq_lightning as lfq
-from lfq_lightning.placement.host import hosts
+from lfq_lightning.placement.points import points
 from lfq_lightning.records.recording import measure_weights, probed, snapshot
 from tests.runs import every_epoch, fit, images, loader, qat
 
@@ -65,9 +65,9 @@ def share(bits: int, seen: Tensor, given: Tensor, symmetric: bool = False) -> fl
     lfq.attach(model, weight=None, activation=spec, rules=[lfq.Rule("0", activation=spec)])
     lfq.calibrate(model, [seen])
     lfq.set_phase(model, "learn")
-    with probed(lfq.quantizers(model)) as measured:
+    with probed(points(model)) as measured:
         model(given)
-    return snapshot(lfq.quantizers(model), measured).in_few_codes[0]
+    return snapshot(points(model), measured).in_few_codes[0]
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -118,7 +118,7 @@ def test_a_weight_with_one_huge_value_is_one_per_tensor_and_none_per_channel() -
         lfq.attach(model, weight=lfq.QuantSpec(bits=8, granularity=granularity, observer="minmax"), activation=None)
         lfq.calibrate(model, [torch.randn(4, 32)])
         lfq.set_phase(model, "learn")
-        [found[granularity]] = snapshot(lfq.quantizers(model), measure_weights(hosts(model))).in_few_codes
+        [found[granularity]] = snapshot(points(model), measure_weights(points(model))).in_few_codes
     assert found["per_tensor"] > 0.99
     assert found["per_channel"] == 0.0
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lfq_lightning.checking import check_whole
 from lfq_lightning.phases import phase_of
-from lfq_lightning.placement.found import Found
-from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.placement.points import Points
 from lfq_lightning.records.loggers import log_histograms, log_picture
 from lfq_lightning.records.place import directory_for
 from lfq_lightning.records.recording import measure_weights, probed, snapshot
@@ -48,7 +47,7 @@ class Recorder:
             check_whole("record_every_n_steps", every, 1)
         self.every, self.write_files = every, write_files
         self.interval = every or 1
-        self._found = Found({}, {})
+        self._points: Points = {}
         self._files: RunFiles | None = None  # on rank zero, where the run has a directory
         self._barebones = False
         self._probes = ExitStack()
@@ -61,17 +60,17 @@ class Recorder:
         """Where the trajectory is written, on the rank that writes it."""
         return None if self._files is None else self._files.path
 
-    def open(self, trainer: L.Trainer, found: Found, steps: float, restored: Mapping[str, Any]) -> None:
+    def open(self, trainer: L.Trainer, points: Points, steps: float, restored: Mapping[str, Any]) -> None:
         """Begin in the run's directory, with the interval and the rows of the run that is resumed.
 
         Args:
             trainer: whose loggers and directory are used.
-            found: the model's quantizers.
+            points: of the model.
             steps: the length of the run in optimizer steps, or infinity; a short run is recorded 50 times.
             restored: what `state_dict` gave, or nothing.
         """
         usual = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        self._found, self._logged_epoch = found, None
+        self._points, self._logged_epoch = points, None
         self.interval = self.every or restored.get("every") or int(max(1, min(usual, steps // 50)))
         self._files, self._barebones = None, trainer.barebones
         directory = directory_for(trainer) if self.write_files else None  # every rank takes part
@@ -104,7 +103,7 @@ class Recorder:
         self._log_epoch(trainer, model, optimizer)
         self._step_before = trainer.global_step
         if self._is_due(trainer.global_step + max(1, len(trainer.optimizers))):
-            self._measured = self._probes.enter_context(probed(self._found.quantizers))
+            self._measured = self._probes.enter_context(probed(self._points))
 
     def after_batch(self, trainer: L.Trainer, model: L.LightningModule) -> tuple[list[TrajectoryRow], dict[str, float]]:
         """Record if it is due; on every rank the rows, and by quantizer the share of values in too few codes."""
@@ -112,16 +111,16 @@ class Recorder:
         measured, self._measured = self._measured, {}
         if not self._is_due(trainer.global_step):
             return [], {}
-        state = snapshot(self._found.quantizers, measured | measure_weights(self._found.layers))
+        state = snapshot(self._points, measured | measure_weights(self._points))
         rows = state.rows(trainer.global_step, trainer.current_epoch)
         for name, flag in zip(state.names, state.not_finite, strict=True):
             if flag > 0:
-                self._found.quantizers[name].warn_non_finite(name)
+                self._points[name].quantizer.warn_non_finite(name)
         if self._files is not None:
             self._files.append(rows)
         for logger in trainer.loggers:
-            logger.log_metrics(metrics_of(rows, self._found.quantizers), step=trainer.global_step)
-        for name, value in summary_of(rows).items():
+            logger.log_metrics(metrics_of(rows, self._points), step=trainer.global_step)
+        for name, value in summary_of(rows, self._points).items():
             log(model, name, value, on_step=True, on_epoch=False)
         return rows, dict(zip(state.names, state.in_few_codes, strict=True))
 
@@ -129,7 +128,7 @@ class Recorder:
         """Keep every scale and zero point, and give their distributions to the loggers that draw them."""
         if self._barebones or not trainer.is_global_zero:
             return
-        vectors = snapshot(self._found.quantizers, {}).vectors()
+        vectors = snapshot(self._points, {}).vectors()
         if self._files is not None:
             self._files.keep(trainer.global_step, trainer.current_epoch, self._phase, vectors)
         log_histograms(trainer.loggers, vectors, trainer.global_step)
@@ -147,31 +146,29 @@ class Recorder:
 
     @property
     def _phase(self) -> str:
-        return phase_of(self._found.quantizers.values())
+        return phase_of(point.quantizer for point in self._points.values())
 
     def _is_due(self, step: int) -> bool:
         return not self._barebones and step // self.interval > self._step_before // self.interval
 
 
-def summary_of(rows: Iterable[TrajectoryRow]) -> dict[str, float]:
-    """Mean scale and saturation of weights and inputs; what was not measured is left out."""
-    rows = list(rows)
-    summary = {}
-    for role in ("weight", "input"):
-        for kind, column in (("scale", "scale_mean"), ("saturation", "saturation")):
-            values = [getattr(row, column) for row in rows if row.quantizer.endswith(f"{role}_quantizer")]
-            values = [value for value in values if value == value]
-            if values:
-                summary[f"lfq/{role}_{kind}"] = sum(values) / len(values)
-    return summary
+def summary_of(rows: Iterable[TrajectoryRow], points: Points) -> dict[str, float]:
+    """Mean scale and saturation over the points of each role that `attach` gave; what was not measured is left out."""
+    measured: dict[str, list[float]] = {}
+    for row in rows:
+        point = points[row.quantizer]
+        for kind, value in (("scale", row.scale_mean), ("saturation", row.saturation)):
+            if point.owner is not None and value == value:
+                measured.setdefault(f"lfq/{point.role}_{kind}", []).append(value)
+    return {name: sum(values) / len(values) for name, values in measured.items()}
 
 
-def metrics_of(rows: Iterable[TrajectoryRow], quantizers: Mapping[str, LearnableFakeQuantize]) -> dict[str, float]:
+def metrics_of(rows: Iterable[TrajectoryRow], points: Points) -> dict[str, float]:
     """The rows as logger metrics; what was not measured is left out, and so are zero points that are always 0."""
     metrics: dict[str, float] = {}
     for row in rows:
         values = {"scale": row.scale_mean, "saturation": row.saturation}
-        if not quantizers[row.quantizer].symmetric:
+        if not points[row.quantizer].quantizer.symmetric:
             values["zero_point"] = row.zero_point_mean
         metrics |= {f"lfq/{kind}/{row.quantizer}": value for kind, value in values.items() if value == value}
     return metrics

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.ops import not_finite
-from lfq_lightning.placement.host import WEIGHT, QuantizedLayer, whole_weight
+from lfq_lightning.placement.points import Points, activations, weights
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.codes import in_few_codes
 from lfq_lightning.records.trajectory import TrajectoryRow
@@ -57,14 +57,10 @@ class _Probe:
 
 
 @contextmanager
-def probed(quantizers: Mapping[str, LearnableFakeQuantize]) -> Iterator[dict[str, Tensor]]:
-    """Within it, forward passes measure inputs: by quantizer, `measured` of the last use, non-finite values of any."""
+def probed(points: Points) -> Iterator[dict[str, Tensor]]:
+    """Within it, forward passes measure activations: `measured` of the last use, and non-finite values of any."""
     measured: dict[str, Tensor] = {}
-    handles = [
-        quantizer.register_forward_pre_hook(_Probe(name, measured))
-        for name, quantizer in quantizers.items()
-        if quantizer.role != "weight" or quantizer.site is None
-    ]
+    handles = [point.quantizer.register_forward_pre_hook(_Probe(point.name, measured)) for point in activations(points)]
     # Compiled code does not look at hooks that came later, so a measured batch runs eagerly.
     stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
@@ -76,13 +72,9 @@ def probed(quantizers: Mapping[str, LearnableFakeQuantize]) -> Iterator[dict[str
 
 
 @torch.no_grad()
-def measure_weights(layers: Mapping[str, QuantizedLayer]) -> dict[str, Tensor]:
-    """Every weight, as `probed` measures inputs."""
-    return {
-        f"{name}.{WEIGHT}": layer.weight_quantizer.measured(whole_weight(layer))
-        for name, layer in layers.items()
-        if layer.weight_quantizer is not None
-    }
+def measure_weights(points: Points) -> dict[str, Tensor]:
+    """Every weight, as `probed` measures activations."""
+    return {point.name: point.quantizer.measured(point.whole_parameter()) for point in weights(points)}
 
 
 @dataclass(frozen=True)
@@ -128,14 +120,14 @@ def _over_channels(values: Array) -> tuple[float, float, float]:
 
 
 @torch.no_grad()
-def snapshot(quantizers: Mapping[str, LearnableFakeQuantize], measured: Mapping[str, Tensor]) -> Snapshot:
+def snapshot(points: Points, measured: Mapping[str, Tensor]) -> Snapshot:
     """Copy the state of every quantizer to the host, all in one copy.
 
     Args:
-        quantizers: by name.
+        points: of a model.
         measured: by quantizer, what `probed` and `measure_weights` give.
     """
-    found = quantizers
+    found = {name: point.quantizer for name, point in points.items()}
     if not found:
         return Snapshot((), (), (), (), (), (), (), ())
     scales = [quantizer.used_scale.detach() for quantizer in found.values()]

@@ -14,15 +14,15 @@ from torch.optim import Optimizer
 from lfq_lightning.gathering import (
     Gathered,
     Reduce,
-    blank_layers,
+    blank_weights,
     estimate_weights,
     follow_blank,
     mark_blank,
     set_gathering,
 )
 from lfq_lightning.phases import check_ranks_agree, go_on, join, leading_quantizer, model_phase, phase_of
-from lfq_lightning.placement.found import Found
 from lfq_lightning.placement.host import FrozenLayers, hosts, quantizers, set_learning_alone
+from lfq_lightning.placement.points import Points
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.schedule import OBSERVING, Phase, PhaseSchedule
 from lfq_lightning.telling import tell
@@ -37,19 +37,20 @@ class RunPhases:
     """One run's way through the phases: entering one on every rank at once, and taking in what a batch showed.
 
     Args:
-        found: the model's quantizers, which neither come nor go while it trains.
+        points: of the model; they neither come nor go while it trains.
         schedule: says the phase of each step.
     """
 
-    def __init__(self, found: Found, schedule: PhaseSchedule) -> None:
-        self.found, self.schedule = found, schedule
-        self._lead = leading_quantizer(found.quantizers.values())
-        waiting = [quantizer for quantizer in found.quantizers.values() if not (quantizer.learned or quantizer.late)]
-        self.phase = phase_of(waiting or found.quantizers.values())
+    def __init__(self, points: Points, schedule: PhaseSchedule) -> None:
+        self.points, self.schedule = points, schedule
+        self._quantizers = [point.quantizer for point in points.values()]
+        self._lead = leading_quantizer(self._quantizers)
+        waiting = [quantizer for quantizer in self._quantizers if not (quantizer.learned or quantizer.late)]
+        self.phase = phase_of(waiting or self._quantizers)
         self._late = self._find_late()
         self._gathered = Gathered(self._observing)
-        mark_blank(found.layers.values())
-        self._blank = blank_layers(found.layers.values())
+        mark_blank(points)
+        self._blank = blank_weights(points)
         self.told_still = False  # by `warn_if_still`
 
     def enter(self, trainer: L.Trainer, model: L.LightningModule) -> None:
@@ -59,11 +60,11 @@ class RunPhases:
             phase = "learn"
         if phase in ("learn", "freeze") and is_dev_run(trainer):
             phase = "off"
-        if phase == before or not self.found.quantizers:
+        if phase == before or not self.points:
             return
-        go_on(self.found, phase)
-        self._lead, self._late = leading_quantizer(self.found.quantizers.values()), self._find_late()
-        self._blank = blank_layers(self.found.layers.values())
+        go_on(self.points, phase)
+        self._lead, self._late = leading_quantizer(self._quantizers), self._find_late()
+        self._blank = blank_weights(self.points)
         self.phase = phase
         self._gathered = Gathered(self._observing)
         self._tell(trainer, model)
@@ -89,22 +90,22 @@ class RunPhases:
         met = self._gathered.merge(_over_ranks(trainer) if trainer.world_size > 1 else None)
         if met is not None and met.flags.device.type == "cpu":
             for name in met.not_finite():
-                observing[name].warn_non_finite(name)
+                observing[name].quantizer.warn_non_finite(name)
         if self.phase == "estimate":
-            estimate_weights(self.found.layers.values(), cheap=True)
-        elif self._late and join(self._late.values(), cast(Phase, self.phase)):
-            joined = [name for name, quantizer in self._late.items() if not quantizer.late]
+            estimate_weights(self.points, cheap=True)
+        elif self._late and join((point.quantizer for point in self._late.values()), cast(Phase, self.phase)):
+            joined = [name for name, point in self._late.items() if not point.quantizer.late]
             self._late = self._find_late()
             self._gathered = Gathered(self._observing)
             self._tell(trainer, model)
             tell(trainer, f"Step {trainer.global_step}: {', '.join(joined)} saw data and go to {self.phase}.")
 
     @property
-    def _observing(self) -> dict[str, LearnableFakeQuantize]:
-        return self.found.quantizers if self.phase in OBSERVING else self._late
+    def _observing(self) -> Points:
+        return self.points if self.phase in OBSERVING else self._late
 
-    def _find_late(self) -> dict[str, LearnableFakeQuantize]:
-        return {name: quantizer for name, quantizer in self.found.quantizers.items() if quantizer.late}
+    def _find_late(self) -> Points:
+        return {name: point for name, point in self.points.items() if point.quantizer.late}
 
     def _tell(self, trainer: L.Trainer, model: L.LightningModule) -> None:
         share_with_averages(trainer, model)
@@ -169,7 +170,7 @@ def warn_if_still(trainer: L.Trainer, phases: RunPhases, optimizer: QParamOptimi
         phases: those of the run.
         optimizer: what steps the qparams.
     """
-    if phases.found.quantizers and optimizer is not None and not phases.told_still:
+    if phases.points and optimizer is not None and not phases.told_still:
         said = _still(trainer, phases, optimizer)
         if said:
             phases.told_still = True

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 import lfq_lightning as lfq
-from lfq_lightning.placement.host import hosts
+from lfq_lightning.placement.points import points
 from lfq_lightning.records.recorder import metrics_of
 from lfq_lightning.records.recording import measure_weights, probed, snapshot
 from lfq_lightning.records.trajectory import Trajectory
@@ -46,12 +46,12 @@ def test_recording(table: Table, network: str, tmp_path: Path) -> None:
         optimizer.step()
 
     def recorded(to_logger: bool) -> None:
-        with probed(lfq.quantizers(model)) as measured:
+        with probed(points(model)) as measured:
             step()
-        rows = snapshot(lfq.quantizers(model), measured | measure_weights(hosts(model))).rows(1, 0)
+        rows = snapshot(points(model), measured | measure_weights(points(model))).rows(1, 0)
         trajectory.append(rows)
         if to_logger:
-            logger.log_metrics(metrics_of(rows, lfq.quantizers(model)), step=1)
+            logger.log_metrics(metrics_of(rows, points(model)), step=1)
 
     calls: dict[str, Call] = {
         "file": lambda: recorded(False),

@@ -51,7 +51,7 @@ def test_no_step_of_any_phase_waits_for_the_device(tmp_path: Path, precision: An
 
 
 def test_a_record_waits_for_the_device_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lfq_lightning.placement.host import hosts
+    from lfq_lightning.placement.points import points
     from lfq_lightning.records.recording import measure_weights, snapshot
 
     model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(6)]).cuda()
@@ -71,7 +71,7 @@ def test_a_record_waits_for_the_device_once(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Tensor, "cpu", counted)
     torch.cuda.set_sync_debug_mode("error")
-    snapshot(lfq.quantizers(model), measure_weights(hosts(model))).rows(1, 0)
+    snapshot(points(model), measure_weights(points(model))).rows(1, 0)
     assert copies == 1
 
 

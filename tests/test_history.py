@@ -16,7 +16,8 @@ import torch
 
 import lfq_lightning as lfq
 from lfq_lightning.records import history
-from lfq_lightning.records.history import History, read_qparams
+from lfq_lightning.records.files import History
+from lfq_lightning.records.history import read_qparams
 from tests.runs import BATCHES, Net, every_epoch, fit, loader, qat, trainer
 
 KEY = "fc.weight_quantizer.scale"

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from lfq_lightning.records.curves import panels_of, phases_of
+from lfq_lightning.records.files import Trajectory
 from lfq_lightning.records.plot import plot_trajectories
-from lfq_lightning.records.trajectory import Trajectory, TrajectoryRow
+from lfq_lightning.records.trajectory import TrajectoryRow
 
 pytest.importorskip("matplotlib")
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lfq_lightning.records.trajectory import COLUMNS, Trajectory, TrajectoryRow, read_trajectory
+from lfq_lightning.records.files import Trajectory
+from lfq_lightning.records.trajectory import COLUMNS, TrajectoryRow, read_trajectory
 
 FC1, FC2 = "fc1.weight_quantizer", "fc2.input_quantizer"
 

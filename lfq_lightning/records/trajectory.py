@@ -1,12 +1,10 @@
-"""Records each quantizer's scale, zero point and saturation as CSV, one row per quantizer and step."""
+"""Each quantizer's scale, zero point and saturation as CSV, one row per quantizer and step."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-import os
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -57,101 +55,6 @@ class TrajectoryRow:
 COLUMNS = [field.name for field in fields(TrajectoryRow)]
 
 
-def keep_aside(path: Path) -> Path | None:
-    """Rename a file of another run to ``<name>.bak``, in place of an earlier one; None without such a file."""
-    if not path.is_file():
-        return None
-    aside = path.with_name(path.name + ".bak")
-    os.replace(path, aside)
-    return aside
-
-
-class Trajectory:
-    """Appends rows to ``<directory>/trajectory.csv``, and never stops a training because it cannot.
-
-    A file that is already there and is not continued belongs to another run: it is kept aside as
-    ``trajectory.csv.bak``, and the one that was kept so before is gone. If writing fails, one warning names the
-    path and the error, and recording stays off from then on. In a distributed run, make one on rank zero.
-
-    Args:
-        directory: Where the file lies; created with the first row.
-        continue_from: Trajectory file of the run that is being resumed, in this directory or another. Its
-            rows up to ``step`` are carried over; later rows, and a last line torn by a crash, are not. If it
-            cannot be read as a trajectory, a warning says why and recording starts afresh.
-        step: Step of the checkpoint that is being resumed.
-
-    Example:
-        >>> import tempfile
-        >>> trajectory = Trajectory(tempfile.mkdtemp())
-        >>> row = TrajectoryRow(1, 0, "learn", "fc.weight_quantizer", 0.1, 0.1, 0.1, 0, 0, 0, 0.01, 0.5)
-        >>> trajectory.append([row])
-        >>> read_trajectory(trajectory.path) == [row]
-        True
-    """
-
-    def __init__(self, directory: Path | str, continue_from: Path | str | None = None, step: int = 0) -> None:
-        # Absolute, because a training script may change its working directory after this.
-        self.path = Path(directory).absolute() / FILE_NAME
-        self.recording = True
-        try:
-            if continue_from is None:
-                keep_aside(self.path)
-            else:
-                self._carry_over(Path(continue_from).absolute(), step)
-        except Exception as error:  # whatever it is, training goes on
-            self._stop(error)
-
-    def append(self, rows: Iterable[TrajectoryRow]) -> None:
-        """Write these rows to the file, or, where that fails, warn once and record nothing more.
-
-        Args:
-            rows: Usually one per quantizer, all of the same step. None at all leaves the file untouched.
-        """
-        lines = _as_csv([_as_fields(row) for row in rows])
-        if not self.recording or not lines:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as file:
-                # The file's length decides, not a memory of it: it may have been deleted since the last row.
-                header = _as_csv([COLUMNS]) if file.tell() == 0 else ""
-                # One write, so that a crash tears the end of the file and nothing else.
-                file.write((header + lines).encode())
-        except Exception as error:  # whatever it is, training goes on
-            self._stop(error)
-
-    def _carry_over(self, source: Path, step: int) -> None:
-        try:
-            rows = _rows_up_to(source, step)
-        except (OSError, ValueError) as error:
-            aside = keep_aside(self.path)
-            kept = f", and the file that was there is kept as `{aside}`" if aside else ""
-            warnings.warn(
-                f"The trajectory of the resumed run cannot be continued from `{source}` ({error}). "
-                f"Recording starts afresh in `{self.path}`{kept}.",
-                stacklevel=3,
-            )
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(FILE_NAME + ".tmp")
-        try:
-            temporary.write_bytes(_as_csv([COLUMNS, *rows]).encode())
-            if source.resolve() != self.path.resolve() or not rows:
-                keep_aside(self.path)
-            os.replace(temporary, self.path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-
-    def _stop(self, error: Exception) -> None:
-        self.recording = False
-        warnings.warn(
-            f"The trajectory cannot be written to `{self.path}` ({error}). Training goes on, and nothing "
-            "more is recorded: free the disk or choose a writable directory before the next run.",
-            stacklevel=3,
-        )
-
-
 def read_trajectory(path: Path | str) -> list[TrajectoryRow]:
     """Read the rows of a ``trajectory.csv``, leaving out a last line that a crash has torn.
 
@@ -167,10 +70,10 @@ def read_trajectory(path: Path | str) -> list[TrajectoryRow]:
 
     Example:
         >>> import tempfile
-        >>> trajectory = Trajectory(tempfile.mkdtemp())
-        >>> row = TrajectoryRow(1, 0, "learn", "fc.weight_quantizer", 0.1, 0.1, 0.1, 0, 0, 0, 0.01, 0.5)
-        >>> trajectory.append([row])
-        >>> read_trajectory(trajectory.path)[0].scale_mean
+        >>> from lfq_lightning.records.files import Trajectory
+        >>> file = Trajectory(tempfile.mkdtemp())
+        >>> file.append([TrajectoryRow(1, 0, "learn", "fc.weight_quantizer", 0.1, 0.1, 0.1, 0, 0, 0, 0.01, 0.5)])
+        >>> read_trajectory(file.path)[0].scale_mean
         0.1
     """
     path = Path(path)
@@ -200,12 +103,17 @@ def _row(path: Path, line: int, found: list[str]) -> TrajectoryRow:
         raise ValueError(f"{_not_a_row(path, line, found)} ({error})") from None
 
 
-def _rows_up_to(path: Path, step: int) -> list[list[str]]:
+def rows_up_to(path: Path, step: int) -> list[list[str]]:
+    """A file's rows up to a step, as their fields: text keeps its bytes, which a number would not.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is no trajectory.
+    """
     records = _records(path)
     _, header = next(records, (0, []))
     if header != COLUMNS:
         raise ValueError(f"a trajectory starts with the columns {', '.join(COLUMNS)}; found {header}")
-    # The fields stay text: what is carried over keeps its bytes. What could not be read later is not carried over.
+    # What could not be read later is not carried over.
     return [found for line, found in records if _row(path, line, found).step <= step]
 
 
@@ -234,13 +142,15 @@ def _not_a_row(path: Path, line: int, found: list[str]) -> str:
     return f"Every line of a trajectory holds one row. Found {found} in line {line} of `{path}`: remove it."
 
 
-def _as_fields(row: TrajectoryRow) -> list[str]:
+def as_fields(row: TrajectoryRow) -> list[str]:
+    """A row as its fields; what was not measured is empty."""
     step, epoch, phase, quantizer, *numbers = vars(row).values()
     # Nine significant digits identify every float32.
     return [str(step), str(epoch), phase, quantizer] + ["" if math.isnan(n) else f"{n:.9g}" for n in numbers]
 
 
-def _as_csv(records: Iterable[list[str]]) -> str:
+def as_csv(records: Iterable[list[str]]) -> bytes:
+    """Lines of a file."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(records)
-    return text.getvalue()
+    return text.getvalue().encode()

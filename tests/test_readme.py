@@ -1,26 +1,33 @@
-"""Every Python block of the README runs, top to bottom, as a newcomer would paste it."""
+"""The README, the guide and the tables: blocks run as a newcomer would paste them, links lead somewhere."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import nn
 from torch.utils.data import DataLoader
 
 import lfq_lightning as lfq
 from tests.runs import Net, images
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README, GUIDE, MEASURED = ROOT / "README.md", ROOT / "examples/README.md", ROOT / "tests/benchmarks/README.md"
+PAGES = [README, *sorted(ROOT.glob("examples/**/README.md")), *sorted(ROOT.glob("tests/**/README.md"))]
+RESULTS = ROOT / "tests/benchmarks/results"
 
 
 class MyModule(Net):
-    """Has the layers that the README's rules speak of."""
+    """Has the layers that the rules speak of."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,11 +46,51 @@ class Data(L.LightningDataModule):
     val_dataloader = test_dataloader = train_dataloader
 
 
-def test_the_readme_has_no_open_ends() -> None:
-    text = README.read_text()
-    assert "TODO" not in text
-    for link in re.findall(r"\]\(([^)#]+)\)", text):
-        assert link.startswith("http") or (README.parent / link).exists(), link
+def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
+    """The code of every such block, and the line before it."""
+    text = page.read_text()
+    for found in re.finditer(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        yield text[: found.start(1)].count("\n"), found[1]
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading is called on GitHub."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_page_has_no_open_ends(page: Path) -> None:
+    assert "TODO" not in page.read_text()
+    for link in re.findall(r"\]\(([^)]+)\)", prose(page)):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not link.startswith("https://"):
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_name_what_exists(page: Path) -> None:
+    words = [shlex.split(line, comments=True) for _, block in blocks(page, "sh") for line in block.splitlines()]
+    for command in words:
+        for word in command:
+            assert not re.match(r"(examples|tests)/", word) or (ROOT / word.split("::")[0]).exists(), word
+        if command[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(command[2]), command
+        if command[:2] == ["python", "examples/train.py"]:
+            # Of what a sweep varies, the first.
+            overrides = [word.split(",")[0] for word in command[2:] if not word.startswith("-")]
+            with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+                compose("config", overrides=overrides)
 
 
 def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,10 +108,59 @@ def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name in ("interrupted.ckpt", "quantized.ckpt"):
         interrupted.save_checkpoint(name)
     batches = list(data.train_dataloader())
-    names: dict[str, Any] = {"MyModule": MyModule, "data": data, "batches": batches, "batch": batches[0]}
-    for block in BLOCKS:
-        # These look at the model of the task before.
-        if not any(word in block for word in ("summarize", "export_onnx")):
-            names["model"] = MyModule()
-        exec(compile(block, "README.md", "exec"), names)
-    assert BLOCKS
+    given = {"MyModule": MyModule, "data": data, "batches": batches, "batch": batches[0]}
+    made: dict[str, dict[str, Any]] = {}  # by a block that stands on several pages and runs once
+    for page in (README, GUIDE, MEASURED):
+        names: dict[str, Any] = dict(given)
+        for line, block in blocks(page, "python"):
+            if block in made:
+                names |= made[block]
+                continue
+            # These look at the model of the task before.
+            if not any(word in block for word in ("summarize", "export_onnx")):
+                names["model"] = MyModule()
+            before = dict(names)
+            exec(compile("\n" * line + block, page, "exec"), names)
+            new = {name: value for name, value in names.items() if before.get(name) is not value}
+            made[block] = {"model": names["model"]} | new
+    assert len(made) > 20
+
+
+def test_the_accuracy_of_the_tables_is_that_of_the_results() -> None:
+    from tests.benchmarks.accuracy import Results, overview  # it loads libraries that nothing else here needs
+
+    # The columns are of the libraries that are installed.
+    columns, _, *found = cells(overview(Results(RESULTS / "accuracy.jsonl")))
+    header, *table = cells(MEASURED.read_text())
+    places = [header.index(column) for column in columns]
+    for row in found:
+        assert row in [[cell[place] for place in places] for cell in table if len(cell) == len(header)]
+
+
+def cells(tables: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in tables.splitlines() if line[:1] == "|"]
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return json.loads((folder / f"{name}.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scales", ["one scale", "per row", "per column", "groups of 128"])
+def test_the_bandwidth_of_the_tables_is_that_of_the_results(scales: str, dtype: str) -> None:
+    shares = {}
+    for folder in (RESULTS / "cuda/first", RESULTS / "cuda"):
+        for row in rows(folder, f"cuda_bandwidth_{scales.replace(' ', '_')}_{dtype}"):
+            both = f"{row['forward_share']:.2f} / {row['backward_share']:.2f}"
+            shares.setdefault(row["elements"], []).append(both)
+    cells = [" → ".join(shares[elements]) for elements in ("2^18", "2^22", "2^26")]
+    assert f"| {scales} | {dtype} | {' | '.join(cells)} |" in MEASURED.read_text()
+
+
+@pytest.mark.parametrize("path", sorted((RESULTS / "cuda").glob("cuda_step_*.json")), ids=lambda path: path.stem)
+def test_the_steps_of_the_tables_are_those_of_the_results(path: Path) -> None:
+    found = rows(path.parent, path.stem)
+    taken = [f"{row['ms']:.1f} ms" + (f" ({row['ratio']:.2f})" if row["ratio"] != 1 else "") for row in found]
+    memory = ", ".join(f"{row['peak_MB']:.0f}" for row in found)
+    [line] = [line for line in MEASURED.read_text().splitlines() if line.endswith(f"| {memory} |")]
+    assert line.split(" | ")[1 : 1 + len(taken)] == taken

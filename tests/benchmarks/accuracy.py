@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks.accuracy --seeds 10            # minutes to hours; goes on where it was stopped
 python -m tests.benchmarks.accuracy --tasks residual --cells W2A2 --methods ours torch.ao --seeds 3
-python -m tests.benchmarks.accuracy --report --folder tests/benchmarks/results    # what was measured for the README
+python -m tests.benchmarks.accuracy --report --folder tests/benchmarks/results    # what the tables beside this show
 python -m tests.benchmarks.accuracy --report --folder tests/benchmarks/results/fresh    # seeds that chose no default
 """
 

@@ -3,8 +3,8 @@
 Run `python -m tests.benchmarks.cuda_static`. Registers, accesses and instructions are counted in compiled code. The
 shares of the bandwidth follow from them, with data sheets: they are predictions and no measurements. Where they say
 "issue", they are too high, because no kernel issues an instruction at every clock; where they say "in flight", they are
-as good as the latency in `cuda_processors.py`. Where `tests/benchmarks/results/` has the shares that a GPU reached,
-they stand beside.
+as good as the latency in `cuda_processors.py`. The shares that a GPU reached stand beside, where
+`tests/benchmarks/results/cuda/` has them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.benchmarks.cuda_processors import PROCESSORS, WARPS, clocks, executed
 from tests.benchmarks.measuring import Table
 from tests.compiled_kernels import Launch, both_passes, launches
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results/cuda"
 _ROWS = (2**14, 2**12)  # the 2^26 elements of `test_cuda_bandwidth.py`, and its granularities
 GRANULARITIES = {
     "one scale": (_ROWS, None, None),

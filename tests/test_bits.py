@@ -38,6 +38,7 @@ def cost(found: Sensitivity, rules: list[lfq.Rule]) -> tuple[int, float]:
     return sum(row.weight_bytes for row in rows), sum(row.drop for row in rows)
 
 
+@pytest.mark.quick
 def test_bits_go_where_they_count() -> None:
     drops = {"robust": [0.01, 0.001, 0.0], "fragile": [0.5, 0.1, 0.0]}
     found = measured(drops, {"robust": 800, "fragile": 800})
@@ -46,6 +47,7 @@ def test_bits_go_where_they_count() -> None:
     assert all(rule.activation == "default" for rule in rules)
 
 
+@pytest.mark.quick
 def test_room_that_is_left_goes_where_it_gains_most() -> None:
     drops = {"small": [0.49, 0.3, 0.21], "flat": [0.73, 0.7, 0.08], "steep": [0.87, 0.56, 0.14]}
     found = measured(drops, {"small": 80, "flat": 400, "steep": 400})
@@ -58,6 +60,7 @@ def test_with_room_for_all_every_layer_keeps_its_most_bits() -> None:
     assert {rule.weight.bits for rule in lfq.propose_bits(found, 160)} == {8}
 
 
+@pytest.mark.quick
 @given(
     st.lists(
         st.tuples(st.lists(st.floats(0, 1), min_size=3, max_size=3), st.sampled_from([8, 80, 400, 4000])),
@@ -94,6 +97,7 @@ def test_a_width_that_breaks_the_model_is_taken_last() -> None:
     assert [(rule.match, rule.weight.bits) for rule in rules] == [("a", 4), ("b", 2)]
 
 
+@pytest.mark.quick
 def test_what_cannot_be_met_is_said() -> None:
     found = measured({"a": [0.1, 0.1, 0.0]}, {"a": 800})
     with pytest.raises(ValueError, match="Found 100, and 200 at the fewest bits"):
@@ -124,6 +128,7 @@ RULES = [
 ]
 
 
+@pytest.mark.quick
 def test_rules_come_back_from_yaml_in_the_callback_and_in_hydra(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "rules.yaml"
     lfq.save_rules(RULES, path)

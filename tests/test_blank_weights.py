@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 import lfq_lightning as lfq
 from tests.runs import every_epoch, fit, qat
 
+pytestmark = pytest.mark.quick
+
 
 class Adapted(L.LightningModule):
     """A frozen layer with a low-rank adapter whose second half begins at zero (Hu et al. 2021, LoRA)."""

@@ -85,6 +85,7 @@ class Watch(L.Callback):
             self.validation.append(pl_module.second.weight_quantizer.phase)
 
 
+@pytest.mark.quick
 def test_phases_follow_the_schedule_by_epoch(tmp_path: Path) -> None:
     watch = Watch()
     fit(tmp_path, callback=qat(schedule=lfq.PhaseSchedule(1, 2, 3, 4)), callbacks=[watch], max_epochs=5)
@@ -92,6 +93,7 @@ def test_phases_follow_the_schedule_by_epoch(tmp_path: Path) -> None:
     assert watch.validation == ["off", "observe", "estimate", "learn", "freeze"]
 
 
+@pytest.mark.quick
 def test_phases_follow_the_schedule_by_step(tmp_path: Path) -> None:
     watch = Watch()
     schedule = lfq.PhaseSchedule(observe=0, estimate=3, learn=5, freeze=7, unit="step")
@@ -99,6 +101,7 @@ def test_phases_follow_the_schedule_by_step(tmp_path: Path) -> None:
     assert watch.train == ["observe"] * 3 + ["estimate"] * 2 + ["learn"] * 2 + ["freeze"]
 
 
+@pytest.mark.quick
 def test_frozen_qparams_are_constant_and_the_weights_are_not(tmp_path: Path) -> None:
     model, _, _ = fit(tmp_path, callback=qat(schedule=lfq.PhaseSchedule(0, 1, 2, 3)), max_epochs=5)
     rows = [r for r in read_trajectory(tmp_path / "trajectory.csv") if r.quantizer == "second.weight_quantizer"]
@@ -108,6 +111,7 @@ def test_frozen_qparams_are_constant_and_the_weights_are_not(tmp_path: Path) -> 
     assert model.second.weight_quantizer.scale.grad is None
 
 
+@pytest.mark.quick
 def test_without_a_schedule_one_is_derived_even_for_one_epoch(tmp_path: Path) -> None:
     model, _, callback = fit(tmp_path, callback=qat(schedule=None), max_epochs=1)
     assert callback.state_dict()["schedule"] == lfq.PhaseSchedule.for_run(1, BATCHES).to_dict()
@@ -140,6 +144,7 @@ def test_a_fast_dev_run_goes_through_without_learning(tmp_path: Path) -> None:
     assert {q.phase for q in lfq.quantizers(model).values()} == {"off"}
 
 
+@pytest.mark.quick
 def test_sanity_check_and_validation_observe_nothing(tmp_path: Path) -> None:
     class Huge(Net):
         def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
@@ -149,6 +154,7 @@ def test_sanity_check_and_validation_observe_nothing(tmp_path: Path) -> None:
     assert model.first.input_quantizer.observer.maximum < 100
 
 
+@pytest.mark.quick
 def test_the_trajectory_has_every_quantizer_at_every_recorded_step(tmp_path: Path) -> None:
     model, made, _ = fit(tmp_path)
     rows = read_trajectory(tmp_path / "trajectory.csv")
@@ -191,6 +197,7 @@ def test_the_progress_bar_shows_the_phase_and_is_left_as_it_was(tmp_path: Path) 
     assert "get_metrics" not in bar.__dict__
 
 
+@pytest.mark.quick
 def test_nothing_but_quantizers_is_left_behind(tmp_path: Path) -> None:
     model, made, _ = fit(tmp_path)
     assert not {"configure_model", "configure_optimizers", "on_load_checkpoint"} & set(model.__dict__)
@@ -199,6 +206,7 @@ def test_nothing_but_quantizers_is_left_behind(tmp_path: Path) -> None:
     assert not any(q._forward_pre_hooks for q in lfq.quantizers(model).values())
 
 
+@pytest.mark.quick
 def test_an_exception_in_training_leaves_the_model_usable(tmp_path: Path) -> None:
     class Fails(Net):
         fail = True
@@ -218,6 +226,7 @@ def test_an_exception_in_training_leaves_the_model_usable(tmp_path: Path) -> Non
     assert {q.phase for q in lfq.quantizers(model).values()} == {"learn"}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("phase", ["observe", "estimate", "learn"])
 def test_a_batch_of_nan_or_inf_warns_once_by_name_and_poisons_no_scale(tmp_path: Path, phase: str) -> None:
     at = {"observe": 2, "estimate": BATCHES + 2, "learn": 2 * BATCHES + 1}[phase]

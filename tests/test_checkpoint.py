@@ -36,6 +36,7 @@ def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value, key
 
 
+@pytest.mark.quick
 def test_attach_adds_keys_and_changes_none() -> None:
     model = Net()
     before = list(model.state_dict())
@@ -46,6 +47,7 @@ def test_attach_adds_keys_and_changes_none() -> None:
     assert added <= {"weight_quantizer", "input_quantizer", "weight_quantizer.observer", "input_quantizer.observer"}
 
 
+@pytest.mark.quick
 def test_a_float_state_dict_loads_strictly_into_a_quantized_model_and_back() -> None:
     source, quantized, back = Net(), learned(), Net()
     scales = {name: q.scale.detach().clone() for name, q in lfq.quantizers(quantized).items()}
@@ -56,6 +58,7 @@ def test_a_float_state_dict_loads_strictly_into_a_quantized_model_and_back() -> 
     assert_same_state(back.state_dict(), source.state_dict())
 
 
+@pytest.mark.quick
 def test_a_quantized_state_dict_loads_into_an_attached_model_with_phase_and_all() -> None:
     source, target = learned(), Net()
     lfq.attach(target, weight=4, activation=4)
@@ -65,6 +68,7 @@ def test_a_quantized_state_dict_loads_into_an_attached_model_with_phase_and_all(
     assert {q.phase for q in lfq.quantizers(target).values()} == {"learn"}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("key", ["second.weight", "second.input_quantizer.scale", "norm.running_mean"])
 def test_loading_is_strict_and_a_failure_changes_nothing(key: str) -> None:
     source, target = learned(), learned()
@@ -79,6 +83,7 @@ def test_loading_is_strict_and_a_failure_changes_nothing(key: str) -> None:
     assert_same_state(target.state_dict(), before)
 
 
+@pytest.mark.quick
 def test_a_state_dict_quantized_differently_is_refused_with_both_shown() -> None:
     other = Net()
     lfq.attach(other, weight=2, activation=4)
@@ -86,12 +91,14 @@ def test_a_state_dict_quantized_differently_is_refused_with_both_shown() -> None
         lfq.load_state_dict(learned(), other.state_dict())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("nonsense", [3, {"state_dict": 3}, {1: 2}])
 def test_what_is_no_state_dict_is_refused(nonsense: Any) -> None:
     with pytest.raises(ValueError, match="must be a state dict or a Lightning checkpoint"):
         lfq.load_state_dict(Net(), nonsense)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_a_checkpoint_rebuilds_the_module_without_the_callback(tmp_path: Path, weights_only: bool) -> None:
     model, made, _ = fit(tmp_path, Net(width=5))
@@ -172,6 +179,7 @@ def test_keys_that_a_module_renames_are_loaded(tmp_path: Path) -> None:
     assert_same_state(again.state_dict(), model.state_dict())
 
 
+@pytest.mark.quick
 def test_a_float_checkpoint_loads_as_the_float_module(tmp_path: Path) -> None:
     model = Net()
     made = trainer(tmp_path, [], max_epochs=1)
@@ -228,6 +236,7 @@ def test_a_file_that_is_not_there_is_not_found(tmp_path: Path) -> None:
         lfq.load_from_checkpoint(Net, tmp_path / "absent.ckpt")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize(
     ("foreign", "message"),

@@ -13,6 +13,8 @@ import yaml
 from lfq_lightning.__main__ import main
 from lfq_lightning.records.comparison import compare
 
+pytestmark = pytest.mark.quick
+
 
 def leave(directory: Path, overrides: list[str], results: dict[str, Any] | None) -> None:
     """A run as a job leaves it."""

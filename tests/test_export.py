@@ -127,6 +127,7 @@ def test_files_are_small(tmp_path: Path, bits: int, most: float) -> None:
     assert parity.file_bytes <= most * parity.float_file_bytes
 
 
+@pytest.mark.quick
 def test_weights_are_integers_in_the_file(tmp_path: Path) -> None:
     model, inputs = trained("residual", "w4a4")
     lfq.export_onnx(model, inputs(4), tmp_path / "m.onnx")
@@ -136,6 +137,7 @@ def test_weights_are_integers_in_the_file(tmp_path: Path) -> None:
     assert not any(name.endswith("conv.weight") for name in kinds)
 
 
+@pytest.mark.quick
 def test_a_file_that_gives_other_answers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = trained("mlp", "w8a8")
     from lfq_lightning.export import integers
@@ -178,6 +180,7 @@ def test_a_program_comes_back_from_its_file(tmp_path: Path, settings: str) -> No
         assert any("quantized_decomposed.quantize_per_tensor" in str(n.target) for n in program.graph.nodes)
 
 
+@pytest.mark.quick
 def test_what_cannot_be_exported_is_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     with pytest.raises(ValueError, match="has no quantizers to export"):

@@ -13,7 +13,7 @@ import lfq_lightning as lfq
 from lfq_lightning.export.fold import fold_batch_norm
 from lfq_lightning.export.integers import integer_copy
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporter, about itself
+pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore")]  # torch's exporter, about itself
 
 
 class Normed(nn.Module):

@@ -16,6 +16,8 @@ import lfq_lightning as lfq
 from tests.assertions import assert_bit_equal
 from tests.runs import every_epoch, fit, qat
 
+pytestmark = pytest.mark.quick
+
 X = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
 
 

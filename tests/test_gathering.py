@@ -25,6 +25,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers()) if "quantizer" in name}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("observer", OBSERVERS)
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 def test_quantizers_that_are_served_together_get_what_each_would_get_alone(observer: Any, granularity: Any) -> None:
@@ -99,6 +100,7 @@ class Walks(L.Callback):
         self.counts[-1] = pl_module.walks
 
 
+@pytest.mark.quick
 def test_no_batch_in_any_phase_walks_through_the_model(tmp_path: Path) -> None:
     walks = Walks()
     schedule = lfq.PhaseSchedule(observe=1, estimate=3, learn=5, unit="step")

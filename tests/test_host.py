@@ -28,6 +28,7 @@ def model() -> Net:
     return net.eval()
 
 
+@pytest.mark.quick
 def test_the_weight_is_the_parameter_outside_forward_and_fake_quantized_inside(model: Net) -> None:
     inside = []
 
@@ -46,12 +47,14 @@ def test_the_weight_is_the_parameter_outside_forward_and_fake_quantized_inside(m
     assert torch.equal(inside[0], probe[0].weight_quantizer(probe[0].weight))
 
 
+@pytest.mark.quick
 def test_an_exception_in_forward_leaves_the_parameter_in_place(model: Net) -> None:
     with pytest.raises(RuntimeError):
         model.head(torch.randn(2, 5))
     assert isinstance(model.head.weight, nn.Parameter)
 
 
+@pytest.mark.quick
 def test_deepcopy_computes_the_same_and_shares_nothing(model: Net) -> None:
     x = torch.randn(2, 1, 8, 8)
     twin = copy.deepcopy(model)
@@ -69,6 +72,7 @@ def test_pickle_survives_into_a_fresh_process(model: Net, tmp_path: Path) -> Non
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
 
+@pytest.mark.quick
 def test_pruning_before_or_after_attach_is_quantized_and_keeps_its_mask() -> None:
     for attach_first in (True, False):
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))

@@ -62,6 +62,7 @@ def learned(model: nn.Module) -> dict[str, str]:
 STEPS = lfq.PhaseSchedule(observe=0, estimate=1, learn=2, unit="step")
 
 
+@pytest.mark.quick
 def test_an_expert_without_tokens_joins_in_the_step_after_its_first_ones(tmp_path: Path) -> None:
     seen = []
 
@@ -150,6 +151,7 @@ def test_what_no_data_reached_is_exported_in_float_with_a_warning(tmp_path: Path
     assert model[2].input_quantizer.late  # the model is as it was
 
 
+@pytest.mark.quick
 def test_by_hand_it_stays_in_float_until_the_next_call_takes_it_along() -> None:
     model = Experts()
     lfq.attach(model, weight=4, activation=4)
@@ -201,6 +203,7 @@ def test_on_several_ranks_it_joins_everywhere_where_any_rank_had_data() -> None:
     assert_bit_equal(ranks[1].experts[1].input_quantizer.scale, ranks[0].experts[1].input_quantizer.scale)
 
 
+@pytest.mark.quick
 def test_where_no_input_saw_data_nothing_can_learn() -> None:
     model = Experts()
     lfq.attach(model)

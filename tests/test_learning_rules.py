@@ -74,6 +74,7 @@ def assert_powers_of_two(scale: Tensor) -> None:
 # ---- the rules ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("domain", ["log", "power_of_two"])
 def test_in_the_log_domain_the_step_is_that_of_log2_of_the_scale(domain: str) -> None:
     quantizer, x = alone(domain, 0.2, grad_factor=1.0), torch.linspace(-3, 4, 99)
@@ -91,6 +92,7 @@ def test_in_the_log_domain_the_step_is_that_of_log2_of_the_scale(domain: str) ->
     assert math.log2(quantizer.scale.item() / 0.2) == pytest.approx(-step, rel=1e-3)
 
 
+@pytest.mark.quick
 def test_a_power_of_two_is_used_and_the_scale_that_learns_is_continuous() -> None:
     quantizer, x = alone("power_of_two", 0.3), torch.linspace(-3, 4, 99)
     y = lfq.fake_quantize(x, torch.tensor([0.25]), quantizer.zero_point, quant_min=0, quant_max=15)
@@ -110,6 +112,7 @@ def test_a_power_of_two_that_does_not_learn_has_no_gradient(phase: Any) -> None:
     assert quantizer.scale.grad is None
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_a_step_without_gradient_keeps_every_bit(domain: str) -> None:
     quantizer = alone(domain, 0.3)
@@ -145,6 +148,7 @@ def test_a_bad_step_leaves_a_scale_positive_within_a_factor_of_two_and_it_recove
     assert 0.65 < quantizer.scale.item() / began < 1.5
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_a_scale_driven_negative_by_another_optimizer_is_pulled_back_and_projected(domain: str) -> None:
     quantizer, x = alone(domain, 0.25), torch.rand(200) * 3 - 1

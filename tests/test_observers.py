@@ -17,6 +17,8 @@ from tests import oracle
 from tests.assertions import assert_bit_equal
 from tests.samples import GRIDS, Case, adversarial, cases, scales_needed
 
+pytestmark = pytest.mark.quick
+
 EPS = torch.finfo(torch.float32).eps
 
 

@@ -42,6 +42,7 @@ def least_error(x: Tensor, quant_min: int, quant_max: int, symmetric: bool) -> f
     return min(error_of(x, scale, z, quant_min, quant_max) for scale in scales for z in zero_points)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("kind", RANGES)
 @given(seed=st.integers(0, 10_000), shift=st.sampled_from([0.0, 1.0, -5.0]))
@@ -59,6 +60,7 @@ def test_the_search_comes_near_the_least_mean_square_error(kind: str, whole: boo
     assert found <= (1.12 if whole else 1.4) * least_error(x, quant_min, quant_max, symmetric)
 
 
+@pytest.mark.quick
 @given(seed=st.integers(0, 10_000), shift=st.sampled_from([0.0, 2.0]), percentile=st.sampled_from([90.0, 99.0, 100.0]))
 @settings(max_examples=12)
 def test_percentiles_lie_within_a_bin_of_those_of_the_data(seed: int, shift: float, percentile: float) -> None:
@@ -74,6 +76,7 @@ SEEDS = st.integers(0, 10_000)
 SHIFTS = st.sampled_from([0.0, 0.5, -3.0])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("symmetric", [False, True])
 @given(seed=SEEDS, shift=SHIFTS)
 @settings(max_examples=15)
@@ -86,6 +89,7 @@ def test_lsq_starts_from_the_mean_magnitude(symmetric: bool, seed: int, shift: f
     torch.testing.assert_close(observer.calculate_qparams()[0].double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.quick
 @given(seed=SEEDS, shift=SHIFTS)
 @settings(max_examples=15)
 def test_lsq_plus_starts_weights_three_sigma_wide(seed: int, shift: float) -> None:

@@ -19,6 +19,8 @@ from lfq_lightning.training.stepping.qparams import QParamOptimizer
 from lfq_lightning.training.trainer.length import length_of
 from tests.runs import Net, fit, images, qat
 
+pytestmark = pytest.mark.quick
+
 X = images().tensors[0]
 
 

@@ -14,6 +14,8 @@ import pytest
 import lfq_lightning as lfq
 from tests.runs import Net, qat, trainer
 
+pytestmark = pytest.mark.quick
+
 LINE = "write `import lightning.pytorch as pl` in place of `import pytorch_lightning as pl`"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import lfq_lightning as lfq
 from lfq_lightning.gathering import Gathered, gathering
 from lfq_lightning.placement.points import points
 from tests.runs import Net, images
+
+pytestmark = pytest.mark.quick
 
 X = images().tensors[0]
 
@@ -52,12 +55,13 @@ def test_evaluation_observes_and_changes_nothing_in_any_phase(model: Net) -> Non
         assert all(torch.equal(value, after[key]) for key, value in before.items()), phase
 
 
-def test_weights_take_their_range_from_the_weights_at_the_switch(model: Net) -> None:
+@pytest.mark.parametrize("phase", ["estimate", "learn", "freeze"])
+def test_weights_take_their_range_from_the_weights_at_the_switch(model: Net, phase: Any) -> None:
     lfq.set_phase(model, "observe")
     model(X)
     with torch.no_grad():
         model.second.weight.mul_(3)
-    lfq.set_phase(model, "learn")
+    lfq.set_phase(model, phase)
     weight = model.second.weight.detach()
     alone = lfq.LearnableFakeQuantize.from_spec(lfq.QuantSpec(bits=4, granularity="per_channel"), 4, weight=True)
     alone.estimate_from(weight)

@@ -98,6 +98,7 @@ def test_detach_leaves_them_as_they_are(run: tuple[Path, Residual, Any]) -> None
     assert not hosts(model)["head"].weight_quantizer.learned
 
 
+@pytest.mark.quick
 def test_a_rule_for_one_says_that_its_settings_are_the_users() -> None:
     model = Residual()
     with pytest.raises(ValueError, match="sum is a quantizer that you have placed"):
@@ -105,6 +106,7 @@ def test_a_rule_for_one_says_that_its_settings_are_the_users() -> None:
     assert not hosts(model)
 
 
+@pytest.mark.quick
 def test_a_layer_with_a_child_of_that_name_is_left_to_its_owner() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].input_quantizer = nn.Identity()

@@ -15,6 +15,8 @@ import lfq_lightning as lfq
 from lfq_lightning.placement.host import QuantizedLayer
 from tests.runs import Net
 
+pytestmark = pytest.mark.quick
+
 LAYERS = {
     "linear": (nn.Linear(6, 4), torch.randn(3, 6), 4),
     "conv1d": (nn.Conv1d(6, 4, 3), torch.randn(2, 6, 9), 4),

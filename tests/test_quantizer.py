@@ -15,6 +15,8 @@ from lfq_lightning.schedule import PHASES
 from tests.assertions import assert_bit_equal, assert_on_grid
 from tests.samples import BACKENDS, on
 
+pytestmark = pytest.mark.quick
+
 QUANTIZING = ("estimate", "learn", "freeze")
 
 

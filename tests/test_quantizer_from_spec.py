@@ -7,6 +7,8 @@ import torch
 
 from lfq_lightning import LearnableFakeQuantize, QuantSpec
 
+pytestmark = pytest.mark.quick
+
 
 def test_the_number_of_scales_goes_with_the_granularity() -> None:
     for spec, channels in ((QuantSpec(), 4), (QuantSpec(granularity="per_channel"), None)):

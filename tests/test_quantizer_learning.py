@@ -16,6 +16,8 @@ from lfq_lightning.observers import MinMaxObserver
 from lfq_lightning.schedule import PHASES
 from tests.assertions import assert_bit_equal
 
+pytestmark = pytest.mark.quick
+
 
 def affine(phase: str = "learn", **arguments: Any) -> LearnableFakeQuantize:
     quantizer = LearnableFakeQuantize(MinMaxObserver(0, 15), 0, 15, 0.2, 5.0, **arguments)

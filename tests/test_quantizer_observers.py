@@ -14,6 +14,8 @@ from lfq_lightning import LearnableFakeQuantize
 from lfq_lightning.observers import MinMaxObserver
 from tests.assertions import assert_bit_equal
 
+pytestmark = pytest.mark.quick
+
 
 def qparams(quantizer: LearnableFakeQuantize) -> tuple[list[float], list[float]]:
     return quantizer.scale.tolist(), quantizer.zero_point.tolist()

@@ -19,6 +19,8 @@ from lfq_lightning.observers import MinMaxObserver, MovingAverageObserver
 from lfq_lightning.schedule import PHASES
 from tests.assertions import assert_bit_equal
 
+pytestmark = pytest.mark.quick
+
 MAKERS: dict[str, Callable[[], LearnableFakeQuantize]] = {
     "affine": lambda: LearnableFakeQuantize(MinMaxObserver(0, 15), 0, 15),
     "symmetric": lambda: LearnableFakeQuantize(MinMaxObserver(-8, 7, symmetric=True), -8, 7),

@@ -16,6 +16,8 @@ import lfq_lightning as lfq
 from lfq_lightning.reading import read_checkpoint
 from tests.runs import Net, fit, images, loader, qat, trainer
 
+pytestmark = pytest.mark.quick
+
 X = images().tensors[0][:4]
 
 

@@ -14,6 +14,8 @@ from lfq_lightning.records import recording
 from lfq_lightning.records.recording import measure_weights, probed, snapshot
 from tests.runs import Net, images
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def model() -> Net:

@@ -28,6 +28,7 @@ def assert_same_run(found: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
     assert found[1].global_step == expected[1].global_step
 
 
+@pytest.mark.quick
 def test_resuming_at_any_epoch_equals_an_uninterrupted_run(tmp_path: Path) -> None:
     whole = fit(tmp_path, callback=qat(schedule=SCHEDULE), callbacks=[every_epoch(tmp_path)], max_epochs=EPOCHS)
     for epoch in range(EPOCHS - 1):
@@ -87,6 +88,7 @@ def test_a_derived_schedule_is_kept_by_the_run_that_resumes(tmp_path: Path) -> N
     assert longer.state_dict()["schedule"] == whole[2].state_dict()["schedule"]
 
 
+@pytest.mark.quick
 def test_a_second_fit_goes_on_learning_and_reobserve_starts_over(tmp_path: Path) -> None:
     model, _, _ = fit(tmp_path)
     reference = model.second.weight_quantizer.scale_reference.clone()
@@ -142,6 +144,7 @@ def test_after_detach_a_fit_attaches_again(tmp_path: Path) -> None:
     assert {q.phase for q in lfq.quantizers(model).values()} == {"learn"}
 
 
+@pytest.mark.quick
 def test_the_trajectory_goes_on_in_the_directory_of_the_resumed_run(tmp_path: Path) -> None:
     fit(tmp_path / "a", callbacks=[every_epoch(tmp_path)])
     callback = qat()

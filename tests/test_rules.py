@@ -13,6 +13,8 @@ from torch import nn
 
 from lfq_lightning import QuantizationAwareTraining, QuantSpec, Rule
 
+pytestmark = pytest.mark.quick
+
 RULES = [
     Rule("head", weight=8, activation=None),
     Rule("*.fc[12]"),

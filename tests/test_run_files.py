@@ -21,6 +21,8 @@ from lfq_lightning.records.place import Place
 from lfq_lightning.records.trajectory import read_trajectory
 from tests.runs import Net, fit, loader, qat
 
+pytestmark = pytest.mark.quick
+
 SHORT: dict[str, Any] = {"max_epochs": 1, "limit_val_batches": 0}
 STEPS = lfq.PhaseSchedule(observe=0, estimate=1, learn=2, unit="step")
 QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, **SHORT}

@@ -16,6 +16,8 @@ import lfq_lightning as lfq
 from lfq_lightning.placement.host import hosts, set_compressed
 from tests.runs import Net, fit, images, qat
 
+pytestmark = pytest.mark.quick
+
 X = images().tensors[0]
 
 

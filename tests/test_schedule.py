@@ -17,6 +17,8 @@ from omegaconf import OmegaConf
 from lfq_lightning import PhaseSchedule
 from lfq_lightning.schedule import PHASES, Phase, check_phase
 
+pytestmark = pytest.mark.quick
+
 
 @st.composite
 def schedules(draw: st.DrawFn) -> PhaseSchedule:

@@ -17,6 +17,8 @@ from lfq_lightning.records.trajectory import TrajectoryRow
 from lfq_lightning.training.sentinel import Sentinel
 from tests.runs import BATCHES, Net, every_epoch, fit, images, qat
 
+pytestmark = pytest.mark.quick
+
 HEALTHY = TrajectoryRow(1, 0, "learn", "second.input_quantizer", 0.1, 0.1, 0.1, 3.0, 3.0, 3.0, 0.01, 0.1)
 FLOOR = torch.finfo(torch.float32).eps
 

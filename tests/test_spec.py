@@ -16,6 +16,8 @@ from omegaconf import OmegaConf
 from lfq_lightning import LearnableFakeQuantize, QuantSpec
 from lfq_lightning.spec import activation_spec, weight_spec
 
+pytestmark = pytest.mark.quick
+
 PLAIN = (bool, int, float, str, type(None))
 
 

@@ -17,6 +17,8 @@ from lfq_lightning.quantizer.saved import NOTE
 from lfq_lightning.schedule import PHASES
 from tests.runs import Net, fit, images, loader, trainer
 
+pytestmark = pytest.mark.quick
+
 X = images().tensors[0][:4]
 
 State = dict[str, Any]

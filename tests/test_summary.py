@@ -13,6 +13,8 @@ from torch import nn
 import lfq_lightning as lfq
 from tests.runs import Net, images
 
+pytestmark = pytest.mark.quick
+
 X = images().tensors[0]
 
 

@@ -17,6 +17,8 @@ from lfq_lightning.export.parity import OutputParity, Parity, QuantizerParity
 from lfq_lightning.records.comparison import Comparison, Method
 from lfq_lightning.records.tables import aligned, shortened
 
+pytestmark = pytest.mark.quick
+
 NAMES = [f"model.encoder.layers.{i}.attention.{part}.projection" for i in range(12) for part in ("query", "key")]
 
 

@@ -29,6 +29,7 @@ def by_hand(model: Net, count: int) -> tuple[Tensor, Tensor]:
     return torch.stack([p.mean(1) for p in parts]).mean(0), torch.stack([p.var(1) for p in parts]).mean(0)
 
 
+@pytest.mark.quick
 def test_statistics_are_the_mean_of_the_batches_of_the_quantized_model(tmp_path: Path) -> None:
     model, _, _ = fit(tmp_path)
     model.train()
@@ -65,6 +66,7 @@ class Means(L.Callback):
         self.modes.append(pl_module.norm.training)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("moment", ["learn", 2])
 def test_statistics_are_frozen_from_a_phase_or_epoch_on_while_affine_parameters_learn(
     tmp_path: Path, moment: Any
@@ -78,6 +80,7 @@ def test_statistics_are_frozen_from_a_phase_or_epoch_on_while_affine_parameters_
     assert not torch.equal(model.norm.weight, torch.ones(4))
 
 
+@pytest.mark.quick
 def test_estimating_at_the_end_uses_the_trained_weights(tmp_path: Path) -> None:
     technique = lfq.BatchNormStatistics(reestimate="end", batches=4)
     model, _, _ = fit(tmp_path, callbacks=[technique])
@@ -186,6 +189,7 @@ def test_a_module_without_batch_norm_is_named(tmp_path: Path) -> None:
         fit(tmp_path, Normless(), callbacks=[lfq.BatchNormStatistics(freeze=1)])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -14,6 +14,8 @@ from lfq_lightning.techniques.bit_annealing import carried_over, change_range
 from tests.runs import Net, every_epoch, fit, qat
 from tests.test_resume import assert_same_run
 
+pytestmark = pytest.mark.quick
+
 SCHEDULE = lfq.PhaseSchedule(0, 1, 2)
 STAGES = {0: 8, 3: 4, 5: 2}
 

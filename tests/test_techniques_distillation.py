@@ -16,6 +16,7 @@ from tests.runs import Net, every_epoch, fit, loader, qat, trainer
 from tests.test_resume import assert_same_run
 
 
+@pytest.mark.quick
 def test_the_loss_is_the_divergence_of_the_softened_distributions() -> None:
     student, teacher = torch.randn(5, 3, 4), torch.randn(5, 3, 4)
     p, q = (teacher / 2).softmax(-1).double(), (student / 2).softmax(-1).double()
@@ -35,6 +36,7 @@ class Watch(L.Callback):
         self.distances.append(float(trainer.callback_metrics["lfq/distillation"]))
 
 
+@pytest.mark.quick
 def test_the_teacher_is_the_float_model_that_the_fit_began_with(tmp_path: Path) -> None:
     model = Net()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -48,6 +50,7 @@ def test_the_teacher_is_the_float_model_that_the_fit_began_with(tmp_path: Path) 
     assert not model._forward_hooks
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("first", [True, False])
 def test_the_loss_is_shared_in_either_order_of_callbacks(tmp_path: Path, first: bool) -> None:
     class Plain(Net):
@@ -192,6 +195,7 @@ def test_what_cannot_be_served_raises_before_any_weight_moves(
     assert "training_step" not in model.__dict__
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("options", [{"weight": 0.0}, {"weight": 1.5}, {"temperature": 0.0}])
 def test_wrong_arguments_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be"):

@@ -39,6 +39,7 @@ def quantizer_of(kind: str) -> lfq.LearnableFakeQuantize:
     return quantizer
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", SPECS)
 def test_integer_weights_times_their_scales_are_the_quantized_weights(kind: str) -> None:
     quantizer, weight = quantizer_of(kind), torch.randn(4, 5, 3, 3)
@@ -48,6 +49,7 @@ def test_integer_weights_times_their_scales_are_the_quantized_weights(kind: str)
     torch.testing.assert_close(integers * element_scales(weight, quantizer), quantizer.quantized(weight).detach())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", SPECS)
 def test_the_dampening_gradient_is_that_of_the_papers_loss(kind: str) -> None:
     quantizer, weight = quantizer_of(kind), torch.randn(4, 5, 3, 3, requires_grad=True)
@@ -68,6 +70,7 @@ def by_the_paper(values: list[int], momentum: float) -> tuple[float, float]:
     return frequency, average
 
 
+@pytest.mark.quick
 def test_frequency_and_average_follow_the_paper_for_each_weight() -> None:
     values = torch.randint(-2, 2, (40, 6)).float()
     known = Oscillation.begin(values[0])
@@ -79,6 +82,7 @@ def test_frequency_and_average_follow_the_paper_for_each_weight() -> None:
         assert known.average[weight].item() == pytest.approx(average, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.quick
 def test_a_weight_that_moves_one_way_or_rests_does_not_oscillate() -> None:
     known = Oscillation.begin(torch.tensor([0.0, 0.0, 0.0]))
     for values in ([1.0, 0.0, 1.0], [2.0, 0.0, 1.0], [3.0, 0.0, 0.0]):  # the last turns back after a rest
@@ -89,6 +93,7 @@ def test_a_weight_that_moves_one_way_or_rests_does_not_oscillate() -> None:
     assert known.integers[2] == known.average[2].round()
 
 
+@pytest.mark.quick
 def test_annealing_is_a_cosine_between_the_two_values() -> None:
     assert [annealed((0.0, 0.1), p) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.0, 0.05, 0.1])
     assert annealed(0.3, 0.7) == 0.3
@@ -115,6 +120,7 @@ class Watch(L.Callback):
         self.scales.add(float(pl_module.second.weight_quantizer.scale.detach()[0]))
 
 
+@pytest.mark.quick
 def test_frozen_weights_keep_their_integers_while_scales_go_on_learning(tmp_path: Path) -> None:
     control = lfq.OscillationControl(freeze=(0.03, 0.005))
     watch = Watch(control)

@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgre
 import lfq_lightning as lfq
 from tests.runs import fit
 
+pytestmark = pytest.mark.quick
+
 _PHASES = [
     f"step {step}: quantizers go from {way}." for step, way in ((8, "observe to estimate"), (16, "estimate to learn"))
 ]

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from lfq_lightning.records.files import Trajectory
 from lfq_lightning.records.trajectory import COLUMNS, TrajectoryRow, read_trajectory
 
+pytestmark = pytest.mark.quick
+
 FC1, FC2 = "fc1.weight_quantizer", "fc2.input_quantizer"
 
 

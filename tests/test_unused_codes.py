@@ -15,6 +15,8 @@ from lfq_lightning.placement.points import points
 from lfq_lightning.records.recording import measure_weights, probed, snapshot
 from tests.runs import every_epoch, fit, images, loader, qat
 
+pytestmark = pytest.mark.quick
+
 INPUTS = lfq.QuantSpec(bits=4, symmetric=False, observer="minmax")  # the first layer has 8 bits
 
 

@@ -18,6 +18,8 @@ from lfq_lightning.training.stepping.weights import WeightSteps
 from tests.runs import BATCHES, Net, every_epoch, fit, qat
 from tests.test_precision import scaled
 
+pytestmark = pytest.mark.quick
+
 FIRST = 2  # the first optimizer step with quantized weights, of three
 SCHEDULE = lfq.PhaseSchedule(0, 1, FIRST, unit="step")
 WEIGHTS = ("first.weight", "second.weight", "head.weight")

@@ -48,6 +48,7 @@ def result() -> list[list[float]]:
     return [t.tolist() for t in (y, x.grad, scale.grad) if t is not None]
 
 
+@pytest.mark.quick
 def test_native_serves_the_cpu_and_the_reasons_are_printed() -> None:
     backends = lfq.backends()
     assert backends["cpu"] == "native"
@@ -58,6 +59,7 @@ def test_native_serves_the_cpu_and_the_reasons_are_printed() -> None:
     assert all(backends.reasons.values())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", BACKENDS)
 def test_the_variable_forces_a_backend_which_is_the_one_that_computes(name: str) -> None:
     expected = result()
@@ -75,6 +77,7 @@ def test_the_variable_forces_a_backend_which_is_the_one_that_computes(name: str)
     backward.assert_called_once()
 
 
+@pytest.mark.quick
 def test_a_backend_that_does_not_exist_is_refused() -> None:
     with on("nonsense"):
         for call in (lfq.backends, result):

@@ -66,6 +66,7 @@ def upstream(x: Tensor, seed: int = 0) -> Tensor:
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.dtype)
 
 
+@pytest.mark.quick
 @settings(max_examples=300)
 @given(drawn=cases(), saturation=st.sampled_from(SATURATIONS), layout=st.sampled_from(sorted(LAYOUTS)))
 def test_every_shape_stride_dtype_and_granularity_gives_the_definition(
@@ -148,6 +149,7 @@ def test_sums_of_millions_of_terms_of_one_sign_stay_accurate(backend: str, satur
     assert_sums(found.zero_point, expected.zero_point * times, expected.zero_point_magnitude * times)
 
 
+@pytest.mark.quick
 @each_saturation
 @each_dtype
 def test_values_that_are_not_finite_contribute_nothing(saturation: str, dtype: torch.dtype) -> None:
@@ -163,6 +165,7 @@ def test_values_that_are_not_finite_contribute_nothing(saturation: str, dtype: t
             assert_gradients_are(expected, backend, ones, x, *qparams, **arguments)
 
 
+@pytest.mark.quick
 @each_backend
 @pytest.mark.parametrize(
     ("shape", "granularity"),
@@ -188,6 +191,7 @@ def test_an_empty_input_gives_zero_gradients(backend: str, shape: tuple[int, ...
         assert (gradient == 0).all()
 
 
+@pytest.mark.quick
 @each_backend
 @pytest.mark.parametrize("factor", [1.0, -2.0, 0.25, 1e-4])
 def test_the_gradient_factor_multiplies_the_gradients_of_the_qparams_alone(backend: str, factor: float) -> None:
@@ -200,6 +204,7 @@ def test_the_gradient_factor_multiplies_the_gradients_of_the_qparams_alone(backe
     assert_sums(found.zero_point, expected.zero_point, expected.zero_point_magnitude, factor)
 
 
+@pytest.mark.quick
 @each_backend
 @each_saturation
 @pytest.mark.parametrize("grid", [Grid(-8, 7, 1e-9, 0.0), Grid(-8, 7, -3.0, 0.0), Grid(-8, 7, 0.2, 40.0)], ids=str)
@@ -215,6 +220,7 @@ def test_gradients_pass_straight_through_the_limits_of_scale_and_zero_point(
     assert found.zero_point != 0
 
 
+@pytest.mark.quick
 @each_backend
 def test_without_a_gradient_factor_the_qparams_get_no_gradient(backend: str) -> None:
     x, scale, zero_point = torch.randn(9).requires_grad_(), torch.ones(1).requires_grad_(), torch.zeros(1)
@@ -224,6 +230,7 @@ def test_without_a_gradient_factor_the_qparams_get_no_gradient(backend: str) -> 
     assert scale.grad is None
 
 
+@pytest.mark.quick
 @each_backend
 @pytest.mark.parametrize("wanted", ["x", "scale", "zero_point"])
 def test_what_needs_no_gradient_gets_none_and_changes_no_other(backend: str, wanted: str) -> None:

@@ -89,6 +89,7 @@ def test_changing_x_between_forward_and_backward_is_noticed(backend: str) -> Non
 LOSSES = {"curved": lambda y: (y**2).sum(), "linear": lambda y: y.sum()}
 
 
+@pytest.mark.quick
 @each_backend
 @pytest.mark.parametrize("wrt", ["x", "scale", "zero_point"])
 @pytest.mark.parametrize("loss", LOSSES)

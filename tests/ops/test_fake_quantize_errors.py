@@ -9,6 +9,8 @@ import torch
 
 import lfq_lightning as lfq
 
+pytestmark = pytest.mark.quick
+
 ONE, ZERO = torch.ones(1), torch.zeros(1)
 
 

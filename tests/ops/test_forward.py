@@ -57,6 +57,7 @@ def values_for(grid: Grid, dtype: torch.dtype, count: int) -> Tensor:
     return every_half(dtype) if dtype.itemsize == 2 else adversarial(grid, count).to(dtype)
 
 
+@pytest.mark.quick
 @each_grid
 def test_every_backend_equals_the_scalar_oracle(grid: Grid) -> None:
     for dtype in DTYPES:
@@ -85,6 +86,7 @@ def test_backends_are_bit_equal_in_other_dtypes_on_every_half_and_bfloat16(grid:
             assert y.dtype is dtype
 
 
+@pytest.mark.quick
 @settings(max_examples=300)
 @given(drawn=cases())
 def test_every_shape_stride_dtype_and_granularity_equals_the_oracle(drawn: Case) -> None:
@@ -97,6 +99,7 @@ def test_every_shape_stride_dtype_and_granularity_equals_the_oracle(drawn: Case)
 
 
 # Both sides of every cut of the native kernels: runs and columns, blocks of 2048 elements or 64 rows, lanes of 16.
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("shape", "granularity"),
     [
@@ -110,6 +113,7 @@ def test_every_shape_stride_dtype_and_granularity_equals_the_oracle(drawn: Case)
         ((2, 4200), {"group_size": 2100}),
         ((3, 100, 3), {"group_size": 32}),
         ((7, 9, 5, 5), {"group_size": 4}),
+        ((3, 5, 9), {"group_size": 8}),
         ((2, 6, 4, 8), {"axis": 3}),
     ],
     ids=str,
@@ -206,6 +210,7 @@ def test_results_are_on_the_grid_and_a_second_time_changes_nothing(backend: str,
     assert_bit_equal(fake_quantized(backend, y, grid), y)
 
 
+@pytest.mark.quick
 @each_backend
 @each_dtype
 def test_nan_stays_nan_and_infinities_saturate(backend: str, dtype: torch.dtype) -> None:
@@ -238,6 +243,7 @@ def test_ties_round_half_to_even_and_their_neighbours_do_not(
     assert_bit_equal(fake_quantized(backend, x, grid), by_oracle(x, grid))
 
 
+@pytest.mark.quick
 @each_backend
 def test_the_smallest_tensors_work(backend: str) -> None:
     for dtype, shape in itertools.product(DTYPES, [(), (1,), (0,), (0, 3), (3, 0, 2)]):

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from lfq_lightning.ops import nearest_power_of_two, power_of_two_above
 
+pytestmark = pytest.mark.quick
+
 EPS = torch.finfo(torch.float32).eps
 SCALES = st.floats(EPS, 2.0**90, width=32) | st.integers(-23, 90).map(lambda n: math.ldexp(1.0, n))
 

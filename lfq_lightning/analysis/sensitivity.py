@@ -15,7 +15,7 @@ from lfq_lightning.placement import attach, detach
 from lfq_lightning.placement.host import WEIGHT, QuantizedLayer, hosts, placed_by_users, quantizers, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.summary import packed_bytes
-from lfq_lightning.records.tables import aligned, terminal_width
+from lfq_lightning.records.tables import Table
 from lfq_lightning.spec import QuantSpec
 
 
@@ -58,13 +58,12 @@ class Sensitivity:
         return [asdict(row) for row in self.rows]
 
     def __str__(self) -> str:
-        header = ("layer", "bits", "bytes", "metric", "drop")
         cells = [
             (", ".join(r.layers), str(r.bits or ""), f"{r.weight_bytes:,}", f"{r.metric:.6g}", f"{r.drop:.3g}")
             for r in self.rows
         ]
         notes = [f"in float: {self.float_metric:.6g}"]
-        return aligned(header, cells, (False, True, True, True, True), notes, terminal_width())
+        return str(Table({"layer": "<", "bits": ">", "bytes": ">", "metric": ">", "drop": ">"}, cells, notes))
 
 
 def sensitivity(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lfq_lightning.records.tables import aligned, terminal_width
+from lfq_lightning.records.tables import Table
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,6 @@ class Parity:
         return self.file_bytes / self.float_file_bytes
 
     def __str__(self) -> str:
-        header = ("quantizer", "codes", "equal", "largest difference")
         rows = [(r.quantizer, f"{r.codes:,}", f"{r.equal:.4%}", str(r.largest)) for r in self.quantizers]
         notes = {
             "inputs compared": f"{self.inputs:,}",
@@ -98,4 +97,4 @@ class Parity:
             "agrees": "yes" if self.agrees else f"no: {'; '.join(self.problems)}",
         }
         said = ["", *(f"{name:20}  {value}" for name, value in notes.items())]
-        return aligned(header, rows, (False, True, True, True), said, terminal_width())
+        return str(Table({"quantizer": "<", "codes": ">", "equal": ">", "largest difference": ">"}, rows, said))

@@ -13,7 +13,7 @@ from lfq_lightning.checking import check_model, check_rows
 from lfq_lightning.placement.host import float_type
 from lfq_lightning.placement.layers import all_names, candidates, check_quantizable, is_lazy
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.records.tables import aligned, terminal_width
+from lfq_lightning.records.tables import Table
 from lfq_lightning.rules import Rule, check_listed
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, weight_spec
 
@@ -49,7 +49,7 @@ class Placement:
         for name, reason in self.left_in_float:
             why.setdefault(reason, []).append(name)
         notes = [f"left in float, as {reason}: {', '.join(names)}" for reason, names in why.items()]
-        return aligned(("layer", "type", "weight", "input"), rows, (False,) * 4, notes, terminal_width())
+        return str(Table({"layer": "<", "type": "<", "weight": "<", "input": "<"}, rows, notes))
 
 
 def plan(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from omegaconf import OmegaConf
 
 from lfq_lightning.checking import check_flags, check_path, check_texts
-from lfq_lightning.records.tables import aligned, terminal_width
+from lfq_lightning.records.tables import Table
 
 
 class Run(NamedTuple):
@@ -62,13 +62,13 @@ class Comparison:
     skipped: tuple[Path, ...] = ()
 
     def __str__(self) -> str:
-        header = ("method", "seeds", "bytes", self.metric, "front")
         rows = []
         for m in self.methods:
             spread = "" if math.isnan(m.deviation) else f" ± {m.deviation:.4f}"
             rows.append((m.name, str(len(m.values)), f"{m.size:,.0f}", f"{m.mean:.4f}{spread}", "*" * m.on_front))
         notes = [f"without metrics.json, left out: {path}" for path in self.skipped]
-        return aligned(header, rows, (False, True, True, False, False), notes, terminal_width())
+        columns = {"method": "<", "seeds": ">", "bytes": ">", self.metric: "<", "front": "<"}
+        return str(Table(columns, rows, notes))
 
 
 def compare(

@@ -14,7 +14,7 @@ from torchmetrics.functional.audio import signal_noise_ratio
 from lfq_lightning.checking import check_model, check_rows, check_whole
 from lfq_lightning.placement.host import hosts, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.records.tables import aligned, show, terminal_width
+from lfq_lightning.records.tables import Table
 from lfq_lightning.running import in_eval_mode, run_by
 
 
@@ -55,14 +55,14 @@ class Summary:
         """The rows as plain dictionaries."""
         return [asdict(row) for row in self.rows]
 
-    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]], tuple[bool, ...]]:
-        """Header, cells, and which columns are aligned to the right."""
+    def table(self) -> Table:
+        """What is printed."""
         cells: list[tuple[str, ...]] = []
         for r in self.rows:
             share = "" if math.isnan(r.saturation) else f"{r.saturation:.2%}"
             sqnr = "" if math.isnan(r.sqnr) else f"{r.sqnr:.1f}"
             cells.append((r.quantizer, str(r.bits), r.kind, f"{r.scale:.4g}", f"{r.zero_point:.1f}", share, sqnr))
-        return _HEADER, cells, _TO_THE_RIGHT
+        return Table(_COLUMNS, cells, [self._size])
 
     @property
     def _size(self) -> str:
@@ -70,18 +70,18 @@ class Summary:
         return f"{weights}; all parameters: {self.float_parameter_bytes:,} -> {self.parameter_bytes:,} bytes"
 
     def __str__(self) -> str:
-        return aligned(*self.table(), [self._size], terminal_width())
+        return str(self.table())
 
     def __repr__(self) -> str:  # a notebook shows what a call returns, and the table stands above it already
         return f"<Summary of {len(self.rows)} quantizers, {self._size}>"
 
     def show(self) -> None:
         """Print the table, in colour where rich is installed and the output is a terminal."""
-        show(*self.table(), self._size)
+        self.table().show()
 
 
-_HEADER = ("quantizer", "bits", "kind", "scale", "zero point", "saturation", "SQNR dB")
-_TO_THE_RIGHT = (False, True, False, True, True, True, True)
+_COLUMNS = {"quantizer": "<", "bits": ">", "kind": "<"}
+_COLUMNS |= dict.fromkeys(("scale", "zero point", "saturation", "SQNR dB"), ">")
 
 
 def packed_bytes(weight: Tensor, quantizer: LearnableFakeQuantize) -> int:

@@ -1,16 +1,48 @@
-"""Plain tables for the terminal, never wider than it, in colour where rich is installed and someone is looking."""
+"""Tables: plain text, never wider than the terminal, in colour where rich is installed and someone is looking."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 _GAP = "  "
 # What a column of text keeps: the first, which holds names, gives way before the others do.
 _SHORTEST_NAME, _SHORTEST_TEXT = 20, 8
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under titles, with notes below; prints as plain text.
+
+    Args:
+        columns: titles, "<" for text and ">" for what is aligned to the right, as numbers are.
+        rows: their cells.
+        notes: lines of text.
+    """
+
+    columns: Mapping[str, str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+    @property
+    def to_the_right(self) -> list[bool]:
+        """Which columns are aligned to the right."""
+        return [side == ">" for side in self.columns.values()]
+
+    def __str__(self) -> str:
+        return aligned([*self.columns], self.rows, self.to_the_right, self.notes, terminal_width())
+
+    def show(self) -> None:
+        """Print it: by rich in a terminal, where it is installed, and else as plain text."""
+        width = terminal_width()
+        if width is None or find_spec("rich") is None:
+            print(self)
+        else:
+            _show(self, width)
 
 
 def terminal_width() -> int | None:
@@ -50,26 +82,22 @@ def aligned(
     return "\n".join([*lines[:height], rule, *lines[height:], *(_wrapped(note, width) for note in notes)])
 
 
-def show(header: Sequence[str], rows: Sequence[Sequence[str]], to_the_right: Sequence[bool], note: str) -> None:
-    """Print a table: by rich in a terminal, where it is installed, and else as plain text."""
-    width = terminal_width()
-    if width is None or find_spec("rich") is None:
-        print(aligned(header, rows, to_the_right, [note], width))
-        return
+def _show(table: Table, width: int) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Table as Drawn
 
-    header, rows = _fitted(header, rows, to_the_right, width)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for name, right in zip(header, to_the_right, strict=True):
-        table.add_column(escape(name), justify="right" if right else "left", no_wrap=True, vertical="bottom")
+    header, rows = _fitted([*table.columns], table.rows, table.to_the_right, width)
+    drawn = Drawn(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name, right in zip(header, table.to_the_right, strict=True):
+        drawn.add_column(escape(name), justify="right" if right else "left", no_wrap=True, vertical="bottom")
     for row in rows:
-        table.add_row(*map(escape, row))
+        drawn.add_row(*map(escape, row))
     console = Console(width=width)
-    console.print(table)
-    console.print(escape(note), style="italic", highlight=False)
+    console.print(drawn)
+    for note in table.notes:
+        console.print(escape(note), style="italic", highlight=False)
 
 
 def shortened(names: Sequence[str], width: int) -> list[str]:

@@ -10,14 +10,7 @@ import plotly.graph_objects as go
 from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-
-@dataclass(frozen=True)
-class Table:
-    """Cells of a table; the columns whose numbers are in `text` are aligned to the left."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    text: Sequence[int] = (0,)
+from lfq_lightning.records.tables import Table
 
 
 @dataclass(frozen=True)

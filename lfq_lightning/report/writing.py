@@ -226,10 +226,9 @@ def _measured_inputs(found: _Findings) -> bool:
 
 
 def _quantizers(found: _Findings) -> Section:
-    from lfq_lightning.report.page import Section, Table
+    from lfq_lightning.report.page import Section
 
     if found.summary is None:
         return Section("quantizers", "Quantizers", "No checkpoint was found, so only the trajectories are known.")
-    header, cells, to_the_right = found.summary.table()
-    table = Table(header, cells, [i for i, right in enumerate(to_the_right) if not right])
+    table = found.summary.table()
     return Section("quantizers", "Quantizers", "Scales and zero points are means over channels.", table=table)

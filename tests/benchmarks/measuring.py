@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
+from lfq_lightning.records.tables import aligned
+
 Call = Callable[[], object]
 
 _ENOUGH = 2e-3  # seconds that one timed repetition should last, so that neither the clock nor cold caches count
@@ -31,11 +33,9 @@ class Table:
         self.rows.append(row)
 
     def __str__(self) -> str:
-        cells = [[c.replace("_", " ") for c in self.columns]]
-        cells += [[_shown(row.get(column)) for column in self.columns] for row in self.rows]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
-        lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in cells]
-        return "\n".join([self.name, *self.notes, lines[0], "-" * len(lines[0]), *lines[1:]])
+        cells = [[_shown(row.get(column)) for column in self.columns] for row in self.rows]
+        table = aligned([c.replace("_", " ") for c in self.columns], cells, [True] * len(self.columns))
+        return "\n".join([self.name, *self.notes, table])
 
 
 def _shown(value: str | float | None) -> str:

@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from lfq_lightning.placement.host import INPUT, WEIGHT, plain_name
-from lfq_lightning.quantizer.saved import NOTE, Description, Role, described
+from lfq_lightning.placement.host import plain_name
+from lfq_lightning.quantizer.saved import NOTE, Description, described, role_in_name
 from lfq_lightning.spec import QuantSpec
 
 Descriptions = dict[str, Description]
 
 _EXTRA = "._extra_state"
-_ROLES: dict[str, Role] = {WEIGHT: "weight", INPUT: "input"}
 
 
 def descriptions(state_dict: Mapping[str, Any]) -> Descriptions:
@@ -31,7 +30,7 @@ def descriptions(state_dict: Mapping[str, Any]) -> Descriptions:
         if description is not None:
             name = plain_name(key.removesuffix(_EXTRA))
             if isinstance(value, Mapping):
-                role = _ROLES.get(name.rpartition(".")[2])
+                role = role_in_name(name)
                 description = replace(description, role=role, site=None if role is None else "")
             found[name] = description
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -83,6 +83,15 @@ def described(value: Any) -> Description | None:
         return _of_numbers([round(number) for number in value[:_NUMBERS].tolist()], constants)
     except (ValueError, OverflowError):  # no JSON, or no number
         return None
+
+
+def role_in_name(name: str) -> Role | None:
+    """The role that a quantizer's name tells, as `attach` gives names.
+
+    For rows of a record, and checkpoints from before roles were saved: nothing else there says it. Whoever has the
+    quantizer or its description asks these.
+    """
+    return next((role for role in get_args(Role) if name.rpartition(".")[2] == f"{role}_quantizer"), None)
 
 
 def site_in_model(name: str, site: str | None) -> str:

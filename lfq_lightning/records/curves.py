@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from itertools import accumulate
 
+from lfq_lightning.quantizer.saved import Role, role_in_name
 from lfq_lightning.records.trajectory import TrajectoryRow
 
 # Of each step that is drawn: the step, the line, and both ends of the band around it.
 Curve = list[tuple[int, float, float, float]]
 
-KINDS = {"weight_quantizer": "weights", "input_quantizer": "activations"}
+KINDS: dict[Role, str] = {"weight": "weights", "input": "activations"}
 QUANTITIES = {
     "scale": "scale",
     "movement": "scale / scale on\nentering learn",
@@ -72,8 +73,8 @@ def phases_of(rows: list[TrajectoryRow]) -> list[tuple[str, int, int]]:
 
 def layer_and_kind(name: str) -> tuple[str, str]:
     """Return the layer that a quantizer belongs to, and the kind of tensor that it quantizes."""
-    layer, _, leaf = name.rpartition(".")
-    return (layer or "(model)", KINDS[leaf]) if leaf in KINDS else (name, "others")
+    role = role_in_name(name)
+    return (name, "others") if role is None else (name.rpartition(".")[0] or "(model)", KINDS[role])
 
 
 def shortened(layers: list[str]) -> dict[str, str]:

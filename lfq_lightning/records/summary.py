@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.audio import signal_noise_ratio
 
 from lfq_lightning.checking import check_model, check_rows, check_whole
-from lfq_lightning.placement.host import hosts, quantizers
+from lfq_lightning.placement.points import Points, points, weights
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.tables import Table
 from lfq_lightning.running import in_eval_mode, run_by
@@ -142,7 +142,7 @@ def summarize(model: nn.Module, batch: Any = None) -> Summary:
 
 def describe(model: nn.Module, batch: Any = None, forward: Callable[[nn.Module, Any], Any] | None = None) -> Summary:
     """What `summarize` prints; `forward` runs the model on the batch where that is not obvious."""
-    found = quantizers(model)
+    found = points(model)
     if not found:
         raise ValueError(
             f"The model has no quantizers to describe. Found {type(model).__name__} in float: call "
@@ -150,16 +150,13 @@ def describe(model: nn.Module, batch: Any = None, forward: Callable[[nn.Module, 
         )
     captures = {name: _Capture() for name in found}
     if batch is not None:
-        _run(model, batch, forward, {found[name]: capture for name, capture in captures.items()})
+        _run(model, batch, forward, {found[name].quantizer: capture for name, capture in captures.items()})
     packed = full = 0
-    known: set[LearnableFakeQuantize] = set()
-    for layer in hosts(model).values():
-        quantizer, weight = layer.weight_quantizer, layer.weight
-        if quantizer is not None and quantizer not in known:
-            known.add(quantizer)
-            name = next(n for n, q in found.items() if q is quantizer)
-            captures[name].measure(quantizer, weight)
-            packed += packed_bytes(weight, quantizer)
+    for name, point in found.items():
+        weight = point.parameter
+        if weight is not None:
+            captures[name].measure(point.quantizer, weight)
+            packed += packed_bytes(weight, point.quantizer)
             full += weight.numel() * 4
     rows = tuple(
         SummaryRow(
@@ -171,16 +168,16 @@ def describe(model: nn.Module, batch: Any = None, forward: Callable[[nn.Module, 
             captures[name].saturation,
             captures[name].sqnr,
         )
-        for name, q in found.items()
+        for name, q in ((name, point.quantizer) for name, point in found.items())
     )
-    others = _other_parameters(model)
+    others = _other_parameters(model, found)
     return Summary(rows, packed, full, packed + others, full + others)
 
 
-def _other_parameters(model: nn.Module) -> int:
+def _other_parameters(model: nn.Module, found: Points) -> int:
     """Bytes in float32 of every parameter that is neither a quantized weight nor a quantizer's."""
-    quantized = {id(layer.weight) for layer in hosts(model).values() if layer.weight_quantizer is not None}
-    quantized |= {id(p) for quantizer in quantizers(model).values() for p in quantizer.parameters()}
+    quantized = {id(point.parameter) for point in weights(found)}
+    quantized |= {id(p) for point in found.values() for p in point.quantizer.parameters()}
     return sum(4 * p.numel() for p in model.parameters() if id(p) not in quantized)
 
 

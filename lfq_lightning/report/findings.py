@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.ops import spread
-from lfq_lightning.placement.host import QuantizedLayer, hosts, quantizers, whole_weight
+from lfq_lightning.placement.points import Point, points, weights
 from lfq_lightning.records.summary import packed_bytes
 
 _MOST_BINS = 121
@@ -52,21 +51,11 @@ class WeightFindings:
 @torch.no_grad()
 def describe_weights(model: nn.Module) -> list[WeightFindings]:
     """Every quantized weight of a model, tied ones once."""
-    return [_describe(name, layer) for name, layer in _weights(model)]
+    return [_describe(point) for point in weights(points(model))]
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
-    known: set[int] = set()
-    for name, layer in hosts(model).items():
-        if layer.weight_quantizer is not None and id(layer.weight) not in known:
-            known.add(id(layer.weight))
-            yield name, layer
-
-
-def _describe(name: str, layer: QuantizedLayer) -> WeightFindings:
-    quantizer = layer.weight_quantizer
-    assert quantizer is not None
-    weight = whole_weight(layer).float()
+def _describe(point: Point) -> WeightFindings:
+    quantizer, weight = point.quantizer, point.whole_parameter().float()
     quantized = quantizer.quantized(weight)
     scale, zero_point = (
         spread(p, weight.shape, quantizer.axis, quantizer.group_size) for p in quantizer.used_qparams()
@@ -81,7 +70,7 @@ def _describe(name: str, layer: QuantizedLayer) -> WeightFindings:
     step = -(-(high - low + 1) // _MOST_CODES)
     code_edges = np.arange(low, high + step + 1, step) - 0.5
     return WeightFindings(
-        name,
+        point.site,
         quantizer.bitwidth,
         tuple(weight.shape),
         4 * weight.numel(),
@@ -102,7 +91,8 @@ def _counts(values: Tensor, edges: npt.NDArray[np.floating[Any]]) -> list[int]:
 
 def bytes_in_float(model: nn.Module) -> int:
     """Bytes of every parameter and buffer that is neither a quantized weight nor a quantizer's."""
-    quantized = {id(layer.weight) for _, layer in _weights(model)}
-    inside = {id(t) for q in quantizers(model).values() for t in (*q.parameters(), *q.buffers())}
+    found = points(model)
+    quantized = {id(point.parameter) for point in weights(found)}
+    inside = {id(t) for p in found.values() for t in (*p.quantizer.parameters(), *p.quantizer.buffers())}
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for i, t in tensors.items() if i not in quantized and i not in inside)

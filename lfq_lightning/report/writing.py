@@ -18,6 +18,7 @@ from lfq_lightning.analysis.sensitivity import Sensitivity, sensitivity
 from lfq_lightning.checking import check_batches, check_flags, check_function, check_path, in_words
 from lfq_lightning.checkpoint import load_from_checkpoint
 from lfq_lightning.placement.host import first_quantizer
+from lfq_lightning.quantizer.saved import role_in_name
 from lfq_lightning.reading import read_checkpoint
 from lfq_lightning.records.summary import Summary, describe
 from lfq_lightning.records.trajectory import TrajectoryRow, read_trajectory
@@ -221,7 +222,7 @@ def _sections(found: _Findings) -> list[Section]:
 
 def _measured_inputs(found: _Findings) -> bool:
     return found.summary is not None and any(
-        "input_quantizer" in row.quantizer and math.isfinite(row.sqnr) for row in found.summary.rows
+        role_in_name(row.quantizer) == "input" and math.isfinite(row.sqnr) for row in found.summary.rows
     )
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lfq_lightning.checking import check_whole, in_words
 from lfq_lightning.observers import Observer
 from lfq_lightning.phases import forget_compiled_code
-from lfq_lightning.placement.host import hosts, quantizers, whole_weight
+from lfq_lightning.placement.host import quantizers
+from lfq_lightning.placement.points import points
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.techniques.order import check_order, check_quantized, epochs_before, quantization_callback
 from lfq_lightning.telling import tell
@@ -180,13 +181,12 @@ class BitAnnealing(L.Callback):
     @staticmethod
     def _enter(model: nn.Module, bits: int) -> list[LearnableFakeQuantize]:
         changed = []
-        layers = {layer.weight_quantizer: layer for layer in hosts(model).values()}
-        for quantizer in quantizers(model).values():
-            wanted = widened(quantizer, bits)
-            if wanted != quantizer.code_range:
-                layer = layers.get(quantizer)
-                change_range(quantizer, wanted, None if layer is None else whole_weight(layer))
-                changed.append(quantizer)
+        for point in points(model).values():
+            wanted = widened(point.quantizer, bits)
+            if wanted != point.quantizer.code_range:
+                weight = None if point.parameter is None else point.whole_parameter()
+                change_range(point.quantizer, wanted, weight)
+                changed.append(point.quantizer)
         return changed
 
     def _tell(self, trainer: L.Trainer, model: L.LightningModule, changed: list[LearnableFakeQuantize]) -> None:

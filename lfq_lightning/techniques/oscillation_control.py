@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lfq_lightning.checking import check_number, in_words
-from lfq_lightning.placement.host import QuantizedLayer, hosts, plain_name
+from lfq_lightning.placement.points import points
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.techniques.order import check_order, check_quantized
 from lfq_lightning.techniques.oscillation import (
@@ -94,7 +94,7 @@ class OscillationControl(AtRest):
         _, self._length = length_of(trainer)
         if math.isinf(self._length) and any(isinstance(value, tuple) for value in (self.dampen, self.freeze)):
             raise ValueError("A pair is annealed over the run, which must have an end. Found none: give one number.")
-        sharded = [name for name, (layer, _) in _quantized_weights(pl_module).items() if _is_sharded(layer)]
+        sharded = [name for name, (weight, _) in _quantized_weights(pl_module).items() if isinstance(weight, DTensor)]
         if sharded:
             raise ValueError(
                 f'OscillationControl needs whole weights. Found {sharded[0]} sharded: use `strategy="ddp"`.'
@@ -114,25 +114,25 @@ class OscillationControl(AtRest):
             return
         strength = annealed(self.dampen, self._progress(trainer)) * _gradient_scale(trainer, optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for layer, quantizer in _quantized_weights(pl_module).values():
-            if id(layer.weight) in held and layer.weight.grad is not None and quantizer.quantizes:
-                layer.weight.grad.add_(dampening_gradient(layer.weight, quantizer, strength))
+        for weight, quantizer in _quantized_weights(pl_module).values():
+            if id(weight) in held and weight.grad is not None and quantizer.quantizes:
+                weight.grad.add_(dampening_gradient(weight, quantizer, strength))
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Follow the weights after a step, and hold those that are frozen."""
-        weights = {n: w for n, w in _quantized_weights(pl_module).items() if w[1].phase in ("learn", "freeze")}
-        if not weights or trainer.global_step == self._step_before:
+        followed = {n: w for n, w in _quantized_weights(pl_module).items() if w[1].phase in ("learn", "freeze")}
+        if not followed or trainer.global_step == self._step_before:
             return
         self._began = self._step_before if self._began is None else self._began
-        for name, (layer, quantizer) in weights.items():
-            self._follow(trainer, name, layer, quantizer)
+        for name, (weight, quantizer) in followed.items():
+            self._follow(trainer, name, weight, quantizer)
         self._log(pl_module)
 
-    def _follow(self, trainer: L.Trainer, name: str, layer: QuantizedLayer, quantizer: LearnableFakeQuantize) -> None:
-        integers = integer_weights(layer.weight, quantizer)
+    def _follow(self, trainer: L.Trainer, name: str, weight: Tensor, quantizer: LearnableFakeQuantize) -> None:
+        integers = integer_weights(weight, quantizer)
         known = self._known.get(name)
         if known is None or self._ranges[name] != list(quantizer.code_range):  # other bits are another grid
             self._known[name], self._ranges[name] = Oscillation.begin(integers), list(quantizer.code_range)
@@ -143,8 +143,8 @@ class OscillationControl(AtRest):
         if self.freeze is None:
             return
         known.freeze(annealed(self.freeze, self._progress(trainer)))
-        grid = (known.integers * element_scales(layer.weight, quantizer)).to(layer.weight.dtype)
-        layer.weight.data.copy_(torch.where(known.frozen, grid, layer.weight))
+        grid = (known.integers * element_scales(weight, quantizer)).to(weight.dtype)
+        weight.data.copy_(torch.where(known.frozen, grid, weight))
 
     def _progress(self, trainer: L.Trainer) -> float:
         began = self._began or 0
@@ -186,17 +186,10 @@ def _value(name: str, given: float | Sequence[float] | None) -> Annealed | None:
     return values[0] if len(values) == 1 else (values[0], values[1])
 
 
-def _quantized_weights(model: L.LightningModule) -> dict[str, tuple[QuantizedLayer, LearnableFakeQuantize]]:
+def _quantized_weights(model: L.LightningModule) -> dict[str, tuple[Tensor, LearnableFakeQuantize]]:
     """Each weight once, with its quantizer, by the name of the first layer that has it."""
-    found: dict[LearnableFakeQuantize, tuple[str, QuantizedLayer]] = {}
-    for name, layer in hosts(model).items():
-        if layer.weight_quantizer is not None:
-            found.setdefault(layer.weight_quantizer, (plain_name(name), layer))
-    return {name: (layer, quantizer) for quantizer, (name, layer) in found.items()}
-
-
-def _is_sharded(layer: QuantizedLayer) -> bool:
-    return isinstance(layer.weight, DTensor)
+    found = ((point, point.parameter) for point in points(model).values())
+    return {point.site: (weight, point.quantizer) for point, weight in found if weight is not None}
 
 
 def _gradient_scale(trainer: L.Trainer, optimizer: Optimizer) -> float:

@@ -323,9 +323,12 @@ def test_under_one_cycle_qparams_come_to_their_own_rate_at_its_peak() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=10)
     qparams_optimizer, rates = QParamOptimizer(model, [optimizer]), []
+    [own] = qparams_optimizer.optimizers
     for _ in range(10):
         rates += qparams_optimizer.learning_rates
+        model(torch.randn(4, 1, 8, 8)).sum().backward()
         optimizer.step()
+        assert own.param_groups[0]["lr"] == rates[-1], "what is announced is what the step takes"
         schedule.step()
     assert rates[0] == pytest.approx(1e-3 / 25)
     assert max(rates) == pytest.approx(1e-3)

@@ -12,7 +12,8 @@ from torch import nn
 from lfq_lightning.analysis.evaluating import Forward, MetricLike, evaluation, is_higher_better
 from lfq_lightning.checking import check_flags, check_model, check_number, check_rows, in_words
 from lfq_lightning.placement import attach, detach
-from lfq_lightning.placement.host import WEIGHT, QuantizedLayer, hosts, placed_by_users, quantizers, whole_weight
+from lfq_lightning.placement.host import WEIGHT, QuantizedLayer, hosts, quantizers, quantizers_of, whole_weight
+from lfq_lightning.placement.points import points
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.summary import packed_bytes
 from lfq_lightning.records.tables import Table
@@ -127,11 +128,12 @@ def sensitivity(
                     size = _bytes(layers[0])
                 drop = in_float - value if better else value - in_float
                 rows.append(SensitivityRow(names, width, size, value, drop, None if spec is None else spec.to_dict()))
-        for name, quantizer in placed_by_users(model).items() if widths is None else ():
-            quantizer.phase = "freeze"
+        for point in (point for point in points(model).values() if point.owner is None and widths is None):
+            point.quantizer.phase = "freeze"
             value = evaluate()
-            quantizer.phase = "off"
-            rows.append(SensitivityRow((name,), None, 0, value, in_float - value if better else value - in_float, None))
+            point.quantizer.phase = "off"
+            drop = in_float - value if better else value - in_float
+            rows.append(SensitivityRow((point.name,), None, 0, value, drop, None))
     return Sensitivity(in_float, better, tuple(rows))
 
 
@@ -170,7 +172,7 @@ def _with_bits(names: tuple[str, ...], quantizer: LearnableFakeQuantize, bits: i
 def _quantized(layers: Sequence[QuantizedLayer], spec: QuantSpec | None) -> Iterator[None]:
     """Within it these layers are quantized: by their own quantizers, or the weight alone by a specification."""
     if spec is None:
-        own = [q for layer in layers for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None]
+        own = [quantizer for layer in layers for quantizer in quantizers_of(layer)]
         for quantizer in own:
             quantizer.phase = "freeze"
         try:

@@ -17,6 +17,7 @@ from lfq_lightning.placement.host import (
     plain_name,
     quantize_layer,
     quantizers,
+    quantizers_of,
     restore_layer,
     set_compressed,
     set_learning_alone,
@@ -118,8 +119,8 @@ def _specs(layer: QuantizedLayer) -> tuple[QuantSpec | None, QuantSpec | None]:
 
 
 def _check_replaceable(name: str, layer: QuantizedLayer, placed: PlacedLayer | None) -> None:
-    for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-        if quantizer is not None and (quantizer.learned or quantizer.saw_data()):
+    for quantizer in quantizers_of(layer):
+        if quantizer.learned or quantizer.saw_data():
             raise ValueError(
                 f"{name!r} is already quantized as {_specs(layer)} and has learned from data. Found other settings: "
                 f"{(placed.weight, placed.activation) if placed else 'float'}. Use the same settings, or call "

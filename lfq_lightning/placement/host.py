@@ -132,6 +132,12 @@ def restore_layer(layer: nn.Module) -> None:
     layer.__class__ = float_type(layer)
 
 
+def quantizers_of(layer: QuantizedLayer) -> list[LearnableFakeQuantize]:
+    """What `attach` has put on a layer, whatever it serves there."""
+    children = layer._modules.values()
+    return [child for child in children if isinstance(child, LearnableFakeQuantize) and child.site is not None]
+
+
 def hosts(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The quantized layers of a model by dotted name, in order of registration."""
     return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}

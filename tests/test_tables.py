@@ -15,7 +15,7 @@ from torch import nn
 import lfq_lightning as lfq
 from lfq_lightning.export.parity import OutputParity, Parity, QuantizerParity
 from lfq_lightning.records.comparison import Comparison, Method
-from lfq_lightning.records.tables import aligned, shortened
+from lfq_lightning.tables import aligned, shortened
 
 pytestmark = pytest.mark.quick
 

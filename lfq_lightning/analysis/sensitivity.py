@@ -16,8 +16,8 @@ from lfq_lightning.placement.host import WEIGHT, QuantizedLayer, hosts, quantize
 from lfq_lightning.placement.points import points
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.summary import packed_bytes
-from lfq_lightning.records.tables import Table
 from lfq_lightning.spec import QuantSpec
+from lfq_lightning.tables import Table
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lfq_lightning.records.tables import Table
+from lfq_lightning.tables import Table
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from omegaconf import OmegaConf
 
 from lfq_lightning.checking import check_flags, check_path, check_texts
-from lfq_lightning.records.tables import Table
+from lfq_lightning.tables import Table
 
 
 class Run(NamedTuple):

@@ -14,8 +14,8 @@ from torchmetrics.functional.audio import signal_noise_ratio
 from lfq_lightning.checking import check_model, check_rows, check_whole
 from lfq_lightning.placement.points import Points, points, weights
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.records.tables import Table
 from lfq_lightning.running import in_eval_mode, run_by
+from lfq_lightning.tables import Table
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from lfq_lightning.records.tables import Table
+from lfq_lightning.tables import Table
 
 
 @dataclass(frozen=True)

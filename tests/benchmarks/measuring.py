@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-from lfq_lightning.records.tables import aligned
+from lfq_lightning.tables import aligned
 
 Call = Callable[[], object]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch.nn.utils import prune
 
 import lfq_lightning as lfq
 from lfq_lightning.__main__ import main
+from lfq_lightning.records.curves import sheet_of
+from lfq_lightning.records.trajectory import read_trajectory
 from lfq_lightning.report.findings import bytes_in_float, describe_weights
 from lfq_lightning.report.stored import stored_model
 from tests.processes import run_python
@@ -123,6 +126,24 @@ def test_a_browser_shows_every_part_without_an_error(run: Path, tmp_path: Path) 
         assert 'class="point"' in parts[part], part
     assert all(f">{layer}<" in parts["sizes"] for layer in ("first", "second", "head"))
     assert picture.stat().st_size > 50_000
+
+
+def test_the_page_shows_the_panels_that_the_picture_is_drawn_from(run: Path) -> None:
+    from lfq_lightning.report import figures
+
+    rows = read_trajectory(run / "trajectory.csv")
+    rows = [replace(r, scale_mean=r.scale_mean * (9 if r.phase == "learn" and r.step % 2 else 1)) for r in rows]
+    sheet, page = sheet_of(rows), figures.trajectories(rows)
+    assert sheet is not None and page is not None
+    panels = [panel for line in sheet.panels for panel in line]
+    assert {panel.is_logarithmic for panel in panels if panel.quantity == "movement"} == {True}
+    for number, panel in enumerate(panels, start=1):
+        axis = "y" if number == 1 else f"y{number}"
+        drawn = [list(trace.y) for trace in page.data if trace.yaxis == axis and trace.customdata is not None]
+        assert drawn == [[value for _, value, _, _ in curve] for curve in panel.curves.values()]
+        shown = page.layout[f"yaxis{axis[1:]}"]
+        assert (shown.type == "log") == bool(panel.is_logarithmic and panel.curves)
+    assert page.layout.xaxis.range == sheet.limits
 
 
 def test_a_run_directory_takes_its_newest_checkpoint_and_its_trajectory(run: Path, tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
-"""What a picture of trajectories shows: curves by quantity and kind of tensor, and the phases behind them."""
+"""What is shown of trajectories, whoever draws it: panels by quantity and kind of tensor, and the phases behind."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeVar
 
 from lfq_lightning.quantizer.saved import Role, role_in_name
 from lfq_lightning.records.trajectory import TrajectoryRow
 
 # Of each step that is drawn: the step, the line, and both ends of the band around it.
 Curve = list[tuple[int, float, float, float]]
+Colour = TypeVar("Colour")
 
 KINDS: dict[Role, str] = {"weight": "weights", "input": "activations"}
 QUANTITIES = {
@@ -22,6 +26,99 @@ QUANTITIES = {
 PALETTE = ["#332288", "#cc6677", "#117733", "#ddaa33", "#66bbdd", "#882255"]
 PALETTE += ["#44aa99", "#999933", "#aa4499", "#777777", "#bb5500", "#1155cc"]
 PHASE_COLOURS = {"observe": "#dce6f2", "estimate": "#fbe9cc", "freeze": "#e6e6e6"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The curves of one quantity and one kind of tensor, by quantizer."""
+
+    quantity: str
+    kind: str
+    curves: dict[str, Curve]
+
+    @property
+    def label(self) -> str:
+        """What stands at its axis."""
+        return QUANTITIES[self.quantity]
+
+    @property
+    def note(self) -> str:
+        """What is said in place of curves where there are none."""
+        return "all zero points are 0" if self.quantity == "zero_point" else "not recorded"
+
+    @property
+    def is_share(self) -> bool:
+        """Whether values are shares, which begin at 0 and are read in percent."""
+        return self.quantity == "saturation"
+
+    @property
+    def reference(self) -> float | None:
+        """Where a thin line tells what has not changed."""
+        return 1.0 if self.quantity == "movement" else None
+
+    @property
+    def spread(self) -> float:
+        """The largest positive value over the smallest."""
+        positive = [value for curve in self.curves.values() for _, value, _, _ in curve if value > 0] or [1.0]
+        return max(positive) / min(positive)
+
+    @property
+    def is_logarithmic(self) -> bool:
+        """Whether factors are told rather than differences."""
+        return self.quantity == "scale" or (self.quantity == "movement" and self.spread >= 4)
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """All panels of a run.
+
+    Args:
+        panels: a row for each quantity, in it a panel for each kind of tensor.
+        layers: a short name for each layer.
+        phases: name, first and last step of each.
+    """
+
+    panels: list[list[Panel]]
+    layers: dict[str, str]
+    phases: list[tuple[str, int, int]]
+
+    @property
+    def kinds(self) -> list[str]:
+        """What stands above the columns."""
+        return [panel.kind for panel in self.panels[0]]
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The first and the last step."""
+        return self.phases[0][1], self.phases[-1][2]
+
+    @property
+    def are_told_apart(self) -> bool:
+        """Whether each layer has a colour that a reader knows again."""
+        return len(self.layers) <= len(PALETTE)
+
+    def colours(self, shade: Callable[[float], Colour]) -> dict[str, str | Colour]:
+        """A colour for each layer; of many, shades of one map.
+
+        Args:
+            shade: the map's colour at a point between 0 and 1, in the words of whoever draws.
+        """
+        if self.are_told_apart:
+            return dict(zip(self.layers, PALETTE, strict=False))
+        # Up to 0.9 only: the yellow end of such maps cannot be seen on white.
+        return {layer: shade(0.9 * i / (len(self.layers) - 1)) for i, layer in enumerate(self.layers)}
+
+
+def sheet_of(rows: list[TrajectoryRow]) -> Sheet | None:
+    """What is shown of these rows; None where no quantizer was in use yet."""
+    found = panels_of(rows)
+    if not found:
+        return None
+    kinds = [kind for kind in (*KINDS.values(), "others") if any(kind == k for _, k in found)]
+    quantities = [quantity for quantity in QUANTITIES if any(quantity == q for q, _ in found)]
+    panels = [[Panel(quantity, kind, found.get((quantity, kind), {})) for kind in kinds] for quantity in quantities]
+    layers = list(dict.fromkeys(layer_and_kind(row.quantizer)[0] for row in rows))
+    return Sheet(panels, shortened(layers), phases_of(rows))
 
 
 def panels_of(rows: list[TrajectoryRow]) -> dict[tuple[str, str], dict[str, Curve]]:

@@ -6,19 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lfq_lightning.checking import check_path
-from lfq_lightning.records.curves import (
-    KINDS,
-    PALETTE,
-    PHASE_COLOURS,
-    QUANTITIES,
-    Curve,
-    layer_and_kind,
-    panels_of,
-    phases_of,
-    shortened,
-    trailing_mean,
-)
-from lfq_lightning.records.trajectory import FILE_NAME, TrajectoryRow, read_trajectory
+from lfq_lightning.records.curves import PHASE_COLOURS, Panel, Sheet, layer_and_kind, sheet_of, trailing_mean
+from lfq_lightning.records.trajectory import FILE_NAME, read_trajectory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,13 +45,13 @@ def plot_trajectories(run_directory: Path | str, path: Path | str | None = None)
     source = _trajectory_in(Path(run_directory))
     target = source.with_name("trajectories.png") if path is None else Path(path)
     rows = read_trajectory(source)
-    panels = panels_of(rows)
-    if not panels:
+    sheet = sheet_of(rows)
+    if sheet is None:
         raise ValueError(
             f"A picture needs a quantizer in phase estimate, learn or freeze. Found {len(rows)} rows without "
             f"one in `{source}`: let the run reach the phase estimate first."
         )
-    figure = _draw(rows, panels)
+    figure = _draw(sheet)
     check_format(figure, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=160, format=target.suffix[1:] or "png")
@@ -88,124 +77,102 @@ def _trajectory_in(source: Path) -> Path:
     return found[0] if found else source / FILE_NAME
 
 
-def _draw(rows: list[TrajectoryRow], panels: dict[tuple[str, str], dict[str, Curve]]) -> Figure:
+def _draw(sheet: Sheet) -> Figure:
     try:
         # Not pyplot: it would choose a window system and keep the figure alive in global state.
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             "`plot_trajectories` draws with matplotlib. Found none: "
             'install it with `pip install "lfq_lightning[examples]"`.'
         ) from error
-    kinds = [kind for kind in (*KINDS.values(), "others") if any(kind == k for _, k in panels)]
-    quantities = [quantity for quantity in QUANTITIES if any(quantity == q for q, _ in panels)]
-    figure = Figure(figsize=(4.4 * len(kinds) + 1.6, 1.8 * len(quantities) + 1), layout="constrained")
-    grid = figure.subplots(len(quantities), len(kinds), squeeze=False, sharex=True)
-    colours = _colours(list(dict.fromkeys(layer_and_kind(row.quantizer)[0] for row in rows)))
+    size = 4.4 * len(sheet.kinds) + 1.6, 1.8 * len(sheet.panels) + 1
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(sheet.panels), len(sheet.kinds), squeeze=False, sharex=True)
+    colours = sheet.colours(colormaps["viridis"])
     # A dollar sign would start a formula.
-    names = {layer: name.replace("$", r"\$") for layer, name in shortened(list(colours)).items()}
-    phases = phases_of(rows)
-    for line, quantity in zip(grid, quantities, strict=True):
-        for axes, kind in zip(line, kinds, strict=True):
-            curves = panels.get((quantity, kind), {})
-            _draw_curves(axes, quantity, curves, colours)
-            _shade_phases(axes, phases)
-            if len(colours) > len(PALETTE):  # too many colours to tell apart: the outermost lines are named
-                _name_outermost(axes, quantity, curves, colours, names)
-    for axes, kind in zip(grid[0], kinds, strict=True):
-        axes.set_title(kind, fontsize=11, loc="left", pad=_name_phases(axes, phases), fontweight="bold")
+    names = {layer: name.replace("$", r"\$") for layer, name in sheet.layers.items()}
+    for line, panels in zip(grid, sheet.panels, strict=True):
+        for axes, panel in zip(line, panels, strict=True):
+            _draw_panel(axes, panel, colours)
+            _shade_phases(axes, sheet)
+            if not sheet.are_told_apart:  # the outermost lines are named
+                _name_outermost(axes, panel, colours, names)
+    for axes, kind in zip(grid[0], sheet.kinds, strict=True):
+        axes.set_title(kind, fontsize=11, loc="left", pad=_name_phases(axes, sheet), fontweight="bold")
     for axes in grid[-1]:
         axes.set_xlabel("step", fontsize=9)
     figure.align_ylabels()
-    _explain_colours(figure, colours, list(names.values()))
+    _explain_colours(figure, sheet, colours, list(names.values()))
     return figure
 
 
-def _colours(layers: list[str]) -> dict[str, Any]:
-    if len(layers) <= len(PALETTE):
-        return dict(zip(layers, PALETTE, strict=False))
-    from matplotlib import colormaps
-
-    # Up to 0.9 only: the yellow end of the map cannot be seen on white.
-    return {layer: colormaps["viridis"](0.9 * i / (len(layers) - 1)) for i, layer in enumerate(layers)}
-
-
-def _name_outermost(
-    axes: Axes, quantity: str, curves: dict[str, Curve], colours: dict[str, Any], names: dict[str, str]
-) -> None:
-    by_last_value = sorted(curves, key=lambda name: curves[name][-1][1])
+def _name_outermost(axes: Axes, panel: Panel, colours: dict[str, Any], names: dict[str, str]) -> None:
+    by_last_value = sorted(panel.curves, key=lambda name: panel.curves[name][-1][1])
     named = [(name, "bottom") for name in by_last_value[-1:]]
-    if quantity in ("scale", "movement"):  # of shares and zero points the lowest are all near 0
+    if panel.quantity in ("scale", "movement"):  # of shares and zero points the lowest are all near 0
         named += [(name, "top") for name in by_last_value[:-1][:1]]
     for name, side in named:
-        layer, value = layer_and_kind(name)[0], curves[name][-1][1]
+        layer, (step, value, _, _) = layer_and_kind(name)[0], panel.curves[name][-1]
         offset = (-2, -2 if side == "top" else 2)
         place: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": "right", "va": side}
-        axes.annotate(names[layer], (curves[name][-1][0], value), color=colours[layer], fontsize=7, **place)
+        axes.annotate(names[layer], (step, value), color=colours[layer], fontsize=7, **place)
 
 
-def _draw_curves(axes: Axes, quantity: str, curves: dict[str, Curve], colours: dict[str, Any]) -> None:
-    axes.set_ylabel(QUANTITIES[quantity], fontsize=9)
+def _draw_panel(axes: Axes, panel: Panel, colours: dict[str, Any]) -> None:
+    axes.set_ylabel(panel.label, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    if not curves:
-        note = "all zero points are 0" if quantity == "zero_point" else "not recorded"
-        axes.annotate(note, (0.5, 0.5), xycoords="axes fraction", ha="center", fontsize=9, color="#666666")
+    if not panel.curves:
+        axes.annotate(panel.note, (0.5, 0.5), xycoords="axes fraction", ha="center", fontsize=9, color="#666666")
         axes.set_yticks([])
         return
     axes.margins(y=0.12)
     axes.grid(axis="y", color="#000000", alpha=0.08, linewidth=0.6)
-    for name, curve in curves.items():
+    count = len(panel.curves)
+    for name, curve in panel.curves.items():
         colour = colours[layer_and_kind(name)[0]]
         steps, middle, low, high = zip(*curve, strict=True)
-        if quantity == "saturation":
+        if panel.is_share:
             # One batch says little about the share: the eye needs its mean, and the noise only faintly.
-            axes.plot(steps, middle, color=colour, linewidth=0.6, alpha=min(0.25, 1 / len(curves)))
+            axes.plot(steps, middle, color=colour, linewidth=0.6, alpha=min(0.25, 1 / count))
             middle = trailing_mean(middle)
+        look = {"color": colour, "linewidth": 1.2 if count <= 20 else 0.9, "gid": f"{name}.{panel.quantity}"}
         # A line through one point would be invisible.
-        marker = "." if len(steps) == 1 else ""
-        axes.plot(
-            steps,
-            middle,
-            color=colour,
-            linewidth=1.2 if len(curves) <= 20 else 0.9,
-            marker=marker,
-            gid=f"{name}.{quantity}",
-        )
+        axes.plot(steps, middle, marker="." if len(steps) == 1 else "", **look)
         if low != high:
-            axes.fill_between(steps, low, high, color=colour, alpha=min(0.18, 2.5 / len(curves)), linewidth=0)
-    _scale_axis(axes, quantity, [value for curve in curves.values() for _, value, _, _ in curve])
+            axes.fill_between(steps, low, high, color=colour, alpha=min(0.18, 2.5 / count), linewidth=0)
+    _scale_axis(axes, panel)
 
 
-def _scale_axis(axes: Axes, quantity: str, values: list[float]) -> None:
+def _scale_axis(axes: Axes, panel: Panel) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    if quantity == "saturation":
+    if panel.is_share:
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
         axes.set_ylim(bottom=0)
-    elif quantity == "movement":
-        axes.axhline(1, color="#000000", linewidth=0.6, linestyle=":")
-    positive = [value for value in values if value > 0] or [1.0]
-    spread = max(positive) / min(positive)
-    if quantity == "scale" or (quantity == "movement" and spread >= 4):
+    if panel.reference is not None:
+        axes.axhline(panel.reference, color="#000000", linewidth=0.6, linestyle=":")
+    if panel.is_logarithmic:
         axes.set_yscale("log", nonpositive="mask")
         # Between 1, 2, 5 and 10 a narrow range may hold no tick at all.
-        subs = (1, 2, 5) if spread < 100 else (1,)
+        subs = (1, 2, 5) if panel.spread < 100 else (1,)
         few = MaxNLocator(5, steps=[1, 2, 5, 10])
-        axes.yaxis.set_major_locator(few if spread < 4 else LogLocator(subs=subs))
+        axes.yaxis.set_major_locator(few if panel.spread < 4 else LogLocator(subs=subs))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter("{x:g}")
 
 
-def _shade_phases(axes: Axes, phases: list[tuple[str, int, int]]) -> None:
-    axes.set_xlim(phases[0][1], phases[-1][2])
-    for phase, start, end in phases:
+def _shade_phases(axes: Axes, sheet: Sheet) -> None:
+    axes.set_xlim(*sheet.limits)
+    for phase, start, end in sheet.phases:
         axes.axvspan(start, end, color=PHASE_COLOURS.get(phase, "#ffffff"), linewidth=0, zorder=0)
 
 
-def _name_phases(axes: Axes, phases: list[tuple[str, int, int]]) -> float:
+def _name_phases(axes: Axes, sheet: Sheet) -> float:
     """Write the names above the axes, and return the height that they take, in points."""
-    first, last = phases[0][1], phases[-1][2]
+    phases, (first, last) = sheet.phases, sheet.limits
     # Shares of the width: a letter takes about a fiftieth, a slanted line of text a sixteenth.
     narrow = any((end - start) / (last - first) < 0.02 * len(phase) for phase, start, end in phases)
     slant: dict[str, Any] = {"rotation": 35, "ha": "left"} if narrow else {"ha": "center"}
@@ -216,10 +183,10 @@ def _name_phases(axes: Axes, phases: list[tuple[str, int, int]]) -> float:
     return 28 if narrow else 16
 
 
-def _explain_colours(figure: Figure, colours: dict[str, Any], layers: list[str]) -> None:
+def _explain_colours(figure: Figure, sheet: Sheet, colours: dict[str, Any], layers: list[str]) -> None:
     from matplotlib import cm, colors, lines
 
-    if len(layers) <= len(PALETTE):
+    if sheet.are_told_apart:
         handles = [lines.Line2D([], [], color=colour) for colour in colours.values()]
         figure.legend(handles, layers, loc="outside right upper", fontsize=8, frameon=False, title="layer")
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,16 +11,7 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from lfq_lightning.analysis.sensitivity import Sensitivity
-from lfq_lightning.records.curves import (
-    KINDS,
-    PALETTE,
-    PHASE_COLOURS,
-    QUANTITIES,
-    layer_and_kind,
-    panels_of,
-    phases_of,
-    shortened,
-)
+from lfq_lightning.records.curves import PALETTE, PHASE_COLOURS, Panel, Sheet, layer_and_kind, sheet_of, shortened
 from lfq_lightning.records.summary import Summary
 from lfq_lightning.records.trajectory import TrajectoryRow
 from lfq_lightning.report.findings import WeightFindings
@@ -34,58 +24,62 @@ def trajectories(rows: list[TrajectoryRow]) -> go.Figure | None:
 
     A click on a layer in the legend hides it, a double click shows it alone.
     """
-    panels = panels_of(rows)
-    if not panels:
+    sheet = sheet_of(rows)
+    if sheet is None:
         return None
-    kinds = [kind for kind in (*KINDS.values(), "others") if any(kind == k for _, k in panels)]
-    quantities = [quantity for quantity in QUANTITIES if any(quantity == q for q, _ in panels)]
-    figure = make_subplots(len(quantities), len(kinds), shared_xaxes=True, column_titles=kinds, vertical_spacing=0.03)
-    layers = list(dict.fromkeys(layer_and_kind(row.quantizer)[0] for row in rows))
-    colours, names = _colours(layers), shortened(layers)
+    shape = {"rows": len(sheet.panels), "cols": len(sheet.kinds)}
+    figure = make_subplots(**shape, shared_xaxes=True, column_titles=sheet.kinds, vertical_spacing=0.03)
+    colours = sheet.colours(lambda point: sample_colorscale("Viridis", [point])[0])
     explained: set[str] = set()
-    for (quantity, kind), curves in panels.items():
-        place = {"row": quantities.index(quantity) + 1, "col": kinds.index(kind) + 1}
-        for quantizer, curve in curves.items():
-            layer = layer_and_kind(quantizer)[0]
-            steps, middle, low, high = zip(*curve, strict=True)
-            look = {"legendgroup": layer, "line": {"color": colours[layer], "width": 1.5}}
-            if low != high and len(layers) <= len(PALETTE):
-                figure.add_trace(_band(steps, low, high, layer, colours[layer]), **place)
-            figure.add_trace(
-                go.Scatter(
-                    x=steps,
-                    y=middle,
-                    name=names[layer],
-                    showlegend=layer not in explained,
-                    customdata=list(zip(low, high, strict=True)),
-                    hovertemplate=_hover(names[layer], quantity, low != high),
-                    mode="lines" if len(steps) > 1 else "markers",
-                    **look,
-                ),
-                **place,
-            )
-            explained.add(layer)
-    for quantity, kind in itertools.product(quantities, kinds):
-        if (quantity, kind) not in panels and quantity == "zero_point":
-            place = {"row": quantities.index(quantity) + 1, "col": kinds.index(kind) + 1}
-            zero = {
-                "mode": "lines",
-                "line": {"color": _GREY, "dash": "dot"},
-                "hovertemplate": "all zero points are 0<extra></extra>",
-            }
-            figure.add_trace(go.Scatter(x=[rows[0].step, rows[-1].step], y=[0, 0], showlegend=False, **zero), **place)
-    for start, end, phase in ((start, end, phase) for phase, start, end in phases_of(rows)):
+    for row, panels in enumerate(sheet.panels, start=1):
+        for column, panel in enumerate(panels, start=1):
+            _draw_panel(figure, {"row": row, "col": column}, panel, sheet, colours, explained)
+        figure.update_yaxes(title_text=panels[0].label.replace("\n", "<br>"), row=row, col=1)
+    for phase, start, end in sheet.phases:
         if phase in PHASE_COLOURS:
             figure.add_vrect(start, end, fillcolor=PHASE_COLOURS[phase], opacity=1, layer="below", line_width=0)
-    for row, quantity in enumerate(quantities, start=1):
-        form = ".2~%" if quantity == "saturation" else "~g"
-        figure.update_yaxes(tickformat=form, row=row)
-        if quantity == "scale":
-            figure.update_yaxes(type="log", dtick="D2", row=row)  # 1, 2 and 5
-        figure.update_yaxes(title_text=QUANTITIES[quantity].replace("\n", "<br>"), row=row, col=1)
-    figure.update_xaxes(title_text="step", row=len(quantities))
-    figure.update_xaxes(range=[rows[0].step, max(rows[-1].step, rows[0].step + 1)])
-    return _styled(figure, 230 * len(quantities) + 90)
+    figure.update_xaxes(title_text="step", row=len(sheet.panels))
+    figure.update_xaxes(range=sheet.limits)
+    return _styled(figure, 230 * len(sheet.panels) + 90)
+
+
+def _draw_panel(
+    figure: go.Figure,
+    place: dict[str, int],
+    panel: Panel,
+    sheet: Sheet,
+    colours: dict[str, str],
+    explained: set[str],
+) -> None:
+    for quantizer, curve in panel.curves.items():
+        layer = layer_and_kind(quantizer)[0]
+        steps, middle, low, high = zip(*curve, strict=True)
+        if low != high and sheet.are_told_apart:
+            figure.add_trace(_band(steps, low, high, layer, colours[layer]), **place)
+        figure.add_trace(
+            go.Scatter(
+                x=steps,
+                y=middle,
+                name=sheet.layers[layer],
+                showlegend=layer not in explained,
+                customdata=list(zip(low, high, strict=True)),
+                hovertemplate=_hover(sheet.layers[layer], panel, low != high),
+                mode="lines" if len(steps) > 1 else "markers",
+                legendgroup=layer,
+                line={"color": colours[layer], "width": 1.5},
+            ),
+            **place,
+        )
+        explained.add(layer)
+    if not panel.curves and panel.quantity == "zero_point":
+        look = {"mode": "lines", "line": {"color": _GREY, "dash": "dot"}}
+        look["hovertemplate"] = f"{panel.note}<extra></extra>"
+        figure.add_trace(go.Scatter(x=sheet.limits, y=[0, 0], showlegend=False, **look), **place)
+    figure.update_yaxes(tickformat=".2~%" if panel.is_share else "~g", **place)
+    if panel.is_logarithmic and panel.curves:
+        figure.update_yaxes(type="log", dtick="D2", **place)  # 1, 2 and 5
+    if panel.reference is not None:
+        figure.add_hline(panel.reference, line={"color": "#000000", "width": 0.6, "dash": "dot"}, **place)
 
 
 def _band(steps: Sequence[int], low: Sequence[float], high: Sequence[float], layer: str, colour: str) -> go.Scatter:
@@ -103,18 +97,10 @@ def _band(steps: Sequence[int], low: Sequence[float], high: Sequence[float], lay
     )
 
 
-def _hover(name: str, quantity: str, band: bool) -> str:
-    form = ".3%" if quantity == "saturation" else ".5g"
+def _hover(name: str, panel: Panel, band: bool) -> str:
+    form = ".3%" if panel.is_share else ".5g"
     channels = f"<br>channels %{{customdata[0]:{form}}} to %{{customdata[1]:{form}}}" if band else ""
     return f"{name}<br>step %{{x}}: %{{y:{form}}}{channels}<extra></extra>"
-
-
-def _colours(layers: list[str]) -> dict[str, str]:
-    if len(layers) <= len(PALETTE):
-        return dict(zip(layers, PALETTE, strict=False))
-    # Up to 0.9 only: the yellow end of the map cannot be seen on white.
-    points = [0.9 * i / (len(layers) - 1) for i in range(len(layers))]
-    return dict(zip(layers, sample_colorscale("Viridis", points), strict=True))
 
 
 def sizes(weights: Sequence[WeightFindings]) -> go.Figure:

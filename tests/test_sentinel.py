@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import lfq_lightning as lfq
+from lfq_lightning.placement.points import points
+from lfq_lightning.records.symptoms import Symptoms
 from lfq_lightning.records.trajectory import TrajectoryRow
 from lfq_lightning.training.sentinel import Sentinel
 from tests.runs import BATCHES, Net, every_epoch, fit, images, qat
@@ -32,8 +34,8 @@ def learned() -> Net:
 
 
 def reasons(rows: list[TrajectoryRow]) -> list[str]:
-    model, sentinel = learned(), Sentinel()
-    return [sentinel.collapsed(model, [row]).get(row.quantizer, "") for row in rows]
+    found, symptoms = points(learned()), Symptoms({})
+    return [symptoms.collapsed([row], found).get(row.quantizer, "") for row in rows]
 
 
 COLLAPSED = {
@@ -126,7 +128,8 @@ def test_an_input_that_starts_over_at_an_end_of_its_range_is_not_suspicious_ther
     model, sentinel = learned(), Sentinel("reinit")
     at_end = replace(HEALTHY, zero_point_min=0, zero_point_mean=0, zero_point_max=0, saturation=0.4)
     with pytest.warns(UserWarning, match="an end of the range"):
-        started_over = [sentinel.react(model, sentinel.collapsed(model, [row])) for row in [HEALTHY] + [at_end] * 60]
+        collapsed = (sentinel.symptoms.collapsed([row], points(model)) for row in [HEALTHY] + [at_end] * 60)
+        started_over = [sentinel.react(model, found) for found in collapsed]
     assert [len(found) for found in started_over] == [0] * 20 + [1] + [0] * 40
 
 

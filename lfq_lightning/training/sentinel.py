@@ -1,9 +1,8 @@
-"""Notices quantizers that have collapsed or leave their codes unused, from what is recorded anyway."""
+"""Reacts to quantizers that have collapsed or leave their codes unused, which what is recorded anyway shows."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -13,22 +12,12 @@ from torch import nn
 
 from lfq_lightning.checking import check_choice
 from lfq_lightning.placement.host import hosts, quantizers, whole_weight
+from lfq_lightning.placement.points import points
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.records.codes import few_codes
+from lfq_lightning.records.symptoms import Symptoms
 from lfq_lightning.records.trajectory import TrajectoryRow
 
 Reaction = Literal["warn", "reinit", "raise"]
-
-# The smallest scale that quantization divides by, with room for the nine digits of a record.
-_FLOOR = torch.finfo(torch.float32).eps * (1 + 1e-6)
-# Weights shrink in training, and by normalisation may; not to a thousandth.
-_SHRUNK = 1e-3
-# What a quantizer clamps is lost; zeros after a ReLU never count as clamped.
-_SATURATED, _SATURATED_FOR = 0.75, 3
-# After a ReLU a zero point belongs at an end. One is suspicious that moved there, stayed, and clamps what lies beyond.
-_PINNED_FOR, _BEYOND = 20, 0.1
-# One batch may be unlike the data that a range was found on.
-_UNUSED_FOR = 3
 
 _REMEDY = (
     "Lower the learning rate of scales and zero points (`optimizer`), observe for longer (`schedule`), give the layer "
@@ -42,14 +31,10 @@ _REMEDY_FOR_UNUSED = (
 
 
 class Sentinel:
-    """Finds collapsed quantizers and those with unused codes in what is recorded, and reacts to each.
+    """Reacts to quantizers that have collapsed or leave their codes unused; see `Symptoms`.
 
-    Collapsed is a quantizer whose scale or zero point is not finite, and, while it learns, one whose scale fell to its
-    floor or to a thousandth, which clamps most of what it is given, or whose zero point moved to an end of the range,
-    stays there, and lies where a good part of what it is given does not.
-
-    While outputs are quantized it also names a quantizer most of whose codes are unused; see `in_few_codes`. Estimated
-    anew from the same values its range would be the same, so that "reinit" does no more than "warn" about it.
+    Estimated anew from the same values the range of one with unused codes would be the same, so that "reinit" does no
+    more than "warn" about it.
 
     Args:
         reaction: "warn" names it once; "reinit" also estimates its qparams anew; "raise" ends the run.
@@ -65,17 +50,14 @@ class Sentinel:
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered of each quantizer, in plain values; on several ranks, that of rank zero decides."""
-        streaks = {name: dict(lasting) for name, lasting in self._streaks.items()}
         named = {"named": sorted(self._named), "named_unused": sorted(self._named_unused)}
-        return {**named, "began": dict(self._began), "streaks": streaks}
+        return {**named, **self.symptoms.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave; nothing at all forgets."""
         self._named: set[str] = set(state.get("named", ()))
         self._named_unused: set[str] = set(state.get("named_unused", ()))  # which earlier versions did not know
-        self._began: dict[str, float] = dict(state.get("began", {}))
-        streaks = state.get("streaks", {})
-        self._streaks: dict[str, dict[str, float]] = {name: dict(lasting) for name, lasting in streaks.items()}
+        self.symptoms = Symptoms(state)
 
     def watch(
         self, trainer: L.Trainer, model: nn.Module, rows: list[TrajectoryRow], in_few_codes: Mapping[str, float]
@@ -90,57 +72,13 @@ class Sentinel:
         """
         if not rows:
             return []
-        found = self.collapsed(model, rows), self.unused(model, rows, in_few_codes)
+        known = points(model)
+        found = self.symptoms.collapsed(rows, known), self.symptoms.unused(rows, known, in_few_codes)
         if trainer.world_size > 1 and self.reaction != "warn":
             found = trainer.strategy.broadcast(found)  # what is measured is each rank's own, and all act or none
         collapsed, unused = found
         self.name_unused(unused)
         return self.react(model, collapsed)
-
-    def collapsed(self, model: nn.Module, rows: Iterable[TrajectoryRow]) -> dict[str, str]:
-        """The quantizers that these rows show to have collapsed, and how."""
-        found = quantizers(model)
-        reasons = {row.quantizer: self._reason(row, found[row.quantizer]) for row in rows}
-        return {name: reason for name, reason in reasons.items() if reason}
-
-    def unused(
-        self, model: nn.Module, rows: Iterable[TrajectoryRow], in_few_codes: Mapping[str, float]
-    ) -> dict[str, str]:
-        """The quantizers most of whose codes were unused for some records, and how few are used."""
-        found, reasons = quantizers(model), {}
-        for row in rows:
-            name, quantized = row.quantizer, row.phase not in ("off", "observe")
-            share = in_few_codes.get(name, 0.0) if quantized else 0.0
-            if self._lasts(name, "unused", share > 0, _UNUSED_FOR):
-                low, high = found[name].code_range
-                few = f"{few_codes(low, high)} of {high - low + 1} codes"
-                reasons[name] = f"{share:.1%} of what it is given fall into {few}"
-        return reasons
-
-    def _reason(self, row: TrajectoryRow, quantizer: LearnableFakeQuantize) -> str:
-        name = row.quantizer
-        if not all(map(math.isfinite, (row.scale_min, row.scale_max, row.zero_point_min, row.zero_point_max))):
-            return "its scale or zero point is not finite"
-        if row.phase != "learn":
-            return ""
-        began = self._began.setdefault(name, row.scale_min)
-        if row.scale_min <= max(began * _SHRUNK, _FLOOR) < began:  # a channel of zeros is at the floor from the start
-            return f"its smallest scale fell from {began:.3g} to {row.scale_min:.3g}"
-        if self._lasts(name, "saturated", row.saturation > _SATURATED, _SATURATED_FOR):
-            return f"it clamps {row.saturation:.0%} of what it is given"
-        at_end = row.zero_point_max <= quantizer.quant_min or row.zero_point_min >= quantizer.quant_max
-        pinned = at_end and not quantizer.symmetric and row.saturation >= _BEYOND
-        self._streaks.setdefault(name, {}).setdefault("pinned", -math.inf if pinned else 0)
-        if self._lasts(name, "pinned", pinned, _PINNED_FOR):
-            return (
-                f"its zero point went to {row.zero_point_mean:g}, an end of the range, and clamps {row.saturation:.0%}"
-            )
-        return ""
-
-    def _lasts(self, name: str, what: str, holds: bool, records: int) -> bool:
-        lasting = self._streaks.setdefault(name, {})
-        lasting[what] = lasting.get(what, 0) + 1 if holds else 0
-        return lasting[what] >= records
 
     def react(self, model: nn.Module, collapsed: dict[str, str]) -> list[LearnableFakeQuantize]:
         """Warn of each quantizer once, or raise; with "reinit", start it over, and give those that were.
@@ -152,8 +90,7 @@ class Sentinel:
         if self.reaction != "reinit":
             return []
         for name in collapsed:  # what it was says nothing about what it becomes
-            self._began.pop(name, None)
-            self._streaks.pop(name, None)
+            self.symptoms.forget(name)
         return [_reinitialise(model, name) for name in collapsed]
 
     def name_unused(self, unused: dict[str, str]) -> None:

@@ -10,36 +10,25 @@ from typing import Any, Literal, get_args
 import lightning as L
 from torch.optim import Optimizer
 
-from lfq_lightning.checking import check_choice, check_flags, check_path
+from lfq_lightning.checking import check_choice, check_flags, check_path, check_whole
 from lfq_lightning.export.parity import Parity
-from lfq_lightning.gathering import set_gathering
-from lfq_lightning.placement import Placement, apply, plan, quantizers
+from lfq_lightning.placement import Placement, apply, plan
 from lfq_lightning.placement.host import FrozenLayers
-from lfq_lightning.placement.points import points
 from lfq_lightning.records.recorder import Recorder
 from lfq_lightning.rules import Rule, as_rules
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, as_schedule, weight_spec
-from lfq_lightning.training.exporting import FitExport
-from lfq_lightning.training.phases import (
-    RunPhases,
-    begin,
-    settle_frozen_layers,
-    show_phase,
-    warn_if_float,
-    warn_if_still,
-    warn_if_unlearned,
-)
+from lfq_lightning.training.phases import warn_if_float, warn_if_unlearned
+from lfq_lightning.training.run import Run, Training
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.stepping.qparams import OptimizerFactory, QParamOptimizer, ScheduleFactory
-from lfq_lightning.training.stepping.users import UserOptimizers, arranged_qparams, check_makers, make_optimizer
-from lfq_lightning.training.stepping.weights import WeightSteps
-from lfq_lightning.training.trainer.length import ModelSchedule
-from lfq_lightning.training.trainer.module import add_note, meet_quantizers, note_on_checkpoints
-from lfq_lightning.training.trainer.neighbours import arrange, check_neighbours, require_gradients
-from lfq_lightning.training.trainer.resuming import explain_torn_checkpoint, open_epoch, take_up
-from lfq_lightning.training.trainer.strategy import load_quantizers_whole
-from lfq_lightning.training.wrapping import AtRest, Wrappers
+from lfq_lightning.training.stepping.steps import check_makers
+from lfq_lightning.training.stepping.users import UserOptimizers
+from lfq_lightning.training.trainer.length import Count
+from lfq_lightning.training.trainer.module import add_note
+from lfq_lightning.training.trainer.neighbours import check_neighbours, require_gradients
+from lfq_lightning.training.trainer.resuming import explain_torn_checkpoint
+from lfq_lightning.training.wrapping import AtRest
 
 
 class QuantizationAwareTraining(AtRest):
@@ -99,6 +88,9 @@ class QuantizationAwareTraining(AtRest):
         check_flags(reobserve=reobserve, compress_saved=compress_saved, write_files=write_files)
         check_choice("frozen_layers", frozen_layers, get_args(FrozenLayers))
         check_path("export", export, needed=False)
+        check_choice("on_collapse", on_collapse, get_args(Reaction))
+        if record_every_n_steps is not None:
+            check_whole("record_every_n_steps", record_every_n_steps, 1)
         self.weight: SpecLike = weight if isinstance(weight, int) else weight_spec(weight)
         self.activation: SpecLike = activation if isinstance(activation, int) else activation_spec(activation)
         weight_spec(self.weight), activation_spec(self.activation)
@@ -113,26 +105,37 @@ class QuantizationAwareTraining(AtRest):
         self._rest()
 
     def _rest(self) -> None:
-        self._recorder = Recorder(self.record_every_n_steps, self.write_files)
-        self._sentinel, self._export = Sentinel(self.on_collapse), FitExport(self.export)
-        self._weight_steps, self.model_schedule = WeightSteps(), ModelSchedule(self.schedule)
-        self.qparam_optimizer: QParamOptimizer | UserOptimizers | None = None
-        self._phases = RunPhases({}, PhaseSchedule())  # of nothing, until training starts
-        self._restored: dict[str, Any] = {}
-        self._wrappers, self._arranged = Wrappers(), Wrappers()  # until training starts, and until the run ends
+        self._run: Run | None = None
+
+    @property
+    def qparam_optimizer(self) -> QParamOptimizer | UserOptimizers | None:
+        """What steps scales and zero points, in the present fit or the last; None before one has optimizers."""
+        return None if self._run is None else self._run.steps.qparams
+
+    @property
+    def since(self) -> Count:
+        """The Trainer's epoch and optimizer step at which the model's own count was 0: it goes on through all fits."""
+        return (0, 0) if self._run is None else self._run.since
+
+    @property
+    def _in_run(self) -> Run:
+        if self._run is None:
+            raise RuntimeError("Hooks are for a Trainer to call, `setup` first. Found another before it: use `fit`.")
+        return self._run
+
+    @property
+    def _training(self) -> Training:
+        if self._in_run.training is None:
+            raise RuntimeError("A Trainer calls `on_train_start` before batches. Found a batch before it: use `fit`.")
+        return self._in_run.training
 
     # ---- before the run ---------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Attach, and see to it that layers made later, optimizers and checkpoints meet the quantizers in order."""
-        self._restored = {}  # a stage that does not train takes nothing up, and leaves it
         check_neighbours(trainer, self)
-        self.model_schedule.check(trainer, pl_module, self.schedule, self.reobserve)
-        attach = partial(self._attach, pl_module)
-        meet_quantizers(self._wrappers, pl_module, attach, partial(arranged_qparams, pl_module, self.optimizer))
-        arrange(self._arranged, trainer, pl_module)
-        note_on_checkpoints(self._arranged, pl_module)
-        load_quantizers_whole(self._arranged, trainer, pl_module)
+        self._run = Run(trainer, pl_module, self.schedule, self.reobserve, self.export, before=self._run)
+        self._run.arrange(trainer, pl_module, partial(self._attach, pl_module), self.optimizer)
 
     def _attach(self, pl_module: L.LightningModule, final: bool) -> None:
         self.placement = plan(pl_module, self.weight, self.activation, self.rules, final)
@@ -141,63 +144,38 @@ class QuantizationAwareTraining(AtRest):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over from the user's optimizers what concerns qparams; refuse what could not be exported."""
-        self._export.begin(trainer, pl_module)
-        self._wrappers.remove()
-        self.qparam_optimizer = make_optimizer(self._arranged, trainer, pl_module, self.optimizer, self.lr_schedule)
-        self._weight_steps.follow(pl_module, trainer.optimizers)
-        settle_frozen_layers(pl_module, trainer.optimizers, self.frozen_layers)
-        begin(pl_module, anew=not take_up(self.qparam_optimizer, self._restored) and self.reobserve)
+        self._in_run.start(trainer, pl_module, self.optimizer, self.lr_schedule, self.frozen_layers)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up a checkpoint, settle the schedule and where the trajectory goes, and enter the phase."""
-        take_up(self.qparam_optimizer, self._restored)  # strategies that shard restore it after `on_fit_start`
-        before, given = self._restored, self.schedule
-        schedule, steps = self.model_schedule.settle(trainer, pl_module, given, self.reobserve, before)
-        found = points(pl_module)  # nothing comes or goes while it trains
-        self._recorder.open(trainer, found, steps, before.get("recorder", {}))
-        self._sentinel.load_state_dict(before.get("sentinel", {}))
-        self._phases = RunPhases(found, schedule)
-        show_phase(self._arranged, trainer, self._phases)
-        self._phases.enter(trainer, pl_module)
+        recorder, sentinel = Recorder(self.record_every_n_steps, self.write_files), Sentinel(self.on_collapse)
+        self._in_run.train(trainer, pl_module, recorder, sentinel)
 
     # ---- the run --------------------------------------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Enter the epoch's phase."""
-        self._phases.enter(trainer, pl_module)
+        self._training.phases.enter(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Gather statistics from this batch's forward passes, and measure them where a record is due."""
-        open_epoch(trainer)
-        self._weight_steps.forget()
-        self._phases.enter(trainer, pl_module)
-        self._export.see(pl_module, batch)
-        self._phases.before_batch()
-        self._recorder.before_batch(trainer, pl_module, self.qparam_optimizer)
+        self._training.before_batch(trainer, pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Merge the batch's statistics over ranks, and record."""
-        assert self.qparam_optimizer is not None
-        self._phases.after_batch(trainer, pl_module)
-        begun_anew = self._phases.follow_blank()
-        begun_anew += self._sentinel.watch(trainer, pl_module, *self._recorder.after_batch(trainer, pl_module))
-        for quantizer in begun_anew:
-            self.qparam_optimizer.forget(quantizer)
+        self._training.after_batch(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the scales and zero points of every channel, and say so if nothing moves them."""
-        self._recorder.after_epoch(trainer)
-        warn_if_still(trainer, self._phases, self.qparam_optimizer)
+        self._training.after_epoch(trainer)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Let no user's optimizer move qparams outside `learn`, and note where it moves weights of few bits from."""
-        if isinstance(self.qparam_optimizer, UserOptimizers):
-            self.qparam_optimizer.prepare()
-        self._weight_steps.remember(optimizer)
+        self._in_run.steps.announce(optimizer)
 
     # ---- after the run ----------------------------------------------------------------------------------------------
 
@@ -207,8 +185,7 @@ class QuantizationAwareTraining(AtRest):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show what was recorded, and export, on rank zero."""
-        self._recorder.after_fit(trainer)
-        self.parity = self._export.end(trainer, pl_module)
+        self.parity = self._in_run.finish(trainer, pl_module)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so where the numbers that follow are those of the float model."""
@@ -218,31 +195,23 @@ class QuantizationAwareTraining(AtRest):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave nothing behind but the quantizers."""
-        self._let_go(trainer, pl_module)
+        self._end()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the model usable."""
         explain_torn_checkpoint(trainer, exception)
-        self._let_go(trainer, pl_module)
+        self._end()
 
-    def _let_go(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.model_schedule.end(trainer, pl_module)
-        self._recorder.close()
-        for attached in (self._wrappers, self._arranged, self._weight_steps, self.qparam_optimizer):
-            if attached is not None:
-                attached.remove()
-        set_gathering(quantizers(pl_module).values(), None)
+    def _end(self) -> None:
+        if self._run is not None:
+            self._run.end()
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     @wraps(L.Callback.state_dict, assigned=())  # Lightning then leaves it to us to refuse two, with the remedy
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """The schedule in force, the qparams' optimizer, what records and sentinel know; plain values and tensors."""
-        state: dict[str, Any] = {"recorder": self._recorder.state_dict(), "sentinel": self._sentinel.state_dict()}
-        state |= self.model_schedule.state_dict()
-        if self.qparam_optimizer is not None:
-            state["qparam_optimizer"] = self.qparam_optimizer.state_dict()
-        return state
+        return {} if self._run is None else self._run.state_dict()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Tell whoever loads it into a float model what to do."""
@@ -250,7 +219,8 @@ class QuantizationAwareTraining(AtRest):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until the fit has made what it belongs to."""
-        self._restored = dict(state_dict)
+        if self._run is not None:
+            self._run.restored = dict(state_dict)
 
     def __repr__(self) -> str:
         given = {"weight": self.weight, "activation": self.activation, "rules": self.rules, "schedule": self.schedule}

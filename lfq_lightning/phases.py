@@ -77,8 +77,13 @@ def _switch(found: Points, phase: Phase, keep_learning: bool) -> None:
     forget_compiled_code()
 
 
+def goes_on(quantizer: LearnableFakeQuantize, phase: Phase) -> Phase:
+    """The phase of a quantizer while its model goes to this one: what has learned goes on learning."""
+    return "learn" if quantizer.learned and phase in _BEFORE_LEARNING else phase
+
+
 def _put(quantizer: LearnableFakeQuantize, phase: Phase, keep_learning: bool, late: bool) -> None:
-    own: Phase = "learn" if keep_learning and quantizer.learned and phase in _BEFORE_LEARNING else phase
+    own = goes_on(quantizer, phase) if keep_learning else phase
     if late:
         own = "observe"
     elif own == "learn":

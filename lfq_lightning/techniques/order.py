@@ -18,7 +18,7 @@ def quantization_callback(trainer: L.Trainer) -> QuantizationAwareTraining | Non
 def epochs_before(trainer: L.Trainer) -> int:
     """How many epochs the Trainer had counted when the model's own count began: it goes on through all its fits."""
     quantization = quantization_callback(trainer)
-    return 0 if quantization is None else quantization.model_schedule.since[0]
+    return 0 if quantization is None else quantization.since[0]
 
 
 def check_quantized(own: L.Callback, model: L.LightningModule) -> None:

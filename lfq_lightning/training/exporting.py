@@ -44,7 +44,6 @@ class FitExport:
         """Refuse a fit whose model could not be exported."""
         if self.path is not None:
             check_fit(trainer, model, self.path)
-            self._last_batch = None
 
     def see(self, model: L.LightningModule, batch: Any) -> None:
         """Refuse, at the first batch, a model that cannot be traced; keep the batch."""

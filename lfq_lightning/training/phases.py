@@ -20,7 +20,7 @@ from lfq_lightning.gathering import (
     mark_blank,
     set_gathering,
 )
-from lfq_lightning.phases import check_ranks_agree, go_on, join, leading_quantizer, model_phase, phase_of
+from lfq_lightning.phases import check_ranks_agree, go_on, goes_on, join, leading_quantizer, model_phase, phase_of
 from lfq_lightning.placement.host import FrozenLayers, hosts, quantizers, set_learning_alone
 from lfq_lightning.placement.points import Points
 from lfq_lightning.quantizer import LearnableFakeQuantize
@@ -56,8 +56,8 @@ class RunPhases:
     def enter(self, trainer: L.Trainer, model: L.LightningModule) -> None:
         """Put quantizers in the phase that the schedule says; those that have learned before go on learning."""
         phase, before = self.schedule.phase(trainer.current_epoch, trainer.global_step), self.phase
-        if self._lead is not None and self._lead.learned and phase in ("off", "observe", "estimate"):
-            phase = "learn"
+        if self._lead is not None:
+            phase = goes_on(self._lead, phase)
         if phase in ("learn", "freeze") and is_dev_run(trainer):
             phase = "off"
         if phase == before or not self.points:

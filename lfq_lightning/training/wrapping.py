@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning as L
@@ -41,6 +42,15 @@ class Wrappers:
     def around(self, target: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Call `wrapper(original, *args, **kwargs)` in place of `target.name(*args, **kwargs)`."""
         self.put(target, name, _Wrapped(target, name, wrapper))
+
+    def within(self, target: Any, name: str, context: Callable[[], AbstractContextManager[None]]) -> None:
+        """Call `target.name(*args, **kwargs)` within a context that is made for each call."""
+
+        def wrapper(original: Any, *args: Any, **kwargs: Any) -> Any:
+            with context():
+                return original(*args, **kwargs)
+
+        self.around(target, name, wrapper)
 
     def put(self, target: Any, name: str, replacement: Callable[..., Any]) -> None:
         """Have `target.name` be this, for instance an object that can be pickled with the target."""

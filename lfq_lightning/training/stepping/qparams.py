@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lfq_lightning.placement.host import QuantizedLayer, hosts, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.training.stepping.hooks import StepHooks, wrapped_by
-from lfq_lightning.training.stepping.slots import Row, Slot, rows_of
+from lfq_lightning.training.stepping.hooks import StepHooks, held_by, wrapped_by
+from lfq_lightning.training.stepping.slots import Row, Slot, places, rows_of
 from lfq_lightning.training.trainer.strategy import average_gradients
 from lfq_lightning.training.wrapping import Wrappers
 
@@ -93,6 +92,10 @@ class QParamOptimizer:
         scaler: the gradient scaler of mixed precision, or None.
         faces: other objects whose `zero_grad` users call for `followed`, such as Lightning's wrappers.
         over_ranks: the mean of a flat tensor over all ranks, where nothing else averages the qparams' gradients.
+
+    Attributes:
+        hooks: by which it steps.
+        optimizers: what steps the proxies.
     """
 
     def __init__(
@@ -112,7 +115,7 @@ class QParamOptimizer:
         self._rows: list[list[Row]] = []
         self.optimizers: list[Optimizer] = []
         self._pace: list[Pace] = []
-        self._hooks, self._wrappers = StepHooks(), Wrappers()
+        self.hooks, self._wrappers = StepHooks(), Wrappers()
         assigned = _assign(model, followed)
         for index, slots in assigned.items():
             self._rows.append(rows_of(slots))
@@ -129,7 +132,7 @@ class QParamOptimizer:
             self._switches.append([vars(quantizer) for quantizer in {slot.quantizer: None for slot in slots}])
         self._schedules = [schedule(own) for own in self.optimizers] if schedule else []
         for position, (index, slots) in enumerate(assigned.items()):  # nothing can fail from here on
-            self._hooks.add_once(followed[index], partial(self.step, position))
+            self.hooks.add_once(followed[index], partial(self.step, position))
             for face in (followed[index], *wrapped_by(followed[index]), *faces[index : index + 1]):
                 self._wrappers.around(face, "zero_grad", partial(_zero_grad, slots))
 
@@ -189,7 +192,7 @@ class QParamOptimizer:
 
     def remove(self) -> None:
         """Let go of the user's optimizers."""
-        self._hooks.remove()
+        self.hooks.remove()
         self._wrappers.remove()
 
     def state_dict(self) -> dict[str, Any]:
@@ -225,20 +228,11 @@ def _zero_grad(slots: Iterable[Slot], original: Any, *args: Any, **kwargs: Any) 
 
 def _assign(model: nn.Module, followed: Sequence[Optimizer]) -> dict[int, list[Slot]]:
     """For each of the user's optimizers the qparams that follow it: of a layer that none holds, the first."""
-    holder = {id(p): i for i, o in reversed(list(enumerate(followed))) for g in o.param_groups for p in g["params"]}
+    holder = {key: index for index, optimizer in reversed(list(enumerate(followed))) for key in held_by([optimizer])}
     assigned: dict[int, list[Slot]] = {}
-    known: set[LearnableFakeQuantize] = set()
-    for layer in hosts(model).values() if followed else ():
-        index = next((holder[id(p)] for p in layer.parameters(recurse=False) if id(p) in holder), 0)
-        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-            if quantizer is not None and quantizer not in known:
-                known.add(quantizer)
-                assigned.setdefault(index, []).extend(_slots_of(quantizer, layer))
-    for quantizer in quantizers(model).values() if followed else ():
-        if quantizer not in known:
-            assigned.setdefault(0, []).extend(_slots_of(quantizer, None))
+    for point in places(model) if followed else ():
+        owned = () if point.owner is None else point.owner.parameters(recurse=False)
+        index = next((holder[id(p)] for p in owned if id(p) in holder), 0)
+        slots = [Slot(point, name) for name, value in point.quantizer._parameters.items() if value is not None]
+        assigned.setdefault(index, []).extend(slots)
     return assigned
-
-
-def _slots_of(quantizer: LearnableFakeQuantize, host: QuantizedLayer | None) -> list[Slot]:
-    return [Slot(quantizer, name, host) for name, value in quantizer._parameters.items() if value is not None]

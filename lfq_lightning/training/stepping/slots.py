@@ -11,12 +11,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.placement.host import QuantizedLayer
+from lfq_lightning.placement.points import Point, points
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 _EPS = torch.finfo(torch.float32).eps
 
 Kind = Literal["scale", "log scale", "zero point"]
+
+
+def places(model: nn.Module) -> list[Point]:
+    """Where a model is quantized, layers first: the order that optimizers in checkpoints have."""
+    return sorted(points(model).values(), key=lambda point: point.owner is None)
 
 
 @dataclass(slots=True)
@@ -27,13 +32,14 @@ class Slot:
     There are thousands, and each is looked up several times a step, so what holds them is kept at hand.
     """
 
-    quantizer: LearnableFakeQuantize
+    point: Point
     name: str
-    host: QuantizedLayer | None  # None where the user has placed the quantizer
+    quantizer: LearnableFakeQuantize = field(init=False)
     proxy: nn.Parameter = field(init=False)
     held: dict[str, nn.Parameter | None] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.quantizer = self.point.quantizer
         self.held = self.quantizer._parameters
 
     @property
@@ -52,7 +58,7 @@ class Slot:
     @property
     def learns(self) -> bool:
         """Whether the phase and the layer let it move."""
-        return self.quantizer.learning_enabled and (self.host is None or self.host.learns)
+        return self.quantizer.learning_enabled and self.point.learns
 
 
 @dataclass

@@ -3,47 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lfq_lightning.placement.host import QuantizedLayer, hosts, qparams, quantizers
+from lfq_lightning.placement.points import Point
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.training.hiding import hidden_qparams
-from lfq_lightning.training.stepping.hooks import StepHooks, wrapped_by
-from lfq_lightning.training.stepping.qparams import (
-    OptimizerFactory,
-    QParamOptimizer,
-    Reading,
-    ScheduleFactory,
-    default_optimizer,
-)
-from lfq_lightning.training.trainer.module import complete_gradients
-from lfq_lightning.training.trainer.strategy import average_gradients, mean_over_shards
-from lfq_lightning.training.wrapping import Wrappers
+from lfq_lightning.training.stepping.hooks import StepHooks, held_by, wrapped_by
+from lfq_lightning.training.stepping.qparams import Reading
+from lfq_lightning.training.stepping.slots import places
+from lfq_lightning.training.trainer.strategy import average_gradients
 
 _REMEDY = (
     'With `optimizer="user"` each optimizer has one parameter group more, its last, for scales and zero points. A '
     "scheduler that takes a list needs one entry more, and an optimizer that allows a single group cannot hold them: "
     "leave `optimizer` out for an optimizer of their own."
 )
-
-
-def _placed(model: nn.Module) -> list[tuple[QuantizedLayer | None, LearnableFakeQuantize]]:
-    """Each quantizer once, with the first layer that has it; None where the user has placed it."""
-    found: dict[LearnableFakeQuantize, QuantizedLayer | None] = {}
-    for layer in hosts(model).values():
-        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-            if quantizer is not None:
-                found.setdefault(quantizer, layer)
-    for quantizer in quantizers(model).values():
-        found.setdefault(quantizer, None)
-    return [(layer, quantizer) for quantizer, layer in found.items()]
 
 
 def _add_group(optimizer: Optimizer, qparams: Sequence[nn.Parameter]) -> None:
@@ -62,16 +42,16 @@ def grouped_qparams(model: nn.Module) -> Iterator[None]:
     look at the optimizer. `model.parameters()` does not know the qparams, as they would end up in groups that decay, or
     nowhere.
     """
-    free = [(layer, list(quantizer.parameters(recurse=False))) for layer, quantizer in _placed(model)]
+    free = [(point, list(point.quantizer.parameters(recurse=False))) for point in places(model)]  # hidden below
     init = Optimizer.__init__
 
     def init_with_group(self: Optimizer, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        held = {id(p) for group in self.param_groups for p in group["params"]}
-        joining = [entry for entry in free if entry[0] is None or _holds(held, entry[0])]
-        free[:] = [entry for entry in free if not any(entry is other for other in joining)]
+        held = held_by([self])
+        joining = [qparams for point, qparams in free if _joins(point, held)]
+        free[:] = [(point, qparams) for point, qparams in free if not _joins(point, held)]
         if joining:
-            _add_group(self, [p for _, qparams in joining for p in qparams])
+            _add_group(self, [p for qparams in joining for p in qparams])
 
     Optimizer.__init__ = init_with_group  # type: ignore[method-assign]
     try:
@@ -84,8 +64,8 @@ def grouped_qparams(model: nn.Module) -> Iterator[None]:
         Optimizer.__init__ = init  # type: ignore[method-assign]
 
 
-def _holds(held: set[int], layer: QuantizedLayer) -> bool:
-    return any(id(p) in held for p in layer.parameters(recurse=False))
+def _joins(point: Point, held: set[int]) -> bool:
+    return point.owner is None or any(id(p) in held for p in point.owner.parameters(recurse=False))
 
 
 class UserOptimizers:
@@ -109,10 +89,10 @@ class UserOptimizers:
         scheduled: bool,
         over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._placed, self._over_ranks = _placed(model), over_ranks
-        _check_linear(model)
-        qparams = {id(p): p for _, quantizer in self._placed for p in quantizer.parameters(recurse=False)}
-        held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+        self._places, self._over_ranks = places(model), over_ranks
+        _check_linear(self._places)
+        qparams = {id(p): p for point in self._places for p in point.quantizer.parameters(recurse=False)}
+        held = held_by(optimizers)
         missing = [p for key, p in qparams.items() if key not in held]
         if missing:
             if not any(optimizer.param_groups for optimizer in optimizers):
@@ -133,30 +113,32 @@ class UserOptimizers:
         holding = [(o, i) for o, i, parameters in groups if any(id(p) in qparams for p in parameters)]
         self.optimizers = list(dict.fromkeys(optimizer for optimizer, _ in holding))
         self._groups = [(optimizer, position, Reading()) for optimizer, position in holding]
-        self._hooks = StepHooks()
+        self.hooks = StepHooks()
         self._unseen = set(self.optimizers)
         for optimizer in self.optimizers:
             for each in (optimizer, *wrapped_by(optimizer)):
-                self._hooks.add(each, lambda *_: self.keep_still(), partial(self._project, optimizer))
+                self.hooks.add(each, self._prepare, partial(self._project, optimizer))
 
     @property
     def learning_rates(self) -> list[float]:
         """The present learning rate of each group of qparams."""
         return [read(optimizer.param_groups[position].get("lr")) for optimizer, position, read in self._groups]
 
-    def prepare(self) -> None:
-        """Leave the gradients that a step is to be made with, those of all ranks."""
-        self.keep_still()
-        learning = [p for layer, q in self._placed if _learns(layer, q) for p in q.parameters(recurse=False)]
+    def _prepare(self, optimizer: Optimizer) -> None:
+        """Leave the gradients that a step is to be made with, those of all ranks.
+
+        None is left that must move nothing: Adam's momentum moves a parameter whose gradient is zero.
+        """
+        learning: list[nn.Parameter] = []
+        for point in self._places:
+            own = list(point.quantizer.parameters(recurse=False))
+            if point.quantizer.learning_enabled and point.learns:
+                learning += own
+            else:
+                for parameter in own:
+                    parameter.grad = None
         if self._over_ranks is not None:
             average_gradients(learning, self._over_ranks)
-
-    def keep_still(self) -> None:
-        """Take gradients away that must move nothing: Adam's momentum moves a parameter whose gradient is zero."""
-        for layer, quantizer in self._placed:
-            if not _learns(layer, quantizer):
-                for parameter in quantizer.parameters(recurse=False):
-                    parameter.grad = None
 
     @property
     def unseen(self) -> list[str]:
@@ -164,10 +146,10 @@ class UserOptimizers:
         return [type(optimizer).__name__ for optimizer in self.optimizers if optimizer in self._unseen]
 
     @torch.no_grad()
-    def _project(self, optimizer: Optimizer, *step: Any) -> None:
+    def _project(self, optimizer: Optimizer, stepped: Optimizer) -> None:
         self._unseen.discard(optimizer)
-        for _, quantizer in self._placed:
-            quantizer.project_()
+        for point in self._places:
+            point.quantizer.project_()
 
     def forget(self, quantizer: LearnableFakeQuantize) -> None:
         """Drop what optimizers remember of a quantizer."""
@@ -177,7 +159,7 @@ class UserOptimizers:
 
     def remove(self) -> None:
         """Let go of the optimizers."""
-        self._hooks.remove()
+        self.hooks.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing of its own: the optimizers are in the checkpoint already."""
@@ -196,70 +178,11 @@ class UserOptimizers:
             )
 
 
-def _learns(layer: QuantizedLayer | None, quantizer: LearnableFakeQuantize) -> bool:
-    return quantizer.learning_enabled and (layer is None or layer.learns)
-
-
-def _check_linear(model: nn.Module) -> None:
-    for name, quantizer in quantizers(model).items():
-        if quantizer.scale_domain != "linear":
+def _check_linear(found: Sequence[Point]) -> None:
+    for point in found:
+        domain = point.quantizer.scale_domain
+        if domain != "linear":
             raise ValueError(
-                'With `optimizer="user"` scales learn in the linear domain. Found scale_domain='
-                f"{quantizer.scale_domain!r} for {name}: leave `optimizer` out for an optimizer of their own."
+                f'With `optimizer="user"` scales learn in the linear domain. Found scale_domain={domain!r} for '
+                f"{point.name}: leave `optimizer` out for an optimizer of their own."
             )
-
-
-def _check_apart(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
-    twice = sum(id(p) in held for p in qparams(model))
-    if twice:
-        raise ValueError(
-            f"Scales and zero points have an optimizer of their own, and would step twice. Found {twice} of them in an "
-            "optimizer of the module: make it in `configure_optimizers`, where `self.parameters()` does not show them."
-        )
-
-
-Choice = OptimizerFactory | Literal["user"] | None
-
-
-def check_makers(choice: object, schedule: object) -> None:
-    """Raise TypeError or ValueError unless the arguments `optimizer` and `lr_schedule` fit together."""
-    for name, value in (("optimizer", choice), ("lr_schedule", schedule)):
-        if value is not None and not callable(value) and (name, value) != ("optimizer", "user"):
-            raise TypeError(f"`{name}` must be a callable that makes one, or None. Found {value!r}.")
-    if isinstance(choice, str) and schedule is not None:
-        raise ValueError('With `optimizer="user"` the user\'s schedulers apply. Found `lr_schedule` too: leave it out.')
-
-
-def arranged_qparams(model: nn.Module, choice: Choice) -> AbstractContextManager[None]:
-    """What `configure_optimizers` runs in: qparams are grouped, or hidden where they have an optimizer of their own."""
-    return grouped_qparams(model) if choice == "user" else hidden_qparams(model)
-
-
-def make_optimizer(
-    wrappers: Wrappers,
-    trainer: L.Trainer,
-    model: L.LightningModule,
-    choice: Choice,
-    schedule: ScheduleFactory | None,
-) -> QParamOptimizer | UserOptimizers:
-    """What steps the qparams of this run, once the Trainer has the user's optimizers, and what the module sees of it.
-
-    Raises:
-        ValueError: if they are to have an optimizer of their own and one of the user's holds them too.
-    """
-    complete_gradients(wrappers, model, choice != "user")
-    if choice == "user":
-        scheduled = bool(trainer.lr_scheduler_configs)
-        return UserOptimizers(model, trainer.optimizers, scheduled, mean_over_shards(trainer))
-    _check_apart(model, trainer.optimizers)
-    faces = model.optimizers()
-    return QParamOptimizer(
-        model,
-        trainer.optimizers,
-        default_optimizer if choice is None else choice,
-        schedule,
-        getattr(trainer.precision_plugin, "scaler", None),
-        faces if isinstance(faces, list) else [faces],
-        mean_over_shards(trainer),
-    )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lfq_lightning.placement.host import QuantizedLayer, hosts
+from lfq_lightning.placement.host import QuantizedLayer
+from lfq_lightning.placement.points import points, weights
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.spec import QuantSpec
-from lfq_lightning.training.stepping.hooks import StepHooks, wrapped_by
+from lfq_lightning.training.stepping.hooks import StepHooks, held_by, wrapped_by
 
 _Moved = tuple[float, list[Tensor], list[Tensor]]  # a factor, weights, and what they were before the step
 
@@ -27,46 +27,49 @@ class WeightSteps:
     """
 
     def __init__(self) -> None:
-        self._layers: list[tuple[QuantizedLayer, LearnableFakeQuantize]] = []
+        self.hooks = StepHooks()
+        self._layers: list[tuple[QuantizedLayer, LearnableFakeQuantize, QuantSpec]] = []
         self._before: dict[Optimizer, list[_Moved]] = {}
-        self._followed: list[Optimizer] = []
-        self._hooks = StepHooks()
 
     def follow(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Lengthen the steps of these optimizers from now on, where the model has weights of few bits."""
         self.remove()
         lengthened: set[tuple[int, float]] = set()
-        for layer in hosts(model).values():
-            quantizer = layer.weight_quantizer
-            if quantizer is None or quantizer.spec is None:
+        for point in weights(points(model)):
+            owner, spec = point.owner, point.quantizer.spec
+            if owner is None or spec is None:
                 continue
-            bits = _bits_at_last(quantizer.spec)
-            factor = quantizer.spec.lr_factor_at(bits)
+            bits = _bits_at_last(spec)
+            factor = spec.lr_factor_at(bits)
             if factor != 1.0:
-                self._layers.append((layer, quantizer))
+                self._layers.append((owner, point.quantizer, spec))
                 lengthened.add((bits, factor))
-        self._followed = [[optimizer, *wrapped_by(optimizer)][-1] for optimizer in (optimizers if self._layers else ())]
-        for optimizer in self._followed:
-            self._hooks.add(optimizer, self._before_step, self._after_step)
+        for optimizer in optimizers if self._layers else ():
+            self.hooks.add([optimizer, *wrapped_by(optimizer)][-1], self._remember, self._lengthen)
         for bits, factor in sorted(lengthened):
             rank_zero_info(f"Weights of {bits} bits move {factor:g} times as far a step (`QuantSpec.lr_factor`).")
 
     @torch.no_grad()
-    def remember(self, optimizer: Optimizer) -> None:
+    def _remember(self, optimizer: Optimizer) -> None:
         """Keep the weights that the optimizer is about to step; the first call before a step counts."""
-        if optimizer not in self._followed or optimizer in self._before:
+        if optimizer in self._before:
             return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = held_by([optimizer])
         moving: dict[float, dict[int, Tensor]] = {}
-        for layer, quantizer in self._layers:
+        for layer, quantizer, spec in self._layers:
             weight = _stepped(layer)
             if quantizer.fake_quant_enabled and weight.grad is not None and id(weight) in held:
-                assert quantizer.spec is not None
-                moving.setdefault(quantizer.spec.lr_factor_at(quantizer.bitwidth), {})[id(weight)] = weight
+                moving.setdefault(spec.lr_factor_at(quantizer.bitwidth), {})[id(weight)] = weight
         self._before[optimizer] = [
-            (factor, list(weights.values()), [weight.detach().clone() for weight in weights.values()])
-            for factor, weights in moving.items()
+            (factor, list(step.values()), [weight.detach().clone() for weight in step.values()])
+            for factor, step in moving.items()
         ]
+
+    @torch.no_grad()
+    def _lengthen(self, optimizer: Optimizer) -> None:
+        for factor, moved, before in self._before.pop(optimizer, ()):
+            torch._foreach_sub_(before, moved)
+            torch._foreach_add_(moved, before, alpha=1.0 - factor)
 
     def forget(self) -> None:
         """Drop what was kept for a step that a gradient scaler left out."""
@@ -74,20 +77,9 @@ class WeightSteps:
 
     def remove(self) -> None:
         """Let go of the optimizers."""
-        self._hooks.remove()
-        self._followed, self._layers = [], []
+        self.hooks.remove()
+        self._layers.clear()
         self.forget()
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:  # within a closure, gradients are yet to come, and memory is dear
-            self.remember(optimizer)
-
-    @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for factor, weights, before in self._before.pop(optimizer, ()):
-            torch._foreach_sub_(before, weights)
-            torch._foreach_add_(weights, before, alpha=1.0 - factor)
 
 
 def _bits_at_last(spec: QuantSpec) -> int:

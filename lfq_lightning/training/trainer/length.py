@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -22,7 +23,7 @@ def is_dev_run(trainer: L.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
-def check_configured_length(trainer: L.Trainer, schedule: PhaseSchedule | None, since: tuple[int, int]) -> None:
+def check_configured_length(trainer: L.Trainer, schedule: PhaseSchedule | None, since: Count) -> None:
     """Raise ValueError if the Trainer's own limits show that a schedule never learns, before anything is changed.
 
     Args:
@@ -52,7 +53,7 @@ def length_of(trainer: L.Trainer) -> tuple[float, float]:
     return min(epochs, steps / in_an_epoch), steps * max(1, len(trainer.optimizers))
 
 
-def _length_for(trainer: L.Trainer, since: tuple[int, int]) -> tuple[float, float]:
+def _length_for(trainer: L.Trainer, since: Count) -> tuple[float, float]:
     """Epochs and optimizer steps that a model will have had when the run ends."""
     epochs, steps = length_of(trainer)
     if since == (0, 0) or math.isinf(steps):
@@ -67,7 +68,7 @@ def settle_schedule(
     model: nn.Module,
     given: PhaseSchedule | None,
     restored: Mapping[str, Any] | None,
-    since: tuple[int, int],
+    since: Count,
 ) -> tuple[PhaseSchedule, float]:
     """The schedule in force (the user's, else the resumed run's, else one that fits), and the model's optimizer steps.
 
@@ -93,86 +94,48 @@ def settle_schedule(
     return derived.counted_from(*since), steps
 
 
-class ModelSchedule:
-    """The schedule of one model after another, and where each model's own count begins in the Trainer's.
+@dataclass(frozen=True)
+class Had:
+    """How much a model had been trained when a fit of it ended, and by which Trainer; neither is kept alive.
 
     A Trainer counts on through all its fits, whichever model it fits, and another Trainer begins again.
-
-    Attributes:
-        in_force: the schedule of the present run, in the Trainer's epochs or steps; None before there is one.
-        since: the Trainer's epoch and step at which the model's count was 0; negative where another Trainer has trained
-            the model before.
     """
 
-    def __init__(self, given: PhaseSchedule | None) -> None:
-        self.in_force = given
-        self.since: Count = (0, 0)
-        self._had: Count = (0, 0)
-        self._model: Callable[[], nn.Module | None] = _nothing
-        self._trainer: Callable[[], L.Trainer | None] = _nothing
+    model: weakref.ref[nn.Module]
+    trainer: weakref.ref[L.Trainer]
+    count: Count
 
-    def check(self, trainer: L.Trainer, model: nn.Module, given: PhaseSchedule | None, anew: bool) -> None:
-        """Refuse a schedule that the Trainer's limits end before it learns, where it is to fit the model.
-
-        Args:
-            trainer: its run begins.
-            model: goes on counting if it is the one of the fit before, and its quantizers know something.
-            given: the user's schedule, in the model's own epochs or steps.
-            anew: whether the model is to start over.
-        """
-        if trainer.state.fn == "fit":
-            self.since = self._begins(trainer, model, anew)
-            if anew or not has_learned(model):
-                check_configured_length(trainer, given, self.since)
-
-    def settle(
-        self,
-        trainer: L.Trainer,
-        model: nn.Module,
-        given: PhaseSchedule | None,
-        anew: bool,
-        restored: Mapping[str, Any],
-    ) -> tuple[PhaseSchedule, float]:
-        """Put a schedule in force as training starts, and say how many steps the model will have had at the end.
-
-        Args:
-            trainer: fits the model.
-            model: the model.
-            given: the user's schedule.
-            anew: whether the model is to start over.
-            restored: the callback's state in the checkpoint that the fit resumes from; empty without one.
-        """
-        self.since = self._begins(trainer, model, anew)
-        if trainer.ckpt_path is not None and given is not None:
-            self.since = 0, 0  # of a float run that is resumed, its epochs count
-        if restored:
-            epoch, step = restored.get("since", (0, 0))  # nothing was kept when every count began at 0
-            self.since = epoch, step
-        self.in_force, steps = settle_schedule(trainer, model, given, restored.get("schedule"), self.since)
-        return self.in_force, steps
-
-    def end(self, trainer: L.Trainer, model: nn.Module) -> None:
-        """Remember what the model has had, when a fit ends."""
-        if trainer.state.fn == "fit" and not is_dev_run(trainer):
-            self._model, self._trainer = weakref.ref(model), weakref.ref(trainer)
-            self._had = (trainer.current_epoch - self.since[0], trainer.global_step - self.since[1])
-
-    def state_dict(self) -> dict[str, Any]:
-        """The schedule in force, if there is one, and where the model's count begins; plain values."""
-        schedule = {} if self.in_force is None else {"schedule": self.in_force.to_dict()}
-        return {**schedule, "since": list(self.since)}
-
-    def _begins(self, trainer: L.Trainer, model: nn.Module, anew: bool) -> Count:
-        epoch, step = trainer.current_epoch, trainer.global_step
-        if anew or self._model() is not model:
-            return epoch, step
-        unlearned = [quantizer for quantizer in quantizers(model).values() if not quantizer.learned]
-        on_the_way = any(quantizer.estimated or quantizer.saw_data() for quantizer in unlearned)
-        # Of a model that has learned, a new layer begins; without one, only the Trainer of before goes on to freeze.
-        if not on_the_way and (unlearned or self._trainer() is not trainer):
-            return epoch, step
-        return epoch - self._had[0], step - self._had[1]
+    @classmethod
+    def now(cls, trainer: L.Trainer, model: nn.Module, since: Count) -> Had:
+        """At this moment, where the Trainer had counted `since` when the model's own count was 0."""
+        count = trainer.current_epoch - since[0], trainer.global_step - since[1]
+        return cls(weakref.ref(model), weakref.ref(trainer), count)
 
 
-def _nothing() -> None:
-    return None
+def count_begins(trainer: L.Trainer, model: nn.Module, had: Had | None, anew: bool) -> Count:
+    """The Trainer's epoch and step at which a model's own count is 0; negative where another has trained it before.
+
+    Args:
+        trainer: is about to fit the model.
+        model: goes on counting if it is the one of the fit before, and its quantizers know something.
+        had: what was left by the fit before.
+        anew: whether the model is to start over.
+    """
+    epoch, step = trainer.current_epoch, trainer.global_step
+    if anew or had is None or had.model() is not model:
+        return epoch, step
+    unlearned = [quantizer for quantizer in quantizers(model).values() if not quantizer.learned]
+    on_the_way = any(quantizer.estimated or quantizer.saw_data() for quantizer in unlearned)
+    # Of a model that has learned, a new layer begins; without one, only the Trainer of before goes on to freeze.
+    if not on_the_way and (unlearned or had.trainer() is not trainer):
+        return epoch, step
+    return epoch - had.count[0], step - had.count[1]
+
+
+def count_resumes(trainer: L.Trainer, given: PhaseSchedule | None, restored: Mapping[str, Any], begins: Count) -> Count:
+    """`count_begins`, or what goes before it where a checkpoint is resumed."""
+    if restored:
+        epoch, step = restored.get("since", (0, 0))  # nothing was kept when every count began at 0
+        return epoch, step
+    of_a_float_run = trainer.ckpt_path is not None and given is not None
+    return (0, 0) if of_a_float_run else begins  # whose epochs count

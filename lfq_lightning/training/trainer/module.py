@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -49,10 +50,6 @@ def meet_quantizers(
                     restore_layer(layer)
             raise
 
-    def configure_optimizers(original: Any) -> Any:
-        with arranged():
-            return original()
-
     def on_load_checkpoint(original: Any, checkpoint: dict[str, Any]) -> None:
         original(checkpoint)
         for key in ("state_dict", "current_model_state"):
@@ -62,7 +59,7 @@ def meet_quantizers(
             check_loadable(model, checkpoint)
 
     wrappers.around(model, "configure_model", configure_model)
-    wrappers.around(model, "configure_optimizers", configure_optimizers)
+    wrappers.within(model, "configure_optimizers", arranged)
     wrappers.around(model, "on_load_checkpoint", on_load_checkpoint)
 
 
@@ -108,13 +105,6 @@ def complete_gradients(wrappers: Wrappers, model: L.LightningModule, apart: bool
     """
     found = list(quantizers(model).values())
 
-    def unseen(hide: Callable[[Tensor], bool]) -> Callable[..., Any]:
-        def wrapper(original: Any, *args: Any, **kwargs: Any) -> Any:
-            with hidden(found, hide):
-                return original(*args, **kwargs)
-
-        return wrapper
-
     def manual_backward(original: Any, *args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
         for parameter in (p for quantizer in found for p in quantizer.parameters(recurse=False) if _is_missing(p)):
@@ -123,7 +113,7 @@ def complete_gradients(wrappers: Wrappers, model: L.LightningModule, apart: bool
     for name in ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping"):
         if is_overridden(name, model):  # others do not look
             every = apart and name == "configure_gradient_clipping"
-            wrappers.around(model, name, unseen(any_parameter if every else _is_missing))
+            wrappers.within(model, name, partial(hidden, found, any_parameter if every else _is_missing))
     if not model.automatic_optimization:
         wrappers.around(model, "manual_backward", manual_backward)
 

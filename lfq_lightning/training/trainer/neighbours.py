@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import lightning as L
 from lightning.pytorch import Trainer
@@ -54,21 +53,13 @@ def check_neighbours(trainer: L.Trainer, own: L.Callback) -> None:
 
 def arrange(wrappers: Wrappers, trainer: L.Trainer, model: L.LightningModule) -> None:
     """Keep qparams out of what finetuning callbacks freeze and adopt, and quantizers out of pictures of the model."""
-
-    def unseen(hide: Callable[[nn.Module], Any]) -> Callable[..., Any]:
-        def wrapper(original: Any, *args: Any, **kwargs: Any) -> Any:
-            with hide(model):
-                return original(*args, **kwargs)
-
-        return wrapper
-
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, BaseFinetuning):
-            wrappers.around(callback, "finetune_function", unseen(hidden_qparams))
+            wrappers.within(callback, "finetune_function", partial(hidden_qparams, model))
         if isinstance(callback, ModelSummary):
-            wrappers.around(callback, "on_fit_start", unseen(hidden_quantizers))
+            wrappers.within(callback, "on_fit_start", partial(hidden_quantizers, model))
     for logger in trainer.loggers:
-        wrappers.around(logger, "log_graph", unseen(hidden_quantizers))
+        wrappers.within(logger, "log_graph", partial(hidden_quantizers, model))
 
 
 def require_gradients(model: nn.Module) -> None:

@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 import traceback
-from typing import Any, Protocol
 
 import lightning as L
 
 from lfq_lightning.reading import untrusted
 
 _CONNECTOR = "lightning.pytorch.trainer.connectors.checkpoint_connector"
-
-
-class HasState(Protocol):
-    """What steps qparams."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state."""
-
-
-def take_up(optimizer: HasState | None, restored: dict[str, Any]) -> bool:
-    """Give what steps the qparams its state in a checkpoint, once; whether there was one.
-
-    Strategies that shard restore a checkpoint after `on_fit_start`, the others before it.
-    """
-    if "qparam_optimizer" not in restored or optimizer is None:
-        return False
-    optimizer.load_state_dict(restored.pop("qparam_optimizer"))
-    return True
 
 
 def open_epoch(trainer: L.Trainer) -> None:

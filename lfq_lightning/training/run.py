@@ -1,0 +1,213 @@
+"""One run: what exists from a Trainer's `setup` to its `teardown`, and what meets each batch in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lfq_lightning.export.parity import Parity
+from lfq_lightning.gathering import set_gathering
+from lfq_lightning.placement.host import FrozenLayers, quantizers
+from lfq_lightning.placement.points import Points, points
+from lfq_lightning.records.recorder import Recorder
+from lfq_lightning.schedule import PhaseSchedule
+from lfq_lightning.training.exporting import FitExport
+from lfq_lightning.training.phases import RunPhases, begin, settle_frozen_layers, show_phase, warn_if_still
+from lfq_lightning.training.sentinel import Sentinel
+from lfq_lightning.training.stepping.qparams import ScheduleFactory
+from lfq_lightning.training.stepping.steps import Choice, Steps, arranged_qparams
+from lfq_lightning.training.trainer.length import (
+    Count,
+    Had,
+    check_configured_length,
+    count_begins,
+    count_resumes,
+    has_learned,
+    is_dev_run,
+    settle_schedule,
+)
+from lfq_lightning.training.trainer.module import complete_gradients, meet_quantizers, note_on_checkpoints
+from lfq_lightning.training.trainer.neighbours import arrange
+from lfq_lightning.training.trainer.resuming import open_epoch
+from lfq_lightning.training.trainer.strategy import load_quantizers_whole
+from lfq_lightning.training.wrapping import Wrappers
+
+
+class Training:
+    """What meets the batches of a fit: the phases, the record with its sentinel, and the batch that is kept to export.
+
+    Args:
+        found: the model's points, which neither come nor go while it trains.
+        schedule: in force, in the Trainer's epochs or steps.
+        steps: what steps.
+        recorder: opened for this run.
+        sentinel: looks at what is recorded.
+        export: keeps a batch.
+    """
+
+    def __init__(
+        self,
+        found: Points,
+        schedule: PhaseSchedule,
+        steps: Steps,
+        recorder: Recorder,
+        sentinel: Sentinel,
+        export: FitExport,
+    ) -> None:
+        self.phases, self._steps = RunPhases(found, schedule), steps
+        self._recorder, self._sentinel, self._export = recorder, sentinel, export
+
+    def before_batch(self, trainer: L.Trainer, model: L.LightningModule, batch: Any) -> None:
+        """Enter the step's phase; gather what the batch shows, and measure it where a record is due."""
+        open_epoch(trainer)
+        self._steps.begin_batch()
+        self.phases.enter(trainer, model)
+        self._export.see(model, batch)
+        self.phases.before_batch()
+        self._recorder.before_batch(trainer, model, self._steps.qparams)
+
+    def after_batch(self, trainer: L.Trainer, model: L.LightningModule) -> None:
+        """Merge over ranks what the batch showed, and record; who begins anew is new to its optimizer."""
+        self.phases.after_batch(trainer, model)
+        self._steps.forget(self.phases.follow_blank())
+        self._steps.forget(self._sentinel.watch(trainer, model, *self._recorder.after_batch(trainer, model)))
+
+    def after_epoch(self, trainer: L.Trainer) -> None:
+        """Keep the scales and zero points of every channel, and say so if nothing moves them."""
+        self._recorder.after_epoch(trainer)
+        warn_if_still(trainer, self.phases, self._steps.qparams)
+
+    def after_fit(self, trainer: L.Trainer) -> None:
+        """Show what was recorded."""
+        self._recorder.after_fit(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What record and sentinel know, and the schedule in force; plain values."""
+        schedule = self.phases.schedule.to_dict()
+        return {"recorder": self._recorder.state_dict(), "sentinel": self._sentinel.state_dict(), "schedule": schedule}
+
+
+class Run:
+    """One call of a Trainer's `fit`, `validate`, `test` or `predict`: born in `setup`, over once `end` was called.
+
+    Checkpoints may be saved until the next one is born, so that a run which fits nothing takes over what the fit before
+    it knows. All that it puts on other objects is taken off by `end`, whatever has happened.
+
+    Args:
+        trainer: at `setup`.
+        model: the module.
+        schedule: the user's, in the model's own epochs or steps.
+        anew: whether the model is to start over.
+        export: the file to write when a fit ends, or None.
+        before: the run before, which is dropped.
+
+    Attributes:
+        since: the Trainer's epoch and step at which the model's own count was 0.
+        steps: what steps, from `start` on.
+        training: what meets batches, from `train` on.
+        restored: what a checkpoint holds of the run that is resumed, until it is taken up.
+
+    Raises:
+        ValueError: if the Trainer's limits end a fit before the schedule learns.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        model: L.LightningModule,
+        schedule: PhaseSchedule | None,
+        anew: bool,
+        export: str | Path | None,
+        before: Run | None,
+    ) -> None:
+        self._schedule, self._anew, self._export = schedule, anew, FitExport(export)
+        self._had: Had | None = None
+        self.since: Count = (0, 0)
+        self.steps, self.restored = Steps(), dict[str, Any]()
+        self.training: Training | None = None
+        self._ending = ExitStack()
+        if before is not None:
+            self._had, self.since = before._had, before.since
+        if trainer.state.fn == "fit":
+            self.since = count_begins(trainer, model, self._had, anew)
+            if anew or not has_learned(model):
+                check_configured_length(trainer, schedule, self.since)
+            self._ending.callback(self._remember, trainer, model)
+        elif before is not None:
+            self.steps, self.training = before.steps, before.training
+        self._until_fit, self._until_end = Wrappers(), Wrappers()
+        self._ending.callback(self._until_end.remove)
+        self._ending.callback(self._until_fit.remove)
+
+    def _remember(self, trainer: L.Trainer, model: L.LightningModule) -> None:
+        if not is_dev_run(trainer):
+            self._had = Had.now(trainer, model, self.since)
+
+    def arrange(
+        self, trainer: L.Trainer, model: L.LightningModule, attach: Callable[[bool], None], optimizer: Choice
+    ) -> None:
+        """Attach, and have the module's hooks, other callbacks, loggers and the strategy meet quantizers in order.
+
+        Args:
+            trainer: whose neighbours are met.
+            model: the module.
+            attach: see `meet_quantizers`.
+            optimizer: whose optimizer the qparams will be in.
+        """
+        meet_quantizers(self._until_fit, model, attach, partial(arranged_qparams, model, optimizer))
+        arrange(self._until_end, trainer, model)
+        note_on_checkpoints(self._until_end, model)
+        load_quantizers_whole(self._until_end, trainer, model)
+
+    def start(
+        self,
+        trainer: L.Trainer,
+        model: L.LightningModule,
+        optimizer: Choice,
+        lr_schedule: ScheduleFactory | None,
+        frozen_layers: FrozenLayers,
+    ) -> None:
+        """Refuse what could not be exported; step with the user's optimizers from now on; have quantizers begin."""
+        self._export.begin(trainer, model)
+        self._until_fit.remove()
+        self._ending.callback(lambda: set_gathering(quantizers(model).values(), None))
+        self._ending.callback(self.steps.remove)
+        complete_gradients(self._until_end, model, optimizer != "user")
+        self.steps.follow(trainer, model, optimizer, lr_schedule)
+        settle_frozen_layers(model, trainer.optimizers, frozen_layers)
+        begin(model, anew=not self.steps.take_up(self.restored) and self._anew)
+
+    def train(self, trainer: L.Trainer, model: L.LightningModule, recorder: Recorder, sentinel: Sentinel) -> None:
+        """Take up a checkpoint, settle the schedule and where the record goes, and enter the phase."""
+        self.steps.take_up(self.restored)  # strategies that shard restore it after `start`
+        begins = count_begins(trainer, model, self._had, self._anew)
+        self.since = count_resumes(trainer, self._schedule, self.restored, begins)
+        before = self.restored.get("schedule")
+        schedule, length = settle_schedule(trainer, model, self._schedule, before, self.since)
+        found = points(model)
+        self._ending.callback(recorder.close)
+        recorder.open(trainer, found, length, self.restored.get("recorder", {}))
+        sentinel.load_state_dict(self.restored.get("sentinel", {}))
+        self.training = Training(found, schedule, self.steps, recorder, sentinel, self._export)
+        show_phase(self._until_end, trainer, self.training.phases)
+        self.training.phases.enter(trainer, model)
+
+    def finish(self, trainer: L.Trainer, model: L.LightningModule) -> Parity | None:
+        """Show what was recorded, and export; every rank calls this, also after a fit that had nothing left to do."""
+        if self.training is not None:
+            self.training.after_fit(trainer)
+        return self._export.end(trainer, model)
+
+    def end(self) -> None:
+        """Leave nothing behind but the quantizers; what the run knows stays for a checkpoint."""
+        self._ending.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that is resumed takes up; plain values and tensors."""
+        training = {} if self.training is None else self.training.state_dict()
+        return {**training, "since": list(self.since), **self.steps.state_dict()}

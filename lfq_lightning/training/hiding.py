@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lfq_lightning.placement.host import INPUT, WEIGHT, hosts, quantizers
+from lfq_lightning.placement.host import quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 
@@ -45,10 +45,11 @@ def hidden_qparams(model: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def hidden_quantizers(model: nn.Module) -> Iterator[None]:
     """Within it, the model has no quantizers but those that the user has placed, and computes in float."""
-    layers = [(layer, dict(layer._modules)) for layer in hosts(model).values()]
-    users = {q: q.switches for q in quantizers(model).values() if q.site is None}
-    for layer, _ in layers:
-        layer._modules[WEIGHT] = layer._modules[INPUT] = None
+    children = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
+    placed = [entry for entry in children if isinstance(entry[2], LearnableFakeQuantize) and entry[2].site is not None]
+    for parent, name, _ in placed:
+        parent._modules[name] = None
+    users = {quantizer: quantizer.switches for quantizer in quantizers(model).values()}
     for quantizer in users:
         quantizer.phase = "off"
     try:
@@ -56,5 +57,5 @@ def hidden_quantizers(model: nn.Module) -> Iterator[None]:
     finally:
         for quantizer, switches in users.items():
             quantizer.fake_quant_enabled, quantizer.static_enabled, quantizer.learning_enabled = switches
-        for layer, modules in layers:
-            layer._modules.update(modules)
+        for parent, name, child in placed:
+            parent._modules[name] = child

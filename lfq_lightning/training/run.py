@@ -95,8 +95,8 @@ class Training:
 class Run:
     """One call of a Trainer's `fit`, `validate`, `test` or `predict`: born in `setup`, over once `end` was called.
 
-    Checkpoints may be saved until the next one is born, so that a run which fits nothing takes over what the fit before
-    it knows. All that it puts on other objects is taken off by `end`, whatever has happened.
+    Checkpoints may be saved until the next one is born, and a run that trains nothing saves what the run before it
+    knows. All that it puts on other objects is taken off by `end`, whatever has happened.
 
     Args:
         trainer: at `setup`.
@@ -104,7 +104,7 @@ class Run:
         schedule: the user's, in the model's own epochs or steps.
         anew: whether the model is to start over.
         export: the file to write when a fit ends, or None.
-        before: the run before, which is dropped.
+        before: the run before, which is over.
 
     Attributes:
         since: the Trainer's epoch and step at which the model's own count was 0.
@@ -130,16 +130,16 @@ class Run:
         self.since: Count = (0, 0)
         self.steps, self.restored = Steps(), dict[str, Any]()
         self.training: Training | None = None
-        self._ending = ExitStack()
         if before is not None:
+            before.end()
             self._had, self.since = before._had, before.since
+            self.steps, self.training = before.steps, before.training
+        self._ending = ExitStack()
         if trainer.state.fn == "fit":
-            self.since = count_begins(trainer, model, self._had, anew)
+            self.since, self.steps = count_begins(trainer, model, self._had, anew), Steps()
             if anew or not has_learned(model):
                 check_configured_length(trainer, schedule, self.since)
             self._ending.callback(self._remember, trainer, model)
-        elif before is not None:
-            self.steps, self.training = before.steps, before.training
         self._until_fit, self._until_end = Wrappers(), Wrappers()
         self._ending.callback(self._until_end.remove)
         self._ending.callback(self._until_fit.remove)

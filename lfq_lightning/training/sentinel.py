@@ -11,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lfq_lightning.checking import check_choice
-from lfq_lightning.placement.host import hosts, quantizers, whole_weight
 from lfq_lightning.placement.points import points
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.symptoms import Symptoms
@@ -116,9 +115,10 @@ class Sentinel:
 @torch.no_grad()
 def _reinitialise(model: nn.Module, name: str) -> LearnableFakeQuantize:
     """Estimate a quantizer anew, from the weight as it is or from what was observed of the input."""
-    quantizer = quantizers(model)[name]
-    if quantizer.role == "weight" and quantizer.site is not None:
-        quantizer.estimate_from(whole_weight(hosts(model)[name.rpartition(".")[0]]))
+    point = points(model)[name]
+    quantizer = point.quantizer
+    if point.parameter is not None:
+        quantizer.estimate_from(point.whole_parameter())
     elif quantizer.saw_data():
         quantizer.estimate()
     quantizer.scale_reference.copy_(quantizer.scale)

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from lfq_lightning.observers.passing import is_passing
-from lfq_lightning.placement.host import QuantizedLayer, hosts, plain_name, quantizers
-from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.placement.host import plain_name, quantizers
+from lfq_lightning.placement.points import points
 from lfq_lightning.training.wrapping import Wrappers
 
 _STATE = "state_dict"
@@ -124,7 +124,7 @@ def _as_optimizers_left_them(model: L.LightningModule) -> Iterator[None]:
     """
     found, aside = quantizers(model).values(), Wrappers()
     before = [quantizer.learning_enabled for quantizer in found]
-    still = {quantizer for layer in hosts(model).values() if not layer.learns for quantizer in _of(layer)}
+    still = {point.quantizer for point in points(model).values() if not point.learns}
     for quantizer in found:
         aside.around(quantizer, "set_extra_state", lambda original, state: None)
         quantizer.learning_enabled = quantizer.learned and quantizer not in still
@@ -139,10 +139,6 @@ def _as_optimizers_left_them(model: L.LightningModule) -> Iterator[None]:
             parameter.requires_grad_(True)
         for quantizer, learning in zip(found, before, strict=True):
             quantizer.learning_enabled = learning
-
-
-def _of(layer: QuantizedLayer) -> list[LearnableFakeQuantize]:
-    return [quantizer for quantizer in (layer.weight_quantizer, layer.input_quantizer) if quantizer is not None]
 
 
 def _left_out(path: Path, weights_only: bool | None) -> dict[str, Tensor]:

@@ -131,12 +131,11 @@ class UserOptimizers:
         """
         learning: list[nn.Parameter] = []
         for point in self._places:
-            own = list(point.quantizer.parameters(recurse=False))
-            if point.quantizer.learning_enabled and point.learns:
-                learning += own
-            else:
-                for parameter in own:
+            if not (point.quantizer.learning_enabled and point.learns):
+                for parameter in point.quantizer.parameters(recurse=False):
                     parameter.grad = None
+            elif self._over_ranks is not None:
+                learning += point.quantizer.parameters(recurse=False)
         if self._over_ranks is not None:
             average_gradients(learning, self._over_ranks)
 

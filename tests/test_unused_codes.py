@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lfq_lightning as lfq
 from lfq_lightning.placement.points import points
-from lfq_lightning.records.recording import measure_weights, probed, snapshot
+from lfq_lightning.records.measuring import measure_weights, probed, snapshot
 from tests.runs import every_epoch, fit, images, loader, qat
 
 pytestmark = pytest.mark.quick

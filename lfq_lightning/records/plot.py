@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lfq_lightning.checking import check_path
 from lfq_lightning.records.curves import PHASE_COLOURS, Panel, Sheet, layer_and_kind, sheet_of, trailing_mean
-from lfq_lightning.records.trajectory import FILE_NAME, read_trajectory
+from lfq_lightning.records.trajectory import FILE_NAME, read_trajectory, trajectory_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,9 @@ def plot_trajectories(run_directory: Path | str, path: Path | str | None = None)
     """
     check_path("run_directory", run_directory)
     check_path("path", path, written=True, needed=False)
-    source = _trajectory_in(Path(run_directory))
+    source = Path(run_directory)
+    if source.suffix != ".csv":
+        source = trajectory_in(source) or source / FILE_NAME
     target = source.with_name("trajectories.png") if path is None else Path(path)
     rows = read_trajectory(source)
     sheet = sheet_of(rows)
@@ -51,44 +53,45 @@ def plot_trajectories(run_directory: Path | str, path: Path | str | None = None)
             f"A picture needs a quantizer in phase estimate, learn or freeze. Found {len(rows)} rows without "
             f"one in `{source}`: let the run reach the phase estimate first."
         )
-    figure = _draw(sheet)
-    check_format(figure, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=160, format=target.suffix[1:] or "png")
-    return target
+    return save(_draw(sheet), target, dpi=160)
 
 
-def check_format(figure: Figure, path: Path) -> None:
-    """Raise ValueError unless matplotlib writes pictures of the kind that a path's suffix names; none is a PNG."""
+def new_figure(caller: str, width: float, height: float) -> Figure:
+    """An empty figure, in inches.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        # Not pyplot: it would choose a window system and keep the figure alive in global state.
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f'`{caller}` draws with matplotlib. Found none: install it with `pip install "lfq_lightning[examples]"`.'
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, path: Path, dpi: int) -> Path:
+    """Write a picture of the kind that the path's suffix names; without one a PNG.
+
+    Raises:
+        ValueError: matplotlib knows no such kind.
+    """
     known = figure.canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in ("", *known):
         raise ValueError(
             f"`path` must end as a picture does. Found {path.name!r}: use one of {', '.join(f'.{k}' for k in known)}."
         )
-
-
-def _trajectory_in(source: Path) -> Path:
-    if source.suffix == ".csv" or (source / FILE_NAME).is_file():
-        return source if source.suffix == ".csv" else source / FILE_NAME
-    found = sorted(source.rglob(FILE_NAME))
-    if len(found) > 1:
-        shown = ", ".join(f"`{path.parent}`" for path in found[:5])
-        raise ValueError(f"A picture is of one run. Found {len(found)} in `{source}`: choose one of {shown}.")
-    return found[0] if found else source / FILE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi, format=path.suffix[1:] or "png")
+    return path
 
 
 def _draw(sheet: Sheet) -> Figure:
-    try:
-        # Not pyplot: it would choose a window system and keep the figure alive in global state.
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "`plot_trajectories` draws with matplotlib. Found none: "
-            'install it with `pip install "lfq_lightning[examples]"`.'
-        ) from error
-    size = 4.4 * len(sheet.kinds) + 1.6, 1.8 * len(sheet.panels) + 1
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure("plot_trajectories", 4.4 * len(sheet.kinds) + 1.6, 1.8 * len(sheet.panels) + 1)
+    from matplotlib import colormaps
+
     grid = figure.subplots(len(sheet.panels), len(sheet.kinds), squeeze=False, sharex=True)
     colours = sheet.colours(colormaps["viridis"])
     # A dollar sign would start a formula.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lfq_lightning.records.comparison import Comparison, Method
-from lfq_lightning.records.plot import check_format
+from lfq_lightning.records.plot import new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,17 +28,7 @@ def plot_comparison(comparison: Comparison, path: Path | str) -> Path:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        # Not pyplot: it would choose a window system and keep the figure alive in global state.
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "`plot_comparison` draws with matplotlib. Found none: "
-            'install it with `pip install "lfq_lightning[examples]"`.'
-        ) from error
-    target = Path(path)
-    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
-    check_format(figure, target)
+    figure = new_figure("plot_comparison", 5.6, 3.8)
     axes = figure.subplots()
     front = [m for m in comparison.methods if m.on_front]
     # Steps: between two methods there is none, and bytes short of the next buy no more than the one before.
@@ -47,8 +37,7 @@ def plot_comparison(comparison: Comparison, path: Path | str) -> Path:
     for method in comparison.methods:
         _draw_method(axes, method)
     _label_axes(axes, comparison)
-    figure.savefig(target, dpi=200, format=target.suffix[1:] or "png")
-    return target
+    return save(figure, Path(path), dpi=200)
 
 
 def _draw_method(axes: Axes, method: Method) -> None:

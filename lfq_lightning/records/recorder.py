@@ -16,8 +16,8 @@ from lfq_lightning.phases import phase_of
 from lfq_lightning.placement.points import Points
 from lfq_lightning.records.files import RunFiles
 from lfq_lightning.records.loggers import log_histograms, log_picture
+from lfq_lightning.records.measuring import measure_weights, probed, snapshot
 from lfq_lightning.records.place import directory_for
-from lfq_lightning.records.recording import measure_weights, probed, snapshot
 from lfq_lightning.records.trajectory import TrajectoryRow
 from lfq_lightning.schedule import PHASES, Phase
 from lfq_lightning.telling import tell

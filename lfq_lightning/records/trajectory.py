@@ -55,6 +55,21 @@ class TrajectoryRow:
 COLUMNS = [field.name for field in fields(TrajectoryRow)]
 
 
+def trajectory_in(directory: Path) -> Path | None:
+    """The trajectory in a directory, or the only one below it; None where there is none.
+
+    Raises:
+        ValueError: There are several below it.
+    """
+    if (directory / FILE_NAME).is_file():
+        return directory / FILE_NAME
+    found = sorted(directory.rglob(FILE_NAME))
+    if len(found) > 1:
+        shown = ", ".join(f"`{path.parent}`" for path in found[:5])
+        raise ValueError(f"A trajectory is of one run. Found {len(found)} in `{directory}`: choose one of {shown}.")
+    return found[0] if found else None
+
+
 def read_trajectory(path: Path | str) -> list[TrajectoryRow]:
     """Read the rows of a ``trajectory.csv``, leaving out a last line that a crash has torn.
 

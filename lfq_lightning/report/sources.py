@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lfq_lightning.checking import check_path
-from lfq_lightning.records.trajectory import FILE_NAME
+from lfq_lightning.records.trajectory import FILE_NAME, trajectory_in
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,12 @@ def find_run(source: Path | str) -> Run:
         raise FileNotFoundError(
             f"A report is about a checkpoint or a run's directory. Found nothing at `{source}`: check the path."
         )
-    found = sorted(source.rglob(FILE_NAME))
-    if (source / FILE_NAME) in found:
-        found = [source / FILE_NAME]
-    if len(found) > 1:
-        shown = ", ".join(f"`{path.parent}`" for path in found[:5])
-        raise ValueError(f"A report is about one run. Found {len(found)} in `{source}`: choose one of {shown}.")
-    directory = found[0].parent if found else source
+    found = trajectory_in(source)
+    directory = source if found is None else found.parent
     checkpoint = _newest_checkpoint(directory)
-    if checkpoint is None and not found:
+    if checkpoint is None and found is None:
         raise FileNotFoundError(f"A run has a checkpoint or a `{FILE_NAME}`. Found neither in `{source}`.")
-    return Run(directory, checkpoint, found[0] if found else None)
+    return Run(directory, checkpoint, found)
 
 
 def _newest_checkpoint(directory: Path) -> Path | None:

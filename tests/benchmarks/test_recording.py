@@ -13,8 +13,8 @@ from torch import nn
 import lfq_lightning as lfq
 from lfq_lightning.placement.points import points
 from lfq_lightning.records.files import Trajectory
+from lfq_lightning.records.measuring import measure_weights, probed, snapshot
 from lfq_lightning.records.recorder import metrics_of
-from lfq_lightning.records.recording import measure_weights, probed, snapshot
 from lfq_lightning.training.hiding import hidden_qparams
 from lfq_lightning.training.stepping.qparams import QParamOptimizer
 from tests.benchmarks.measuring import Call, Table, middle, times

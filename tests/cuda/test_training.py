@@ -52,7 +52,7 @@ def test_no_step_of_any_phase_waits_for_the_device(tmp_path: Path, precision: An
 
 def test_a_record_waits_for_the_device_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lfq_lightning.placement.points import points
-    from lfq_lightning.records.recording import measure_weights, snapshot
+    from lfq_lightning.records.measuring import measure_weights, snapshot
 
     model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(6)]).cuda()
     lfq.attach(model, weight=4, activation=4)

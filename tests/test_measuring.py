@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import lfq_lightning as lfq
 from lfq_lightning.placement.points import points
-from lfq_lightning.records import recording
-from lfq_lightning.records.recording import measure_weights, probed, snapshot
+from lfq_lightning.records import measuring
+from lfq_lightning.records.measuring import measure_weights, probed, snapshot
 from tests.runs import Net, images
 
 pytestmark = pytest.mark.quick
@@ -70,7 +70,7 @@ def test_weights_and_inputs_are_measured_exactly_where_they_are_small(model: Net
 def test_of_large_inputs_an_even_choice_is_measured_and_every_element_is_checked(
     monkeypatch: pytest.MonkeyPatch, axis: int | None
 ) -> None:
-    monkeypatch.setattr(recording, "_ENOUGH", 64)
+    monkeypatch.setattr(measuring, "_ENOUGH", 64)
     spec = lfq.QuantSpec(bits=4, symmetric=False, granularity="per_tensor" if axis is None else "per_channel")
     model = nn.Sequential(nn.Linear(4, 2))
     lfq.attach(model, weight=None, activation=spec, rules=[lfq.Rule("0", weight=None)])

@@ -57,7 +57,8 @@ def test_points_say_what_is_quantized_and_where() -> None:
 def test_a_parameter_is_looked_at_where_it_is_and_all_else_in_a_forward_pass() -> None:
     model = attached()
     found = points(model)
-    assert [point.parameter for point in weights(found)] == [model.embed.weight, model.block[0].weight]
+    parameters = [id(point.parameter) for point in weights(found)]
+    assert parameters == [id(model.embed.weight), id(model.block[0].weight)]
     seen = ["block.0.input_quantizer", "input_quantizer", "own", "head.input_quantizer"]
     assert [point.name for point in activations(found)] == seen
 
@@ -96,9 +97,34 @@ def test_role_and_site_are_saved_with_the_quantizer() -> None:
     quantizer.site = "inner"
     assert described(quantizer.get_extra_state()).site == "inner"
     assert points(model)["block.0.input_quantizer"].site == "block.0.inner"
-    assert bytes(usual[10:].to(torch.uint8).tolist()).startswith(
-        b'{"quantizer": "lfq_lightning", "axis": null, "is_weight": false, "role": "input", "spec": {"bits": 8,'
-    )
+    own = model.own.get_extra_state()
+    for state, said in (
+        (usual, b'"axis": null, "is_weight": false, "role": "input", "spec": {"bits": 8,'),
+        (own, b'"axis": null, "is_weight": true, "role": null, "spec": {"bits": 8,'),
+    ):
+        assert bytes(state[10:].to(torch.uint8).tolist()).startswith(b'{"quantizer": "lfq_lightning", ' + said)
+    assert (described(own).role, described(own).site) == ("weight", None)
+
+
+class Gated(nn.Linear):
+    """A layer with a quantizer of the user's own beside those that `attach` puts there."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.gate_quantizer = lfq.LearnableFakeQuantize.from_spec(lfq.QuantSpec(bits=8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gate_quantizer(x)
+
+
+def test_a_users_quantizer_in_a_quantized_layer_is_not_the_layers() -> None:
+    model = nn.Sequential(Gated())
+    lfq.attach(model, rules=[lfq.Rule(Gated, weight=8)])
+    assert {name: told(point) for name, point in points(model).items()} == {
+        "0.gate_quantizer": (None, "0", True),
+        "0.weight_quantizer": ("weight", "0", False),
+        "0.input_quantizer": ("input", "0", False),
+    }
 
 
 def test_a_layer_without_a_quantized_weight_is_the_owner_of_its_input() -> None:

@@ -12,7 +12,7 @@ from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.quantizer.saved import Role, site_in_model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Point:
     """One place where a network is quantized.
 
@@ -34,9 +34,14 @@ class Point:
         return self.quantizer.role
 
     @property
+    def has_parameter(self) -> bool:
+        """Whether what is quantized is the owner's own, and not what a forward pass brings."""
+        return self.owner is not None and self.quantizer.role == "weight"
+
+    @property
     def parameter(self) -> Tensor | None:
-        """What is quantized, where that is the owner's own; None for what a forward pass brings."""
-        return self.owner.weight if self.owner is not None and self.role == "weight" else None
+        """What is quantized, where that is the owner's own."""
+        return self.owner.weight if self.owner is not None and self.has_parameter else None
 
     @property
     def learns(self) -> bool:
@@ -71,9 +76,9 @@ def points(model: nn.Module) -> dict[str, Point]:
 
 def weights(points: Points) -> Iterator[Point]:
     """Those whose tensor is a parameter, which can be looked at where it is."""
-    return (point for point in points.values() if point.parameter is not None)
+    return (point for point in points.values() if point.has_parameter)
 
 
 def activations(points: Points) -> Iterator[Point]:
     """Those that see their tensor in a forward pass alone; a weight that the user hands to a quantizer is one."""
-    return (point for point in points.values() if point.parameter is None)
+    return (point for point in points.values() if not point.has_parameter)

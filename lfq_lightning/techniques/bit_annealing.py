@@ -184,7 +184,7 @@ class BitAnnealing(L.Callback):
         for point in points(model).values():
             wanted = widened(point.quantizer, bits)
             if wanted != point.quantizer.code_range:
-                weight = None if point.parameter is None else point.whole_parameter()
+                weight = point.whole_parameter() if point.has_parameter else None
                 change_range(point.quantizer, wanted, weight)
                 changed.append(point.quantizer)
         return changed

@@ -140,6 +140,13 @@ def test_where_nothing_can_be_written_one_warning_says_so(tmp_path: Path) -> Non
     assert len(caught) == 1
 
 
+def test_what_could_not_be_put_in_its_place_is_not_left_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "qparams.npz").mkdir()
+    with pytest.warns(UserWarning, match="Training goes on"):
+        write(tmp_path, range(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["qparams.npz"]
+
+
 def test_a_fit_keeps_every_channel_of_every_quantizer_at_each_epoch(tmp_path: Path) -> None:
     model, _, _ = fit(tmp_path)
     found = read_qparams(tmp_path / "qparams.npz")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import lfq_lightning as lfq
-from lfq_lightning.records.files import History, Trajectory
+from lfq_lightning.records.files import History, RunFiles, Trajectory
 from lfq_lightning.records.history import read_qparams
 from lfq_lightning.records.trajectory import read_trajectory
 from tests.runs import BATCHES, Net, every_epoch, fit
@@ -86,6 +86,12 @@ def test_the_run_is_resumed_and_goes_on_as_the_earlier_version_did(run: Path, tm
     assert list(vectors) == list(earlier)
     assert_equal_arrays(*({key: values[:3] for key, values in file.items()} for file in (vectors, earlier)))
     assert all(vectors[key].shape == values.shape for key, values in earlier.items())
+
+
+def test_a_run_that_stopped_in_its_first_epoch_is_resumed_without_a_word(run: Path, tmp_path: Path) -> None:
+    (run / "qparams.npz").unlink()
+    RunFiles(str(tmp_path / "again"), str(run / "trajectory.csv"), STEP).close()  # warnings are errors
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["trajectory.csv"]
 
 
 def assert_equal_arrays(found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from lfq_lightning.quantizer.saved import Role, role_in_name
 from lfq_lightning.records.trajectory import TrajectoryRow
@@ -16,11 +16,29 @@ Curve = list[tuple[int, float, float, float]]
 Colour = TypeVar("Colour")
 
 KINDS: dict[Role, str] = {"weight": "weights", "input": "activations"}
+
+
+class Quantity(NamedTuple):
+    """What is shown of a quantizer.
+
+    Args:
+        label: what stands at its axis.
+        note: what is said where there are no curves.
+        is_share: values begin at 0 and are read in percent.
+        reference: where a thin line tells what has not changed.
+    """
+
+    label: str
+    note: str = "not recorded"
+    is_share: bool = False
+    reference: float | None = None
+
+
 QUANTITIES = {
-    "scale": "scale",
-    "movement": "scale / scale on\nentering learn",
-    "saturation": "saturated share",
-    "zero_point": "zero point",
+    "scale": Quantity("scale"),
+    "movement": Quantity("scale / scale on\nentering learn", reference=1.0),
+    "saturation": Quantity("saturated share", is_share=True),
+    "zero_point": Quantity("zero point", note="all zero points are 0"),
 }
 # Told apart by colour-blind readers (after Paul Tol's "muted"), and none of them pale.
 PALETTE = ["#332288", "#cc6677", "#117733", "#ddaa33", "#66bbdd", "#882255"]
@@ -37,24 +55,9 @@ class Panel:
     curves: dict[str, Curve]
 
     @property
-    def label(self) -> str:
-        """What stands at its axis."""
+    def shows(self) -> Quantity:
+        """How its quantity is shown."""
         return QUANTITIES[self.quantity]
-
-    @property
-    def note(self) -> str:
-        """What is said in place of curves where there are none."""
-        return "all zero points are 0" if self.quantity == "zero_point" else "not recorded"
-
-    @property
-    def is_share(self) -> bool:
-        """Whether values are shares, which begin at 0 and are read in percent."""
-        return self.quantity == "saturation"
-
-    @property
-    def reference(self) -> float | None:
-        """Where a thin line tells what has not changed."""
-        return 1.0 if self.quantity == "movement" else None
 
     @property
     def spread(self) -> float:

@@ -124,11 +124,11 @@ def _name_outermost(axes: Axes, panel: Panel, colours: dict[str, Any], names: di
 
 
 def _draw_panel(axes: Axes, panel: Panel, colours: dict[str, Any]) -> None:
-    axes.set_ylabel(panel.label, fontsize=9)
+    axes.set_ylabel(panel.shows.label, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     if not panel.curves:
-        axes.annotate(panel.note, (0.5, 0.5), xycoords="axes fraction", ha="center", fontsize=9, color="#666666")
+        axes.annotate(panel.shows.note, (0.5, 0.5), xycoords="axes fraction", ha="center", fontsize=9, color="#666666")
         axes.set_yticks([])
         return
     axes.margins(y=0.12)
@@ -137,7 +137,7 @@ def _draw_panel(axes: Axes, panel: Panel, colours: dict[str, Any]) -> None:
     for name, curve in panel.curves.items():
         colour = colours[layer_and_kind(name)[0]]
         steps, middle, low, high = zip(*curve, strict=True)
-        if panel.is_share:
+        if panel.shows.is_share:
             # One batch says little about the share: the eye needs its mean, and the noise only faintly.
             axes.plot(steps, middle, color=colour, linewidth=0.6, alpha=min(0.25, 1 / count))
             middle = trailing_mean(middle)
@@ -152,11 +152,11 @@ def _draw_panel(axes: Axes, panel: Panel, colours: dict[str, Any]) -> None:
 def _scale_axis(axes: Axes, panel: Panel) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    if panel.is_share:
+    if panel.shows.is_share:
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
         axes.set_ylim(bottom=0)
-    if panel.reference is not None:
-        axes.axhline(panel.reference, color="#000000", linewidth=0.6, linestyle=":")
+    if panel.shows.reference is not None:
+        axes.axhline(panel.shows.reference, color="#000000", linewidth=0.6, linestyle=":")
     if panel.is_logarithmic:
         axes.set_yscale("log", nonpositive="mask")
         # Between 1, 2, 5 and 10 a narrow range may hold no tick at all.

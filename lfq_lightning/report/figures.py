@@ -34,7 +34,7 @@ def trajectories(rows: list[TrajectoryRow]) -> go.Figure | None:
     for row, panels in enumerate(sheet.panels, start=1):
         for column, panel in enumerate(panels, start=1):
             _draw_panel(figure, {"row": row, "col": column}, panel, sheet, colours, explained)
-        figure.update_yaxes(title_text=panels[0].label.replace("\n", "<br>"), row=row, col=1)
+        figure.update_yaxes(title_text=panels[0].shows.label.replace("\n", "<br>"), row=row, col=1)
     for phase, start, end in sheet.phases:
         if phase in PHASE_COLOURS:
             figure.add_vrect(start, end, fillcolor=PHASE_COLOURS[phase], opacity=1, layer="below", line_width=0)
@@ -73,13 +73,13 @@ def _draw_panel(
         explained.add(layer)
     if not panel.curves and panel.quantity == "zero_point":
         look = {"mode": "lines", "line": {"color": _GREY, "dash": "dot"}}
-        look["hovertemplate"] = f"{panel.note}<extra></extra>"
+        look["hovertemplate"] = f"{panel.shows.note}<extra></extra>"
         figure.add_trace(go.Scatter(x=sheet.limits, y=[0, 0], showlegend=False, **look), **place)
-    figure.update_yaxes(tickformat=".2~%" if panel.is_share else "~g", **place)
+    figure.update_yaxes(tickformat=".2~%" if panel.shows.is_share else "~g", **place)
     if panel.is_logarithmic and panel.curves:
         figure.update_yaxes(type="log", dtick="D2", **place)  # 1, 2 and 5
-    if panel.reference is not None:
-        figure.add_hline(panel.reference, line={"color": "#000000", "width": 0.6, "dash": "dot"}, **place)
+    if panel.shows.reference is not None:
+        figure.add_hline(panel.shows.reference, line={"color": "#000000", "width": 0.6, "dash": "dot"}, **place)
 
 
 def _band(steps: Sequence[int], low: Sequence[float], high: Sequence[float], layer: str, colour: str) -> go.Scatter:
@@ -98,7 +98,7 @@ def _band(steps: Sequence[int], low: Sequence[float], high: Sequence[float], lay
 
 
 def _hover(name: str, panel: Panel, band: bool) -> str:
-    form = ".3%" if panel.is_share else ".5g"
+    form = ".3%" if panel.shows.is_share else ".5g"
     channels = f"<br>channels %{{customdata[0]:{form}}} to %{{customdata[1]:{form}}}" if band else ""
     return f"{name}<br>step %{{x}}: %{{y:{form}}}{channels}<extra></extra>"
 

@@ -14,13 +14,12 @@ from lfq_lightning.checking import check_choice, check_flags, check_path, check_
 from lfq_lightning.export.parity import Parity
 from lfq_lightning.placement import Placement, apply, plan
 from lfq_lightning.placement.host import FrozenLayers
-from lfq_lightning.records.recorder import Recorder
 from lfq_lightning.rules import Rule, as_rules
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, as_schedule, weight_spec
 from lfq_lightning.training.phases import warn_if_float, warn_if_unlearned
 from lfq_lightning.training.run import Run, Training
-from lfq_lightning.training.sentinel import Reaction, Sentinel
+from lfq_lightning.training.sentinel import Reaction
 from lfq_lightning.training.stepping.qparams import OptimizerFactory, QParamOptimizer, ScheduleFactory
 from lfq_lightning.training.stepping.steps import check_makers
 from lfq_lightning.training.stepping.users import UserOptimizers
@@ -148,8 +147,7 @@ class QuantizationAwareTraining(AtRest):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up a checkpoint, settle the schedule and where the trajectory goes, and enter the phase."""
-        recorder, sentinel = Recorder(self.record_every_n_steps, self.write_files), Sentinel(self.on_collapse)
-        self._in_run.train(trainer, pl_module, recorder, sentinel)
+        self._in_run.train(trainer, pl_module, self.record_every_n_steps, self.write_files, self.on_collapse)
 
     # ---- the run --------------------------------------------------------------------------------------------------
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from lfq_lightning.checking import check_whole
 from lfq_lightning.phases import phase_of
 from lfq_lightning.placement.points import Points
 from lfq_lightning.records.files import RunFiles
@@ -34,49 +32,38 @@ class HasRates(Protocol):
 class Recorder:
     """Measures one batch in `every`, counted in optimizer steps, and keeps whole scales and zero points at each epoch.
 
-    Args:
-        every: optimizer steps between two records; None is settled when the run begins.
-        write_files: whether there are files beside what loggers get.
+    It goes on with the interval and the rows of the run that is resumed.
 
-    Raises:
-        ValueError: if `every` is less than 1.
+    Args:
+        trainer: whose loggers and directory are used; every rank makes one.
+        points: of the model.
+        every: optimizer steps between two records; None takes the Trainer's interval for logging, less in a short run.
+        write_files: whether there are files beside what loggers get.
+        steps: the length of the run in optimizer steps, or infinity; a short run is recorded 50 times.
+        restored: what `state_dict` gave, or nothing.
     """
 
-    def __init__(self, every: int | None, write_files: bool = True) -> None:
-        if every is not None:
-            check_whole("record_every_n_steps", every, 1)
-        self.every, self.write_files = every, write_files
-        self.interval = every or 1
-        self._points: Points = {}
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        points: Points,
+        every: int | None,
+        write_files: bool,
+        steps: float,
+        restored: Mapping[str, Any],
+    ) -> None:
+        usual = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        self.interval = every or restored.get("every") or int(max(1, min(usual, steps // 50)))
+        self._points, self._barebones = points, trainer.barebones
         self._files: RunFiles | None = None  # on rank zero, where the run has a directory
-        self._barebones = False
         self._probes = ExitStack()
         self._measured: dict[str, Tensor] = {}
         self._step_before = 0
         self._logged_epoch: int | None = None
-
-    @property
-    def path(self) -> Path | None:
-        """Where the trajectory is written, on the rank that writes it."""
-        return None if self._files is None else self._files.path
-
-    def open(self, trainer: L.Trainer, points: Points, steps: float, restored: Mapping[str, Any]) -> None:
-        """Begin in the run's directory, with the interval and the rows of the run that is resumed.
-
-        Args:
-            trainer: whose loggers and directory are used.
-            points: of the model.
-            steps: the length of the run in optimizer steps, or infinity; a short run is recorded 50 times.
-            restored: what `state_dict` gave, or nothing.
-        """
-        usual = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        self._points, self._logged_epoch = points, None
-        self.interval = self.every or restored.get("every") or int(max(1, min(usual, steps // 50)))
-        self._files, self._barebones = None, trainer.barebones
-        directory = directory_for(trainer) if self.write_files else None  # every rank takes part
+        directory = directory_for(trainer) if write_files else None  # every rank takes part
         if directory is not None and trainer.is_global_zero:
             self._files = RunFiles(directory, restored.get("path"), trainer.global_step)
-        elif self.write_files and directory is None and not self._barebones:
+        elif write_files and directory is None and not self._barebones:
             tell(
                 trainer,
                 "This run leaves no trajectory.csv and qparams.npz: it has no directory of its own. Give the Trainer a "
@@ -135,8 +122,8 @@ class Recorder:
 
     def after_fit(self, trainer: L.Trainer) -> None:
         """Give the picture of the trajectories to the loggers that take pictures."""
-        if self.path is not None and self._files is not None and self._files.written:
-            log_picture(trainer.loggers, self.path, trainer.global_step)
+        if self._files is not None and self._files.written:
+            log_picture(trainer.loggers, self._files.path, trainer.global_step)
 
     def close(self) -> None:
         """Stop measuring and writing."""

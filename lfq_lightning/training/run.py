@@ -18,7 +18,7 @@ from lfq_lightning.records.recorder import Recorder
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.training.exporting import FitExport
 from lfq_lightning.training.phases import RunPhases, begin, settle_frozen_layers, show_phase, warn_if_still
-from lfq_lightning.training.sentinel import Sentinel
+from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.stepping.qparams import ScheduleFactory
 from lfq_lightning.training.stepping.steps import Choice, Steps, arranged_qparams
 from lfq_lightning.training.trainer.length import (
@@ -45,7 +45,7 @@ class Training:
         found: the model's points, which neither come nor go while it trains.
         schedule: in force, in the Trainer's epochs or steps.
         steps: what steps.
-        recorder: opened for this run.
+        recorder: of this run.
         sentinel: looks at what is recorded.
         export: keeps a batch.
     """
@@ -182,7 +182,9 @@ class Run:
         settle_frozen_layers(model, trainer.optimizers, frozen_layers)
         begin(model, anew=not self.steps.take_up(self.restored) and self._anew)
 
-    def train(self, trainer: L.Trainer, model: L.LightningModule, recorder: Recorder, sentinel: Sentinel) -> None:
+    def train(
+        self, trainer: L.Trainer, model: L.LightningModule, every: int | None, write_files: bool, on_collapse: Reaction
+    ) -> None:
         """Take up a checkpoint, settle the schedule and where the record goes, and enter the phase."""
         self.steps.take_up(self.restored)  # strategies that shard restore it after `start`
         begins = count_begins(trainer, model, self._had, self._anew)
@@ -190,9 +192,9 @@ class Run:
         before = self.restored.get("schedule")
         schedule, length = settle_schedule(trainer, model, self._schedule, before, self.since)
         found = points(model)
+        recorder = Recorder(trainer, found, every, write_files, length, self.restored.get("recorder", {}))
         self._ending.callback(recorder.close)
-        recorder.open(trainer, found, length, self.restored.get("recorder", {}))
-        sentinel.load_state_dict(self.restored.get("sentinel", {}))
+        sentinel = Sentinel(on_collapse, self.restored.get("sentinel"))
         self.training = Training(found, schedule, self.steps, recorder, sentinel, self._export)
         show_phase(self._until_end, trainer, self.training.phases)
         self.training.phases.enter(trainer, model)

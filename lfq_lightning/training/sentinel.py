@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lfq_lightning.checking import check_choice
 from lfq_lightning.placement.points import points
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.symptoms import Symptoms
@@ -37,26 +36,19 @@ class Sentinel:
 
     Args:
         reaction: "warn" names it once; "reinit" also estimates its qparams anew; "raise" ends the run.
-
-    Raises:
-        ValueError: if the reaction is none of these.
+        state: what `state_dict` gave; nothing at all remembers nothing.
     """
 
-    def __init__(self, reaction: Reaction = "warn") -> None:
-        check_choice("on_collapse", reaction, get_args(Reaction))
-        self.reaction = reaction
-        self.load_state_dict({})
+    def __init__(self, reaction: Reaction = "warn", state: Mapping[str, Any] | None = None) -> None:
+        state = state or {}
+        self.reaction, self.symptoms = reaction, Symptoms(state)
+        self._named: set[str] = set(state.get("named", ()))
+        self._named_unused: set[str] = set(state.get("named_unused", ()))  # which earlier versions did not know
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered of each quantizer, in plain values; on several ranks, that of rank zero decides."""
         named = {"named": sorted(self._named), "named_unused": sorted(self._named_unused)}
         return {**named, **self.symptoms.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` gave; nothing at all forgets."""
-        self._named: set[str] = set(state.get("named", ()))
-        self._named_unused: set[str] = set(state.get("named_unused", ()))  # which earlier versions did not know
-        self.symptoms = Symptoms(state)
 
     def watch(
         self, trainer: L.Trainer, model: nn.Module, rows: list[TrajectoryRow], in_few_codes: Mapping[str, float]

@@ -222,7 +222,7 @@ def _sections(found: _Findings) -> list[Section]:
 
 def _measured_inputs(found: _Findings) -> bool:
     return found.summary is not None and any(
-        role_in_name(row.quantizer) == "input" and math.isfinite(row.sqnr) for row in found.summary.rows
+        role_in_name(row.quantizer) != "weight" and math.isfinite(row.sqnr) for row in found.summary.rows
     )
 
 

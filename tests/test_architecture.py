@@ -18,6 +18,7 @@ PACKAGE = ROOT / "lfq_lightning"
 # From the ground up: a room, which is a folder or a file at the top, imports only from rooms before it. Of a folder's
 # files none imports one that, over however many others, imports it.
 ROOMS = [
+    "private",
     "checking",
     "schedule",
     "telling",

@@ -12,6 +12,7 @@ from networks import ConvolutionalNetwork
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
+from lfq_lightning.export.exportable import sharing_copy
 from lfq_lightning.export.fold import fold_batch_norm
 from lfq_lightning.export.integers import integer_copy
 from tests.assertions import assert_bit_equal
@@ -76,6 +77,30 @@ def test_export_leaves_the_model_as_it_is(tmp_path: Path, settings: str) -> None
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items() if isinstance(v, Tensor))
     for words in ("same largest output", "with optimizations", "of the float file", "agrees                yes"):
         assert words in str(parity)
+
+
+def test_an_export_looks_at_the_weights_where_they_are_and_writes_to_no_buffer(tmp_path: Path) -> None:
+    class Counting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    model = nn.Sequential(Counting(), nn.Linear(4, 2))
+    lfq.attach(model, rules=[lfq.Rule(Counting, weight=8)])
+    lfq.calibrate(model, [torch.randn(8, 4)])
+    before = model[0].calls.clone()
+    lfq.export_onnx(model, torch.randn(8, 4), tmp_path / "m.onnx")
+    assert torch.equal(model[0].calls, before)
+    copied = sharing_copy(model)
+    assert all(c.data_ptr() == p.data_ptr() for c, p in zip(copied.parameters(), model.parameters(), strict=True))
+    kept, bias = lfq.export_pt2(model, torch.randn(8, 4)).state_dict["1.bias"], model[1].bias.clone()
+    with torch.no_grad():
+        model[1].bias.add_(1)
+    assert torch.equal(kept, bias)
 
 
 @pytest.mark.parametrize("settings", ["w4a4", "w4 affine, a8 symmetric", "w4 groups"])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnx import numpy_helper
 from torch import Tensor, nn
 
 from lfq_lightning.export.integers import IntegerWeight
-from lfq_lightning.export.parity import Parity
-from lfq_lightning.export.tallies import Codes, Outputs
+from lfq_lightning.export.onnx_file import stored_weights
+from lfq_lightning.export.parity import OutputParity, Parity, QuantizerParity
 from lfq_lightning.ops import spread
-from lfq_lightning.placement.host import hosts, plain_name, quantizers, whole_weight
+from lfq_lightning.placement.host import hosts
+from lfq_lightning.placement.points import activations, points, weights
+from lfq_lightning.private import session_failure, tree_leaves
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.running import explained
 
@@ -27,61 +27,61 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def compare(
-    model: nn.Module,
+    reference: nn.Module,
     path: Path,
     watched: Mapping[str, Sequence[str]],
-    weights: Mapping[str, IntegerWeight],
+    integers: Mapping[str, IntegerWeight],
     batches: Iterable[Inputs],
     float_file_bytes: int,
     **settings: Any,
 ) -> Parity:
-    """Run the model in eval mode and the file in ONNX Runtime on the same batches.
+    """Run a model and its file in ONNX Runtime on the same batches.
 
     Args:
-        model: what was exported; it is not changed.
+        reference: a copy of what was exported, in eval mode on the CPU.
         path: the file.
         watched: what `codes_by_quantizer` gave.
-        weights: the integer weights by name, which know the signs that BatchNorm gave them.
+        integers: the integer weights by name, which know the signs that BatchNorm gave them.
         batches: positional and keyword inputs, on the CPU.
         float_file_bytes: the size to compare the file's with.
         settings: further fields of the result.
     """
-    reference = copy.deepcopy(model).cpu().eval()
-    for quantizer in (m for m in reference.modules() if isinstance(m, LearnableFakeQuantize)):
-        quantizer.phase = "freeze"
-    called: set[str] = set()
-    for name, layer in hosts(reference).items():
-        layer.register_forward_hook(_Called(called, plain_name(name)))
+    found = points(reference)
+    called: set[LearnableFakeQuantize] = set()
+    for point in found.values():
+        point.quantizer.phase = "freeze"
+    for layer in hosts(reference).values():
+        layer.register_forward_hook(_Called(called, layer.weight_quantizer))
     proto = onnx.load(path)
+    stored = stored_weights(proto)
     outputs = [output.name for output in proto.graph.output]
+    fast = _session(proto, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
     for name in (name for names in watched.values() for name in names):
         proto.graph.output.append(onnx.ValueInfoProto(name=name))
     plain = _session(proto, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
-    fast = _session(onnx.load(path), onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
-    found, count = dict(watched), 0
+    nodes, count = dict(watched), 0
     tally: dict[str, Codes] = {}
     unoptimized, optimized = Outputs(outputs), Outputs(outputs)
     for args, kwargs in batches:
         expected, codes = _run(reference, args, kwargs)
-        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         feed = {node.name: x.numpy() for node, x in zip(plain.get_inputs(), tensors, strict=True)}
         values = dict(zip([o.name for o in plain.get_outputs()], plain.run(None, feed), strict=True))
         for name, uses in codes.items():
-            if name not in found:
+            if name not in nodes:
                 twin = _twin(name, codes, watched)
-                found[name] = () if twin is None else found.get(twin, ())
-            tally.setdefault(name, Codes()).take_in(uses, [values[t] for t in found[name]])
+                nodes[name] = () if twin is None else nodes.get(twin, ())
+            tally.setdefault(name, Codes()).take_in(uses, [values[t] for t in nodes[name]])
         count += expected[0].argmax(-1).size
         unoptimized.take_in([values[name] for name in outputs], expected)
         optimized.take_in(fast.run(outputs, feed), expected)
-    stored = stored_weights(onnx.load(path))
-    for name, layer in hosts(reference).items():
-        key, own = f"{plain_name(name)}.weight_quantizer", layer.weight_quantizer
-        if name in called and own is not None and key in weights:
-            wanted = _centred(own, whole_weight(layer)) * weights[key].signs.int().numpy()
-            alike = [other for other in weights if weights[other] is weights[key] and other in stored]
-            tally.setdefault(key, Codes()).take_in([wanted], [stored[other] for other in alike[:1]])
-    rows = tuple(tally[name].row(name) for name in quantizers(reference) if name in tally)
+    for point in weights(found):
+        if point.quantizer in called and point.name in integers:
+            own = integers[point.name]
+            wanted = _centred(point.quantizer, point.whole_parameter()) * own.signs.int().numpy()
+            alike = [stored[name] for name, weight in integers.items() if weight is own and name in stored]
+            tally.setdefault(point.name, Codes()).take_in([wanted], [codes() for codes in alike[:1]])
+    rows = tuple(tally[name].row(name) for name in found if name in tally)
     quantum = _quantum(reference)
     ends = unoptimized.parity(quantum, count), optimized.parity(quantum, count)
     return Parity(rows, count, *ends, path.stat().st_size, float_file_bytes, **settings)
@@ -95,49 +95,11 @@ def _session(proto: onnx.ModelProto, level: Any, precise: bool = True) -> onnxru
     options.add_session_config_entry("session.x64quantprecision", str(int(precise)))
     try:
         return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except onnxruntime.capi.onnxruntime_pybind11_state.Fail:
+    except session_failure():
         if not precise:
             raise
         # That option fails at a weight that is used twice: optimize no further than sums in float.
         return _session(proto, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC, precise=False)
-
-
-def codes_by_quantizer(proto: onnx.ModelProto, model: nn.Module) -> dict[str, list[str]]:
-    """The results of QuantizeLinear nodes by the quantizer that they are of, in order of use, as the exporter notes.
-
-    Args:
-        proto: the exported file, with the notes.
-        model: what was exported, of which one quantizer may have several names.
-    """
-    first = {id(quantizer): name for name, quantizer in quantizers(model).items()}
-    every = model.named_modules(remove_duplicate=False)
-    names = {plain_name(name): first[id(module)] for name, module in every if id(module) in first}
-    found: dict[str, list[str]] = {}
-    for node in proto.graph.node:
-        if node.op_type == "QuantizeLinear":
-            notes = {note.key: note.value for note in node.metadata_props}
-            scopes = ast.literal_eval(notes["pkg.torch.onnx.name_scopes"])
-            name = next(names[scope] for scope in reversed(scopes) if scope in names)
-            found.setdefault(name, []).append(node.output[0])
-    return found
-
-
-def stored_weights(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """The integer weights in a file less their zero points, by the quantizer that they are of."""
-    stored = {i.name: i for i in proto.graph.initializer}
-    found = {}
-    for node in proto.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in stored:
-            codes = numpy_helper.to_array(stored[node.input[0]]).astype(np.int32)
-            zero_point = numpy_helper.to_array(stored[node.input[2]]).astype(np.int32)
-            settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            axis, block = settings.get("axis", 1), settings.get("block_size", 0)
-            if block:
-                zero_point = np.repeat(zero_point, block, axis).take(range(codes.shape[axis]), axis)
-            elif zero_point.size > 1:
-                zero_point = zero_point.reshape([-1 if d == axis % codes.ndim else 1 for d in range(codes.ndim)])
-            found[node.input[0].removesuffix(".codes")] = codes - zero_point
-    return found
 
 
 def _run(
@@ -146,9 +108,8 @@ def _run(
     """The outputs, and by input quantizer the codes of each use."""
     codes: dict[str, list[np.ndarray]] = {}
     handles = []
-    for name, quantizer in quantizers(model).items():
-        if quantizer.role != "weight" or quantizer.site is None:
-            handles.append(quantizer.register_forward_hook(_See(codes, name)))
+    for point in activations(points(model)):
+        handles.append(point.quantizer.register_forward_hook(_See(codes, point.name)))
     try:
         rule = f"{type(model).__name__} must take what `batches` hold"
         with torch.no_grad(), explained(rule, args or kwargs, "as `forward` does"):
@@ -156,16 +117,17 @@ def _run(
     finally:
         for handle in handles:
             handle.remove()
-    leaves = torch.utils._pytree.tree_leaves(output)
+    leaves = tree_leaves(output)
     return [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)], codes
 
 
 class _Called:
-    def __init__(self, into: set[str], name: str) -> None:
-        self.into, self.name = into, name
+    def __init__(self, into: set[LearnableFakeQuantize], quantizer: LearnableFakeQuantize | None) -> None:
+        self.into, self.quantizer = into, quantizer
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.into.add(self.name)
+        if self.quantizer is not None:
+            self.into.add(self.quantizer)
 
 
 class _See:
@@ -197,7 +159,71 @@ def _twin(name: str, codes: Mapping[str, Sequence[np.ndarray]], watched: Mapping
 
 def _quantum(model: nn.Module) -> float:
     """One step of the last layer's integer accumulator, the largest of its channels."""
-    layers, placed = list(hosts(model).values()), list(quantizers(model).values())
+    layers, placed = list(hosts(model).values()), [point.quantizer for point in points(model).values()]
     last = (layers[-1].weight_quantizer, layers[-1].input_quantizer) if layers else placed[-1:]
     parts = [q.used_qparams()[0].max() for q in last if q is not None]
     return float(torch.stack(parts).prod())
+
+
+@dataclass
+class Codes:
+    """One quantizer's codes, counted over batches."""
+
+    count: int = 0
+    equal: int = 0
+    largest: int = 0
+
+    def take_in(self, expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> None:
+        """Count one batch."""
+        self.count += sum(codes.size for codes in expected)
+        for mine, theirs in zip(expected, found, strict=False):  # those that the file lacks are not equal
+            apart = np.abs(mine - theirs.astype(np.int32))
+            self.equal += int((apart == 0).sum())
+            self.largest = max(self.largest, int(apart.max(initial=0)))
+
+    def row(self, name: str) -> QuantizerParity:
+        """The share of equal codes, and the largest difference."""
+        return QuantizerParity(name, self.count, self.equal / max(self.count, 1), self.largest)
+
+
+class Outputs:
+    """How far one session's outputs are from what the model gives."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.gaps = [Gap() for _ in names]
+        self.same = 0
+
+    def take_in(self, found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
+        """Count one batch of every output."""
+        for gap, mine, theirs in zip(self.gaps, expected, found, strict=True):
+            gap.take_in(theirs, mine)
+        self.same += int((found[0].argmax(-1) == expected[0].argmax(-1)).sum())
+
+    def parity(self, quantum: float, count: int) -> OutputParity:
+        """The worst of all outputs, in the output's units and in quanta."""
+        largest = max(gap.largest for gap in self.gaps)
+        noise = max(gap.noise for gap in self.gaps)
+        return OutputParity(largest, largest / quantum, noise, self.same / max(count, 1))
+
+
+@dataclass
+class Gap:
+    """How far one output is from what the model gives."""
+
+    largest: float = 0.0
+    squares: float = 0.0
+    power: float = 0.0
+
+    def take_in(self, found: np.ndarray, expected: np.ndarray) -> None:
+        """Count one batch."""
+        same = (found == expected) | (np.isnan(found) & np.isnan(expected))  # infinite masks are equal too
+        f, e = (np.where(same, 0.0, x.astype(np.float64)) for x in (found, expected))
+        apart = np.nan_to_num(np.abs(f - e), nan=np.inf)
+        self.largest = max(self.largest, float(apart.max(initial=0)))
+        self.squares += float((apart**2).sum())
+        self.power += float((np.where(np.isfinite(expected), expected, 0).astype(np.float64) ** 2).sum())
+
+    @property
+    def noise(self) -> float:
+        """The power of the difference over that of the expected output."""
+        return self.squares / max(self.power, float(np.finfo(np.float32).tiny))

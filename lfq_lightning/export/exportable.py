@@ -1,73 +1,87 @@
-"""Whether a quantized model can be exported, or why not, by name."""
+"""What of a quantized model is exported, or why it cannot be, by name."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lfq_lightning.placement.host import INPUT, hosts, placed_by_users, quantizers
+from lfq_lightning.placement.points import points
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 MOST_BITS = 8
 
 
-def check_estimated(model: nn.Module) -> None:
-    """Raise ValueError unless the model has quantizers and each has its qparams."""
-    found = quantizers(model)
-    if not found:
+def own_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode of what can be exported: quantizers that no data has reached, which have no range, are gone.
+
+    Raises:
+        ValueError: unless the model has quantizers and each of the others has its qparams.
+    """
+    return _copied(model, {})
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """As `own_copy`, with modules and buffers of its own and the model's weights: they are looked at, and not kept."""
+    weights = (p for p in model.parameters() if type(p) is nn.Parameter)  # a subclass knows itself how it is copied
+    return _copied(model, {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in weights})
+
+
+def _copied(model: nn.Module, known: dict[int, Any]) -> nn.Module:
+    found = points(model)
+    late = [name for name, point in found.items() if point.quantizer.late]
+    if late:
+        rank_zero_warn(
+            f"What no data has reached is exported in float. Found no range for {', '.join(late[:5])}"
+            f"{f' and {len(late) - 5} more' if len(late) > 5 else ''}: train or calibrate on data that reach it."
+        )
+    if len(late) == len(found):
         raise ValueError(
             f"The model has no quantizers to export. Found {type(model).__name__} in float: call "
             "`lfq_lightning.attach` and train it first."
         )
-    blind = [name for name, quantizer in found.items() if not (quantizer.estimated or quantizer.learned)]
+    states = {name: point.quantizer for name, point in found.items() if name not in late}
+    blind = [name for name, quantizer in states.items() if not (quantizer.estimated or quantizer.learned)]
     if blind:
         raise ValueError(
             f"A quantizer must have a scale before it is exported. Found none set for {', '.join(blind[:5])}: train, "
             "or call `lfq_lightning.calibrate`."
         )
-
-
-def without_late(model: nn.Module) -> nn.Module:
-    """The model, or a copy whose late quantizers, which have no range, are gone: what they are for stays in float."""
-    late = [name for name, quantizer in quantizers(model).items() if quantizer.late]
-    if not late:
-        return model
-    rank_zero_warn(
-        f"What no data has reached is exported in float. Found no range for {', '.join(late[:5])}"
-        f"{f' and {len(late) - 5} more' if len(late) > 5 else ''}: train or calibrate on data that reach it."
-    )
-    copied = copy.deepcopy(model)
-    for layer in hosts(copied).values():
-        if layer.input_quantizer is not None and layer.input_quantizer.late:
-            layer._modules[INPUT] = None
-    for module in list(copied.modules()):
-        for name, child in module._modules.items():
-            if isinstance(child, LearnableFakeQuantize) and child.late:
-                module._modules[name] = nn.Identity()  # the user's own, which the user calls
+    copied = copy.deepcopy(model, known).eval().requires_grad_(False)
+    if late:
+        _drop_late(copied)
     return copied
+
+
+def _drop_late(model: nn.Module) -> None:
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, LearnableFakeQuantize) and module.late:
+            parent, _, name = path.rpartition(".")
+            # A user calls their own; a layer knows that it may have none.
+            setattr(model.get_submodule(parent), name, nn.Identity() if module.site is None else None)
 
 
 def check_exportable(model: nn.Module) -> None:
     """Raise ValueError if a quantizer has settings that integer formats do not hold; known before training."""
-    reasons = []
-    for name, layer in hosts(model).items():
+    reasons: list[str] = []
+    for name, point in points(model).items():
+        quantizer, layer = point.quantizer, point.owner
+        reasons += _against(quantizer, repr(name) if layer is None else f"the {point.role} of {point.site!r}")
+        if layer is None:
+            if quantizer.group_size is not None:
+                reasons.append(f"{name!r} has groups, which only the weight of a layer can have there")
+            continue
         if layer.weight.dtype is not torch.float32:
-            reasons.append(f"{name!r} computes in {layer.weight.dtype}, where the formats hold float32")
-        for role, quantizer in (("weight", layer.weight_quantizer), ("input", layer.input_quantizer)):
-            if quantizer is None:
-                continue
-            reasons += _against(quantizer, f"the {role} of {name!r}")
-            if role == "weight" and quantizer.axis not in (None, 0, 1):
-                reasons.append(f"the weight of {name!r} has a scale for each index of dimension {quantizer.axis}")
-    for name, quantizer in placed_by_users(model).items():
-        reasons += _against(quantizer, repr(name))
-        if quantizer.group_size is not None:
-            reasons.append(f"{name!r} has groups, which only the weight of a layer can have there")
+            reasons.append(f"{point.site!r} computes in {layer.weight.dtype}, where the formats hold float32")
+        if point.role == "weight" and quantizer.axis not in (None, 0, 1):
+            reasons.append(f"the weight of {point.site!r} has a scale for each index of dimension {quantizer.axis}")
     if reasons:
-        raise ValueError(f"This model cannot be exported to integers: {'; '.join(reasons)}. Change those settings.")
+        raise ValueError(
+            f"This model cannot be exported to integers: {'; '.join(dict.fromkeys(reasons))}. Change those settings."
+        )
 
 
 def _against(quantizer: LearnableFakeQuantize, what: str) -> list[str]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lfq_lightning.export.integers import IntegerInput, IntegerWeight
 from lfq_lightning.placement.host import WEIGHT, QuantizedLayer, float_type, hosts
 from lfq_lightning.placement.layers import QUANTIZABLE, TRANSPOSED
+from lfq_lightning.private import BatchNorm, tree_leaves
 from lfq_lightning.running import explained
 
 MOST_QUANTA = 2.0**31 - 1  # back ends store a bias in 32 bits, in units of input scale times weight scale
@@ -34,24 +34,24 @@ def fold_batch_norm(
     for layer_name, norm_name in _pairs(model, example_inputs, example_kwargs or {}):
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
         assert isinstance(layer, QuantizedLayer)
-        assert isinstance(norm, _BatchNorm)
+        assert isinstance(norm, BatchNorm)
         if _fold(layer, norm):
             # In place: the module may be registered under several names, or be called from a list.
+            for held in (*dict(norm.named_parameters(recurse=False)), *dict(norm.named_buffers(recurse=False))):
+                delattr(norm, held)
             norm.__class__ = nn.Identity  # type: ignore[assignment]
-            norm._parameters.clear()
-            norm._buffers.clear()
             folded.append(norm_name)
     for layer in hosts(model).values():
         _silence(layer)
     return folded
 
 
-def _fold(layer: QuantizedLayer, norm: _BatchNorm) -> bool:
+def _fold(layer: QuantizedLayer, norm: BatchNorm) -> bool:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     gamma = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
     factor = gamma.double() / (norm.running_var.double() + norm.eps).sqrt()
-    weight, axis = layer._modules[WEIGHT], int(isinstance(layer, TRANSPOSED))
+    weight, axis = layer.weight_quantizer, int(isinstance(layer, TRANSPOSED))
     if not isinstance(weight, IntegerWeight) or (axis == 1 and layer.groups != 1):
         return False  # output channels of grouped transposed convolutions are spread over both dimensions
     bias = layer.bias.double() if isinstance(layer.bias, Tensor) else torch.zeros_like(factor)
@@ -63,14 +63,14 @@ def _fold(layer: QuantizedLayer, norm: _BatchNorm) -> bool:
     too_many, idle = _out_of_range(layer, made, bias, axis)
     if bool((too_many & ~idle).any()):
         return False  # a factor so small that its channel's bias finds no room in 32 bits
-    layer._modules[WEIGHT] = made
+    setattr(layer, WEIGHT, made)
     layer.bias = nn.Parameter(bias, requires_grad=False)
     return True
 
 
 def _silence(layer: QuantizedLayer) -> None:
     """Give output channels that say nothing a scale in whose units their bias fits 32 bits."""
-    weight, axis = layer._modules[WEIGHT], int(isinstance(layer, TRANSPOSED))
+    weight, axis = layer.weight_quantizer, int(isinstance(layer, TRANSPOSED))
     bias = getattr(layer, "bias", None)
     if not isinstance(weight, IntegerWeight) or not isinstance(bias, Tensor) or float_type(layer) not in QUANTIZABLE:
         return
@@ -78,7 +78,7 @@ def _silence(layer: QuantizedLayer) -> None:
         return
     too_many, idle = _out_of_range(layer, weight, bias, axis)
     if bool((too_many & idle).any()):
-        layer._modules[WEIGHT] = weight.silenced(too_many & idle, axis) or weight
+        setattr(layer, WEIGHT, weight.silenced(too_many & idle, axis) or weight)
 
 
 def _out_of_range(layer: QuantizedLayer, weight: IntegerWeight, bias: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ def _out_of_range(layer: QuantizedLayer, weight: IntegerWeight, bias: Tensor, ax
     if not isinstance(quantizer, IntegerInput):
         return nothing, nothing
     other = [d for d in range(weight.codes.ndim) if d != axis]
-    scale = weight._wide(weight.scale).double().expand(weight.codes.shape)
+    scale = weight.wide(weight.scale).double().expand(weight.codes.shape)
     ends = torch.stack([quantizer.low, quantizer.high]).double().abs().max()
     largest = (weight.centred.double().abs() * scale).sum(other) * ends
     quantum = scale.amax(other) * quantizer.scale.double().min()
@@ -111,7 +111,7 @@ def _pairs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
                 outputs[id(output)] = names[module]
 
     # Before the user's own hooks, which may change or read what a layer gives.
-    watched = [m for m in names if isinstance(m, (QuantizedLayer, _BatchNorm))]
+    watched = [m for m in names if isinstance(m, (QuantizedLayer, BatchNorm))]
     handles = [m.register_forward_hook(see, prepend=True) for m in watched]
     reads = _Reads(outputs)
     try:
@@ -121,10 +121,10 @@ def _pairs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
     finally:
         for handle in handles:
             handle.remove()
-    returned = {id(leaf) for leaf in torch.utils._pytree.tree_leaves(result)}
+    returned = {id(leaf) for leaf in tree_leaves(result)}
     found = []
     for name, module, inputs in calls:
-        if not isinstance(module, _BatchNorm) or not _is_plain(module) or module.running_mean is None:
+        if not isinstance(module, BatchNorm) or not _is_plain(module) or module.running_mean is None:
             continue  # without running statistics, its factors are each batch's own
         once = sum(call[0] == name for call in calls) == 1
         if once and inputs and inputs[0] in outputs:
@@ -135,9 +135,9 @@ def _pairs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
     return found
 
 
-def _is_plain(norm: _BatchNorm) -> bool:
+def _is_plain(norm: BatchNorm) -> bool:
     """Whether its forward is torch's: a subclass may do more, such as an activation."""
-    return type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and "forward" not in vars(norm)
+    return type(norm).forward in (BatchNorm.forward, nn.SyncBatchNorm.forward) and "forward" not in vars(norm)
 
 
 def _channels_second(module: nn.Module, output: Tensor) -> bool:
@@ -166,7 +166,7 @@ class _Reads(torch.overrides.TorchFunctionMode):
         # Looking at a tensor's shape or grad mode (BatchNorm checks its input's dimensions) is not reading it.
         looks = name in ("dim", "size", "__get__", "numel") and not isinstance(result, Tensor)
         if not looks:
-            for tensor in torch.utils._pytree.tree_leaves((args, kwargs or {})):
+            for tensor in tree_leaves((args, kwargs or {})):
                 if isinstance(tensor, Tensor) and id(tensor) in self.watched:
                     self.count[id(tensor)] = self.count.get(id(tensor), 0) + 1
         return result

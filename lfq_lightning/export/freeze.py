@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.checking import check_model
-from lfq_lightning.export.exportable import check_estimated, without_late
+from lfq_lightning.export.exportable import own_copy
 from lfq_lightning.placement.host import hosts, replace_placed, restore_layer, whole_weight
 from lfq_lightning.placement.layers import TRANSPOSED
 from lfq_lightning.quantizer import LearnableFakeQuantize
@@ -43,9 +43,7 @@ def freeze(model: nn.Module) -> nn.Module:
         ('Linear', True)
     """
     check_model(model)
-    model = without_late(model)
-    check_estimated(model)
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    frozen = own_copy(model)
     weights: dict[int, nn.Parameter] = {}  # layers that share a quantizer share its weight
     for name, layer in hosts(frozen).items():
         weight, activation = layer.weight_quantizer, layer.input_quantizer

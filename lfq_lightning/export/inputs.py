@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from lfq_lightning.checking import in_words
+from lfq_lightning.private import tree_leaves, tree_map, tree_map_only
 from lfq_lightning.running import example_of
 
 

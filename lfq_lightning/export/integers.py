@@ -6,16 +6,16 @@ import copy
 from typing import Any, cast
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, nn
 
-from lfq_lightning.export.exportable import check_estimated, check_exportable, without_late
+from lfq_lightning.export.exportable import check_exportable, own_copy
 from lfq_lightning.ops import spread
 from lfq_lightning.placement.host import INPUT, WEIGHT, float_type, hosts, replace_placed, whole_weight
 from lfq_lightning.placement.layers import QUANTIZABLE
+from lfq_lightning.private import quantized_decomposed
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
-_decomposed = torch.ops.quantized_decomposed
+_decomposed = quantized_decomposed()
 
 
 @torch.library.custom_op("lfq_lightning::dequantize_groups", mutates_args=())
@@ -84,7 +84,7 @@ class IntegerWeight(nn.Module):
     @property
     def centred(self) -> Tensor:
         """Codes less their zero points: int32, of the weight's shape."""
-        return self.codes.int() - self._wide(self.zero_point).int()
+        return self.codes.int() - self.wide(self.zero_point).int()
 
     @property
     def narrow(self) -> bool:
@@ -115,7 +115,7 @@ class IntegerWeight(nn.Module):
             flat = wide
         made.scale = made.scale * torch.where(flat == 0, 1.0, flat.abs())
         codes, total = self.codes.int(), sum(self.range)
-        z = made._wide(made.zero_point).int()
+        z = made.wide(made.zero_point).int()
         negated = 2 * z - codes
         fits = bool(((negated >= self.range[0]) & (negated <= self.range[1]) | (wide >= 0)).all())
         turned = negated if fits else total - codes
@@ -133,7 +133,7 @@ class IntegerWeight(nn.Module):
             made.scale = torch.where(view, 1.0, made.scale)
         return made
 
-    def _wide(self, qparam: Tensor) -> Tensor:
+    def wide(self, qparam: Tensor) -> Tensor:
         """A scale or zero point that broadcasts against the codes."""
         if self.group_size is not None:
             return qparam[:, torch.arange(self.codes.shape[1]) // self.group_size]
@@ -201,22 +201,29 @@ def integer_copy(model: nn.Module, signed: bool = False) -> nn.Module:
     Raises:
         ValueError: if the model cannot be exported, with the names of what stands in the way.
     """
-    model = without_late(model)
-    check_estimated(model)
+    made = own_copy(model)
+    to_integers(made, signed)
+    return made
+
+
+def to_integers(model: nn.Module, signed: bool = False) -> None:
+    """Put `IntegerWeight` and `IntegerInput` in place of the quantizers of a copy that is to be exported.
+
+    Raises:
+        ValueError: if quantizers have settings that integer formats do not hold.
+    """
     check_exportable(model)
-    made = copy.deepcopy(model).eval().requires_grad_(False)
     weights: dict[int, IntegerWeight] = {}  # layers that share a weight share its integers
-    for layer in hosts(made).values():
+    for layer in hosts(model).values():
         layer.saved = None
         weight, activation = layer.weight_quantizer, layer.input_quantizer
         if weight is not None:
             if id(weight) not in weights:
                 weights[id(weight)] = IntegerWeight(weight, whole_weight(layer))
-            layer._modules[WEIGHT] = weights[id(weight)]
+            setattr(layer, WEIGHT, weights[id(weight)])
         if activation is not None:
-            layer._modules[INPUT] = IntegerInput(activation, signed)
-    replace_placed(made, lambda _, quantizer: IntegerInput(quantizer, signed))
-    return made
+            setattr(layer, INPUT, IntegerInput(activation, signed))
+    replace_placed(model, lambda _, quantizer: IntegerInput(quantizer, signed))
 
 
 class Bias(nn.Module):
@@ -240,8 +247,8 @@ class Bias(nn.Module):
 def keep_biases_exact(model: nn.Module) -> None:
     """Take the biases of layers with narrow weights and quantized inputs out of the layers, in place."""
     for layer in hosts(model).values():
-        weight, bias = layer._modules[WEIGHT], getattr(layer, "bias", None)
-        plain = float_type(layer) in QUANTIZABLE and isinstance(layer._modules[INPUT], IntegerInput)
+        weight, bias = layer.weight_quantizer, getattr(layer, "bias", None)
+        plain = float_type(layer) in QUANTIZABLE and isinstance(layer.input_quantizer, IntegerInput)
         if plain and isinstance(weight, IntegerWeight) and weight.narrow and isinstance(bias, Tensor):
             add = Bias(bias, 0 if isinstance(layer, nn.Linear) else weight.codes.ndim - 2)
             layer.register_parameter("bias", None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import itertools
 import logging
@@ -16,12 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.checking import check_batches, check_model, check_path, check_share, check_whole
-from lfq_lightning.export.exportable import check_estimated, without_late
+from lfq_lightning.export.exportable import sharing_copy
 from lfq_lightning.export.fold import fold_batch_norm
 from lfq_lightning.export.inputs import arguments, check_dynamic_axes, on_cpu, traced
-from lfq_lightning.export.integers import IntegerWeight, integer_copy, keep_biases_exact
-from lfq_lightning.export.packing import pack
-from lfq_lightning.placement import to_float
+from lfq_lightning.export.integers import IntegerWeight, keep_biases_exact, to_integers
 
 if TYPE_CHECKING:
     import onnx
@@ -92,15 +89,16 @@ def export_onnx(
     if on_mismatch not in ("raise", "warn"):
         raise ValueError(f'`on_mismatch` must be "raise" or "warn". Found {on_mismatch!r}.')
     check_dynamic_axes(dynamic_axes)
-    model = without_late(model)
-    check_estimated(model)
+    reference = sharing_copy(model).cpu()
     require_onnx()
     import onnx
 
-    from lfq_lightning.export.comparing import codes_by_quantizer, compare
+    from lfq_lightning.export.comparing import compare
+    from lfq_lightning.export.onnx_file import codes_by_quantizer, float_bytes, pack
 
+    integers = sharing_copy(reference)
     args, kwargs = on_cpu(arguments(model, example_inputs))
-    integers = integer_copy(model).cpu()
+    to_integers(integers)
     _check_opset(integers, opset)
     folded = fold_batch_norm(integers, args, kwargs)
     keep_biases_exact(integers)
@@ -108,20 +106,18 @@ def export_onnx(
     modules = integers.named_modules(remove_duplicate=False)  # one that is shared may be stored under any of its names
     weights = {name: module for name, module in modules if isinstance(module, IntegerWeight)}
     pack(proto, weights, opset)
-    watched = codes_by_quantizer(proto, model)
+    watched = codes_by_quantizer(proto, reference)
+    proto = _bare(proto)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(_bare(proto), path)
-    plain = copy.deepcopy(model).cpu().eval()
-    to_float(plain)
-    float_bytes = _bare(_exported(plain, args, kwargs, dynamic_axes, opset)).ByteSize()
+    onnx.save(proto, path)
     parity = compare(
-        model,
+        reference,
         path,
         watched,
         weights,
         itertools.chain([(args, kwargs)], (_of_batch(on_cpu(batch), args, kwargs) for batch in batches)),
-        float_bytes,
+        float_bytes(proto),
         folded=tuple(folded),
         tolerance=tolerance,
         optimized_tolerance=optimized_tolerance,

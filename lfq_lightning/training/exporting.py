@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from lfq_lightning.checkpoint import load_state_dict
 from lfq_lightning.export import export_onnx
@@ -24,6 +23,7 @@ from lfq_lightning.export.parity import Parity
 from lfq_lightning.export.to_onnx import require_onnx
 from lfq_lightning.placement import to_float
 from lfq_lightning.placement.host import quantizers
+from lfq_lightning.private import tree_leaves
 from lfq_lightning.running import example_of, inputs_of
 from lfq_lightning.telling import tell
 from lfq_lightning.training.trainer.length import is_dev_run

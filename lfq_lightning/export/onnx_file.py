@@ -1,0 +1,122 @@
+"""Quantizers in an ONNX file: whose codes a node gives, integer weights packed and read again, and the file's size."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+from torch import nn
+
+from lfq_lightning.export.integers import IntegerWeight
+from lfq_lightning.placement.host import plain_name
+from lfq_lightning.placement.points import points
+from lfq_lightning.private import MODULES_OF_NODE
+
+
+def codes_by_quantizer(proto: onnx.ModelProto, model: nn.Module) -> dict[str, list[str]]:
+    """The results of QuantizeLinear nodes by the quantizer that they are of, in order of use, as the exporter notes.
+
+    Args:
+        proto: the exported file, with the notes.
+        model: what was exported, of which one quantizer may have several names.
+    """
+    first = {id(point.quantizer): name for name, point in points(model).items()}
+    every = model.named_modules(remove_duplicate=False)
+    names = {plain_name(name): first[id(module)] for name, module in every if id(module) in first}
+    found: dict[str, list[str]] = {}
+    for node in proto.graph.node:
+        if node.op_type == "QuantizeLinear":
+            notes = {note.key: note.value for note in node.metadata_props}
+            scopes = ast.literal_eval(notes[MODULES_OF_NODE])
+            name = next(names[scope] for scope in reversed(scopes) if scope in names)
+            found.setdefault(name, []).append(node.output[0])
+    return found
+
+
+def pack(proto: onnx.ModelProto, weights: Mapping[str, IntegerWeight], opset: int) -> None:
+    """Store the codes of weights of at most 4 bits two to a byte, each weight with zero points of its own.
+
+    ONNX Runtime's `session.x64quantprecision` fails on zero points that several weights share.
+    """
+    kinds = onnx.TensorProto
+    narrow = {f"{name}.codes": weight.narrow and opset >= 21 for name, weight in weights.items()}
+    stored = {initializer.name: initializer for initializer in proto.graph.initializer}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in proto.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    for node in proto.graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in narrow:
+            continue
+        pack = narrow[node.input[0]]
+        for position, name in enumerate([node.input[0], *node.input[2:]]):
+            values, own = numpy_helper.to_array(stored[name]), name
+            if position and len({reader.input[0] for reader in readers[name]}) > 1:
+                own = node.input[2] = f"{node.input[0].removesuffix('.codes')}.zero_point"
+                if own in stored:
+                    continue
+            if pack and values.dtype in (np.int8, np.uint8):
+                kind = kinds.UINT4 if values.dtype == np.uint8 else kinds.INT4
+                kept = onnx.helper.make_tensor(own, kind, values.shape, _nibbles(values), raw=True)
+            elif own != name:
+                kept = numpy_helper.from_array(values, own)
+            else:
+                continue
+            if own == name:
+                stored[name].CopyFrom(kept)
+            else:
+                proto.graph.initializer.append(kept)
+                stored[own] = kept
+    used = {name for node in proto.graph.node for name in node.input} | {output.name for output in proto.graph.output}
+    kept_ones = [initializer for initializer in proto.graph.initializer if initializer.name in used]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept_ones)
+
+
+def _nibbles(values: np.ndarray) -> bytes:
+    """Two values a byte, the first in the low half, as ONNX packs them."""
+    halves = np.append(values.flatten(), np.zeros(values.size % 2, values.dtype)).view(np.uint8) & 0xF
+    return (halves[::2] | halves[1::2] << 4).tobytes()
+
+
+def stored_weights(proto: onnx.ModelProto) -> dict[str, Callable[[], np.ndarray]]:
+    """How the integer weights in a file are read, less their zero points, by the quantizer that they are of."""
+    stored = {i.name: i for i in proto.graph.initializer}
+    return {
+        node.input[0].removesuffix(".codes"): partial(_centred, node, stored[node.input[0]], stored[node.input[2]])
+        for node in proto.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in stored
+    }
+
+
+def _centred(node: onnx.NodeProto, codes: onnx.TensorProto, zero_points: onnx.TensorProto) -> np.ndarray:
+    values, zero_point = (numpy_helper.to_array(kept).astype(np.int32) for kept in (codes, zero_points))
+    settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    axis, block = settings.get("axis", 1), settings.get("block_size", 0)
+    if block:
+        zero_point = np.repeat(zero_point, block, axis).take(range(values.shape[axis]), axis)
+    elif zero_point.size > 1:
+        zero_point = zero_point.reshape([-1 if d == axis % values.ndim else 1 for d in range(values.ndim)])
+    return values - zero_point
+
+
+def float_bytes(proto: onnx.ModelProto) -> int:
+    """The bytes of the same file in float: without what quantizes, and with a float for each integer of a weight."""
+    quantize = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
+    dequantize = [node for node in proto.graph.node if node.op_type == "DequantizeLinear"]
+    clipped, codes = {node.input[0] for node in quantize}, {node.input[0] for node in dequantize}
+    clips = [node for node in proto.graph.node if node.op_type == "Clip" and node.output[0] in clipped]
+    nodes = quantize + dequantize + clips
+    qparams = {name for node in nodes for name in node.input[1:]}
+    size = proto.ByteSize() - sum(node.ByteSize() for node in nodes)
+    for kept in proto.graph.initializer:
+        if kept.name in codes:
+            size += 4 * math.prod(kept.dims) - len(kept.raw_data)
+        elif kept.name in qparams:
+            size -= kept.ByteSize()
+    return size

@@ -15,11 +15,19 @@ from lfq_lightning.checking import check_flags, check_model, in_words
 from lfq_lightning.observers.passing import lasting
 from lfq_lightning.placement import PlacedLayer, Placement, apply
 from lfq_lightning.placement.host import plain_name
-from lfq_lightning.quantizer.saved import Role, described, site_in_model
+from lfq_lightning.private import converts_when_loading
+from lfq_lightning.quantizer.saved import described
 from lfq_lightning.reading import read_checkpoint
 from lfq_lightning.running import explained
-from lfq_lightning.spec import QuantSpec
-from lfq_lightning.state_dicts import Descriptions, descriptions, fit_to, spec_of, under_own_names, without_quantizers
+from lfq_lightning.state_dicts import (
+    Descriptions,
+    by_site,
+    descriptions,
+    fit_to,
+    spec_of,
+    under_own_names,
+    without_quantizers,
+)
 
 Module = TypeVar("Module", bound=L.LightningModule)
 
@@ -66,7 +74,7 @@ def check_loadable(model: L.LightningModule, checkpoint: Mapping[str, Any]) -> N
             f"A checkpoint must hold a `state_dict`. Found the keys {', '.join(map(str, checkpoint))}: pass one that a "
             "Lightning Trainer has saved."
         )
-    if model.strict_loading and not any(module._load_state_dict_pre_hooks for module in model.modules()):
+    if model.strict_loading and not converts_when_loading(model):
         _check_fits(model, checkpoint["state_dict"])
 
 
@@ -105,11 +113,8 @@ def attach_as_saved(model: nn.Module, saved: Descriptions, strict: bool = True) 
     Raises:
         ValueError: if it has not all layers, and strict.
     """
-    layers: dict[str, dict[Role | None, QuantSpec | None]] = {}
-    for name, description in saved.items():
-        if description.site is not None:
-            site = site_in_model(name, description.site)
-            layers.setdefault(site, {})[description.role] = spec_of(name, description)
+    specs = {name: spec_of(name, description) for name, description in saved.items() if description.site is not None}
+    layers = by_site(saved)
     modules = {
         plain_name(name): module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -122,10 +127,11 @@ def attach_as_saved(model: nn.Module, saved: Descriptions, strict: bool = True) 
             "with the arguments that it was saved with."
         )
     placed: dict[int, PlacedLayer] = {}
-    for name, by_role in layers.items():
-        if name in modules:
-            layer = PlacedLayer(name, type(modules[name]).__name__, by_role.get("weight"), by_role.get("input"))
-            placed.setdefault(id(modules[name]), layer)
+    for site, names in layers.items():
+        if site in modules:
+            weight, activation = (specs[names[role]] if role in names else None for role in ("weight", "input"))
+            layer = PlacedLayer(site, type(modules[site]).__name__, weight, activation)
+            placed.setdefault(id(modules[site]), layer)
     apply(model, Placement(tuple(placed.values())))
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from lfq_lightning.placement.host import plain_name
-from lfq_lightning.quantizer.saved import NOTE, Description, described, role_in_name
+from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.quantizer.saved import NOTE, Description, Role, described, role_in_name, site_in_model
 from lfq_lightning.spec import QuantSpec
 
 Descriptions = dict[str, Description]
@@ -51,6 +52,40 @@ def spec_of(name: str, description: Description) -> QuantSpec | None:
             f"A checkpoint must say how {name} quantizes. Found {description.spec}, which is no QuantSpec here "
             f"({error}): load it with the version of lfq_lightning that saved it."
         ) from error
+
+
+def stored_quantizer(
+    name: str, description: Description, state_dict: Mapping[str, Any]
+) -> LearnableFakeQuantize | None:
+    """A quantizer made anew from a state dict; None for one that the user's own code made without a specification.
+
+    Raises:
+        ValueError: if the state dict does not hold all of it.
+    """
+    spec = spec_of(name, description)
+    if spec is None:
+        return None
+    state = {key.removeprefix(f"{name}."): value for key, value in state_dict.items() if key.startswith(f"{name}.")}
+    try:
+        channels = None if spec.granularity == "per_tensor" else state["scale"].numel()
+        weight, axis = description.role == "weight", description.axis
+        made = LearnableFakeQuantize.from_spec(spec, channels, weight=weight, axis=axis)
+        made.load_state_dict(state)
+    except (KeyError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"A checkpoint must hold all of a quantizer. Found another state for {name} ({error}): load it with the "
+            "version of lfq_lightning that saved it."
+        ) from error
+    return made
+
+
+def by_site(saved: Descriptions) -> dict[str, dict[Role | None, str]]:
+    """The names of the quantizers that `attach` has put on each layer, by role."""
+    found: dict[str, dict[Role | None, str]] = {}
+    for name, description in saved.items():
+        if description.site is not None:
+            found.setdefault(site_in_model(name, description.site), {})[description.role] = name
+    return found
 
 
 def belonging(names: Iterable[str]) -> Callable[[str], bool]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lfq_lightning.observers import Observer, Statistics, Together, calculate_all, reset_all, update_all
 from lfq_lightning.placement.points import Point, Points, activations, weights
+from lfq_lightning.private import copy_each_
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 Reduce = Callable[[Tensor, Literal["max", "sum"]], Tensor]
@@ -186,7 +187,7 @@ def _estimate(quantizers: list[LearnableFakeQuantize]) -> None:
         new += qparams
         quantizer.__dict__["estimated"] = True
     if own:
-        torch._foreach_copy_(own, new)
+        copy_each_(own, new)
 
 
 def _observer(quantizer: LearnableFakeQuantize) -> Observer:

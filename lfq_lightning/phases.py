@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 
 import torch
@@ -160,8 +159,7 @@ def check_ranks_agree(model: nn.Module, highest: Callable[[Tensor], Tensor]) -> 
 
 def forget_compiled_code() -> None:
     """Let compiled modules start afresh: phases times modes would otherwise run into the recompile limit."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+    torch.compiler.reset()  # of everybody's code in this process: torch has no narrower way
 
 
 def project_(model: nn.Module) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from lightning.fabric.utilities.cloud_io import _load, get_filesystem
+from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from lfq_lightning.checking import check_device, check_path
+from lfq_lightning.private import load_file
 
 
 def read_checkpoint(
@@ -35,7 +36,7 @@ def read_checkpoint(
     if weights_only is None and str(path).startswith("http"):
         weights_only = True  # where Lightning would trust whoever answers
     try:
-        checkpoint = _load(path, map_location=map_location or "cpu", weights_only=weights_only)
+        checkpoint = load_file(path, map_location=map_location or "cpu", weights_only=weights_only)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"`path` must be a checkpoint. Found nothing at `{path}`: check the path.") from error
     except ImportError:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lfq_lightning.checking import in_words
+from lfq_lightning.private import uncompiled
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def example_of(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str
 
 def _positional(model: nn.Module) -> tuple[int, float]:
     """How many positional inputs `forward` must be given, and how many it takes."""
-    model = getattr(model, "_orig_mod", model)  # of torch.compile, whose own forward takes anything
+    model = uncompiled(model)  # the forward of what torch.compile makes takes anything
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):  # a scripted one

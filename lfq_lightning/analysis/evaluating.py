@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lfq_lightning.checking import check_batches, check_flags, check_function, in_words
+from lfq_lightning.private import trainer_of
 from lfq_lightning.running import explained, in_eval_mode, inputs_of, run, run_by
 
 Evaluation = Callable[[], float]
@@ -27,7 +27,7 @@ MetricLike = Metric | Callable[[Any, Any], Any] | str
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within it the model is in eval mode and run eagerly without gradients; its modes are restored."""
     # A layer of its own at a time would have every compiled function compiled again and again.
-    stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    stance = torch.compiler.set_stance("force_eager")
     with in_eval_mode(model), stance, torch.no_grad():
         yield
 
@@ -121,7 +121,7 @@ def _by_validation(model: nn.Module, dataloader: Iterable[Any], name: str) -> Ev
     trainer = L.Trainer(accelerator=accelerator, devices=devices, enable_model_summary=False, **quiet)  # type: ignore[arg-type]
 
     def run() -> float:
-        before = model._trainer
+        before = trainer_of(model)
         try:
             logged = {k: v for part in trainer.validate(model, dataloader, verbose=False) for k, v in part.items()}
         finally:

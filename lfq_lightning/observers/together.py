@@ -17,6 +17,7 @@ from lfq_lightning.observers.histogram import HistogramObserver, PercentileObser
 from lfq_lightning.observers.moments import LSQObserver, ThreeSigmaObserver
 from lfq_lightning.observers.mse import MSEObserver
 from lfq_lightning.observers.ranges import MinMaxObserver, MovingAverageObserver
+from lfq_lightning.private import add_each_, copy_each_, maximum_each_, minimum_each_, subtract_each_, zero_each_
 
 # The kinds that compute each channel by itself, and what two of a kind must have in common for their state to be
 # updated together, and for their qparams to be calculated: where a search takes all of the time, nothing is won.
@@ -39,9 +40,9 @@ def reset_all(observers: Sequence[Observer]) -> None:
     plain = [observer for observer in observers if type(observer).reset is Observer.reset]
     if plain:
         lows, highs = _each(plain, "minimum"), _each(plain, "maximum")
-        torch._foreach_zero_(lows + highs)
-        torch._foreach_add_(lows, torch.inf)
-        torch._foreach_sub_(highs, torch.inf)
+        zero_each_(lows + highs)
+        add_each_(lows, torch.inf)
+        subtract_each_(highs, torch.inf)
     for observer in observers:
         if type(observer).reset is not Observer.reset:
             observer.reset()
@@ -89,8 +90,8 @@ def _widen(group: list[Observer], parts: list[Statistics]) -> None:
             for index in chosen:
                 group[index].update(parts[index])
             return
-    torch._foreach_minimum_(lows, low.split(sizes))
-    torch._foreach_maximum_(highs, high.split(sizes))
+    minimum_each_(lows, low.split(sizes))
+    maximum_each_(highs, high.split(sizes))
 
 
 def _update(group: list[Observer], parts: list[Statistics]) -> None:
@@ -164,7 +165,7 @@ def _hand_back(whole: Observer, group: list[Observer]) -> None:
         for name, together in vars(whole)[held].items():
             parts = together.split(sizes)
             if name in vars(group[0])[held]:
-                torch._foreach_copy_([vars(observer)[held][name] for observer in group], parts)
+                copy_each_([vars(observer)[held][name] for observer in group], parts)
             else:
                 for observer, part in zip(group, parts, strict=True):
                     vars(observer)[held][name] = part.clone()

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from lfq_lightning.ops.backends import select
 from lfq_lightning.ops.batching import batched, fold, folded_axis, unfold
+from lfq_lightning.private import is_legacy_batched, is_wrapped, transforms_active
 
 # quant_min, quant_max, axis, group_size, grad_factor and saturation: one argument costs autograd less than six.
 Settings = tuple[int, int, int | None, int | None, float, str]
@@ -28,11 +29,6 @@ _BATCHED = (
     "fake_quantize takes several gradients at once by torch.func. Found `is_grads_batched=True` or `vectorize=True`, "
     "which batch in another way: use torch.func.jacrev, or torch.func.vmap over torch.func.vjp."
 )
-
-# Private in torch, which has no public way to ask: whether a transform of torch.func is running, and whether a tensor
-# is what such a transform made of one.
-_transforms_active = torch._C._are_functorch_transforms_active
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -74,12 +70,12 @@ class FakeQuantize(torch.autograd.Function):
             return *_gradients(*given), None
         if twice is not None:
             raise RuntimeError(_ONCE)
-        if torch.is_grad_enabled() or _transforms_active() or _is_wrapped(qparams):
+        if torch.is_grad_enabled() or transforms_active() or is_wrapped(qparams):
             return *_Gradients.apply(*given), None
         try:
             return *_gradients(*given), None
         except RuntimeError as error:
-            if torch._C._functorch.is_legacy_batchedtensor(upstream):
+            if is_legacy_batched(upstream):
                 raise RuntimeError(_BATCHED) from error
             raise
 
@@ -121,7 +117,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, settings: Settings) -
     """
     if torch.compiler.is_compiling():
         y, _ = FakeQuantize.apply(x, scale, zero_point, settings)
-    elif _transforms_active() or forward_ad._current_level >= 0:
+    elif transforms_active() or forward_ad._current_level >= 0:
         y, _ = _Transformed.apply(x, scale, zero_point, settings)
     else:
         y, _ = _call(x, scale, zero_point, settings)
@@ -192,7 +188,7 @@ def in_graph_of(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """x, which backward knows to depend on scale and zero point, with gradients of zero."""
     if torch.compiler.is_compiling():
         return Unchanged.apply(x, scale, zero_point)
-    if _transforms_active() or forward_ad._current_level >= 0:  # torch.func asks for no parameter to be used
+    if transforms_active() or forward_ad._current_level >= 0:  # torch.func asks for no parameter to be used
         return x
     return _call_unchanged(x, scale, zero_point)
 

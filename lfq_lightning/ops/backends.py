@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from lfq_lightning.ops import native, reference
+from lfq_lightning.private import ENVIRONMENT, environment_key
 
 _NAMES = ("reference", "native", "triton")
 
-# os.environ looks a missing variable up by raising and catching, which costs more than a kernel on a small tensor; the
-# dictionary behind it does not.
-_ENVIRONMENT = getattr(os.environ, "_data", os.environ)
-_VARIABLE = os.environ.encodekey("LFQ_BACKEND") if _ENVIRONMENT is not os.environ else "LFQ_BACKEND"
+_VARIABLE = environment_key("LFQ_BACKEND")
 
 
 class Backends(dict[str, str]):
@@ -63,7 +61,7 @@ def select(x: Tensor) -> ModuleType:
         if name != "triton":
             return reference
     elif x.is_cpu or x.is_cuda:
-        forced = os.environ["LFQ_BACKEND"] if _VARIABLE in _ENVIRONMENT else None
+        forced = os.environ["LFQ_BACKEND"] if _VARIABLE in ENVIRONMENT else None
         name = _choose_and_warn("cpu" if x.is_cpu else "cuda", forced)[0]
     else:
         return reference

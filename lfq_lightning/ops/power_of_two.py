@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lfq_lightning.ops.reference import EPS
+from lfq_lightning.private import transforms_active
 
 _EXPONENT = 0x7F800000
 _MANTISSA = 0x007FFFFF
@@ -69,7 +70,7 @@ def nearest_power_of_two(scale: Tensor) -> Tensor:
         tensor([0.2500, 0.2500, 0.5000, 4.0000])
     """
     # Without `apply`, whose look at the signature costs more than the rest, where nothing but the call itself is left.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or transforms_active():
         return _Nearest.apply(scale)
     return _call(scale)
 

@@ -21,9 +21,15 @@ def _linear(layer: Any, weight: Tensor, input: Tensor) -> Tensor:
     return F.linear(input, weight, layer.bias)
 
 
-def _convolution(layer: Any, weight: Tensor, input: Tensor) -> Tensor:
-    made: Tensor = layer._conv_forward(input, weight, layer.bias)
-    return made
+def _convolution(function: Callable[..., Tensor], layer_type: type[nn.Module]) -> Compute:
+    padded = _on_view(layer_type)
+
+    def compute(layer: Any, weight: Tensor, input: Tensor) -> Any:
+        if layer.padding_mode != "zeros":
+            return padded(layer, weight, input)
+        return function(input, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    return compute
 
 
 def _embedding(layer: Any, weight: Tensor, input: Tensor) -> Tensor:
@@ -38,25 +44,16 @@ def _embedding(layer: Any, weight: Tensor, input: Tensor) -> Tensor:
     )
 
 
-def _transposed(function: Callable[..., Tensor], dimensions: int) -> Compute:
-    def compute(layer: Any, weight: Tensor, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        shape = (layer.stride, layer.padding, layer.kernel_size, dimensions, layer.dilation)
-        padding = layer._output_padding(input, output_size, *shape)
-        return function(input, weight, layer.bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
+def _transposed(function: Callable[..., Tensor], layer_type: type[nn.Module]) -> Compute:
+    sized = _on_view(layer_type)
+
+    def compute(layer: Any, weight: Tensor, input: Tensor, output_size: list[int] | None = None) -> Any:
+        if output_size is not None:
+            return sized(layer, weight, input, output_size)
+        shape = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+        return function(input, weight, layer.bias, *shape)
 
     return compute
-
-
-_BY_FORWARD: dict[Any, Compute] = {
-    nn.Linear.forward: _linear,
-    nn.Conv1d.forward: _convolution,
-    nn.Conv2d.forward: _convolution,
-    nn.Conv3d.forward: _convolution,
-    nn.ConvTranspose1d.forward: _transposed(F.conv_transpose1d, 1),
-    nn.ConvTranspose2d.forward: _transposed(F.conv_transpose2d, 2),
-    nn.ConvTranspose3d.forward: _transposed(F.conv_transpose3d, 3),
-    nn.Embedding.forward: _embedding,
-}
 
 
 def _on_view(layer_type: type[nn.Module]) -> Compute:
@@ -76,3 +73,15 @@ def _on_view(layer_type: type[nn.Module]) -> Compute:
         return layer_type.forward(view, *args, **kwargs)
 
     return compute
+
+
+_BY_FORWARD: dict[Any, Compute] = {
+    nn.Linear.forward: _linear,
+    nn.Conv1d.forward: _convolution(F.conv1d, nn.Conv1d),
+    nn.Conv2d.forward: _convolution(F.conv2d, nn.Conv2d),
+    nn.Conv3d.forward: _convolution(F.conv3d, nn.Conv3d),
+    nn.ConvTranspose1d.forward: _transposed(F.conv_transpose1d, nn.ConvTranspose1d),
+    nn.ConvTranspose2d.forward: _transposed(F.conv_transpose2d, nn.ConvTranspose2d),
+    nn.ConvTranspose3d.forward: _transposed(F.conv_transpose3d, nn.ConvTranspose3d),
+    nn.Embedding.forward: _embedding,
+}

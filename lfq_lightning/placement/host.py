@@ -7,12 +7,12 @@ from functools import cache
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.distributed.tensor import DTensor
 
 from lfq_lightning.checking import check_model
 from lfq_lightning.placement.computing import Compute, computation
 from lfq_lightning.placement.saving import Quantized, Saved, compressed
+from lfq_lightning.private import COMPILED, is_compiled
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 FrozenLayers = Literal["keep", "learn"]
@@ -158,7 +158,7 @@ def set_learning_alone(layers: Iterable[QuantizedLayer], alone: bool) -> None:
 
 def check_compressible(model: nn.Module, compress: bool) -> None:
     """Raise ValueError where nothing can be rebuilt, since a compiler decides what is kept."""
-    if compress and any(isinstance(module, OptimizedModule) for module in model.modules()):
+    if compress and any(is_compiled(module) for module in model.modules()):
         raise ValueError(
             "`compress_saved` goes with eager execution. Found a model compiled by torch.compile, which decides by "
             "itself what is kept for backward: leave one of the two out."
@@ -167,7 +167,7 @@ def check_compressible(model: nn.Module, compress: bool) -> None:
 
 def plain_name(name: str) -> str:
     """A module's name without what torch.compile puts into it."""
-    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
+    return name.replace(f"{COMPILED}.", "").removesuffix(f".{COMPILED}")
 
 
 def quantizers(model: nn.Module) -> dict[str, LearnableFakeQuantize]:
@@ -200,10 +200,10 @@ def placed_by_users(model: nn.Module) -> dict[str, LearnableFakeQuantize]:
 def replace_placed(model: nn.Module, make: Callable[[str, LearnableFakeQuantize], nn.Module]) -> None:
     """Put other modules in place of the quantizers that the user has placed, under every name that each has."""
     made = {quantizer: make(name, quantizer) for name, quantizer in placed_by_users(model).items()}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in made:
-                parent._modules[name] = made[child]
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if path and isinstance(module, LearnableFakeQuantize) and module in made:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, made[module])
 
 
 def first_quantizer(model: nn.Module) -> LearnableFakeQuantize | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lfq_lightning.ops import quantize
+from lfq_lightning.private import saved_tensors_are_hooked, version_of
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 
@@ -38,7 +39,7 @@ class _Recipe:
 
     def __init__(self, quantized: Quantized) -> None:
         _, source, quantizer = quantized
-        self._source, self._version = source.detach(), source._version
+        self._source, self._version = source.detach(), version_of(source)
         self._qparams = quantizer.used_qparams()
         self._settings = (*quantizer.code_range, quantizer.axis, quantizer.group_size, 0.0, quantizer.saturation_rule)
 
@@ -48,10 +49,10 @@ class _Recipe:
         Raises:
             RuntimeError: if what it came from was changed in place since.
         """
-        if self._source._version != self._version:
+        if version_of(self._source) != self._version:
             raise RuntimeError(
                 "A tensor needed for backward was modified in place after a quantized layer had used it. Found shape "
-                f"{tuple(self._source.shape)}, version {self._source._version} instead of {self._version}: use an "
+                f"{tuple(self._source.shape)}, version {version_of(self._source)} instead of {self._version}: use an "
                 "operation out of place there (relu instead of relu_)."
             )
         with torch.no_grad():
@@ -78,8 +79,7 @@ def compressed(quantized: Iterable[Quantized], saved: Saved) -> Iterator[None]:
             "`compress_saved` goes with eager execution: under torch.compile the compiler decides what is kept for "
             "backward, and would ignore it. Attach with compress_saved=False, or do not compile."
         )
-    # There is no public way to ask; torch asks so itself.
-    if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if not torch.is_grad_enabled() or saved_tensors_are_hooked():
         yield
         return
     saving = _Saving(quantized)
@@ -100,7 +100,7 @@ class _Saving:
 
     def __init__(self, quantized: Iterable[Quantized]) -> None:
         made = [q for q in quantized if q.quantizer.quantizes]
-        self._known = {q.value.untyped_storage().data_ptr(): (q, q.value._version) for q in made}
+        self._known = {q.value.untyped_storage().data_ptr(): (q, version_of(q.value)) for q in made}
         self._packed: dict[int, _Recipe] = {}
         self.full = self.stored = 0
 
@@ -109,7 +109,7 @@ class _Saving:
         self.full += tensor.nbytes
         key = tensor.untyped_storage().data_ptr()
         quantized, version = self._known.get(key, (None, 0))
-        if quantized is None or tensor.dtype is not quantized.value.dtype or tensor._version != version:
+        if quantized is None or tensor.dtype is not quantized.value.dtype or version_of(tensor) != version:
             self.stored += tensor.nbytes
             return tensor
         if key not in self._packed:

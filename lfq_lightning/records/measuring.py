@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +61,7 @@ def probed(points: Points) -> Iterator[dict[str, Tensor]]:
     measured: dict[str, Tensor] = {}
     handles = [point.quantizer.register_forward_pre_hook(_Probe(point.name, measured)) for point in activations(points)]
     # Compiled code does not look at hooks that came later, so a measured batch runs eagerly.
-    stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    stance = torch.compiler.set_stance("force_eager")
     try:
         with stance:
             yield measured

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lfq_lightning.checking import check_batches, check_function, check_model
+from lfq_lightning.private import BatchNorm
 from lfq_lightning.running import in_eval_mode, run_by
 
 
-def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+def batch_norms(model: nn.Module) -> list[BatchNorm]:
     """The BatchNorm layers of a model that keep running statistics, SyncBatchNorm among them."""
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    return [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
 
 
 @contextmanager
-def _only_batch_norm_training(model: nn.Module) -> Iterator[list[_BatchNorm]]:
+def _only_batch_norm_training(model: nn.Module) -> Iterator[list[BatchNorm]]:
     """Within it, BatchNorm averages batches equally, and all else is in eval mode; an error undoes what it averaged."""
     norms = batch_norms(model)
     before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
@@ -91,7 +91,7 @@ def reestimate_batch_norm(
             _average(norms, count, total)
 
 
-def _average(norms: list[_BatchNorm], count: int, total: Callable[[Tensor], Tensor]) -> None:
+def _average(norms: list[BatchNorm], count: int, total: Callable[[Tensor], Tensor]) -> None:
     """Give every rank the mean over all ranks' batches."""
     buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
     flat = torch.cat([b.flatten().float() for b in buffers])

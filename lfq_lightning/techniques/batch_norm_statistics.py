@@ -12,10 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lfq_lightning.checking import check_batches, check_function, check_whole, in_words
 from lfq_lightning.phases import model_phase
+from lfq_lightning.private import BatchNorm, training_loaders
 from lfq_lightning.schedule import PHASES
 from lfq_lightning.techniques.batch_norm import batch_norms, reestimate_batch_norm
 from lfq_lightning.techniques.order import check_order, check_quantized, epochs_before
@@ -85,7 +85,7 @@ class BatchNormStatistics(AtRest):
     def _rest(self) -> None:
         self._served = Served()
         self._done = False
-        self._frozen: dict[_BatchNorm, bool] = {}
+        self._frozen: dict[BatchNorm, bool] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse an order in which the phase would be the last epoch's, and forget that another model was served."""
@@ -100,7 +100,7 @@ class BatchNormStatistics(AtRest):
         self._check_moments(trainer, pl_module)
         if self.reestimate is None:
             return
-        combined = _training_loaders(trainer)
+        combined = training_loaders(trainer)
         if self.forward is None and type(pl_module).forward is L.LightningModule.forward:
             raise ValueError(
                 f"Estimating BatchNorm runs the module on batches. Found no `forward` in {type(pl_module).__name__}: "
@@ -170,7 +170,7 @@ class BatchNormStatistics(AtRest):
         strategy, precision = trainer.strategy, trainer.precision_plugin
         # In a copy of the random numbers' state, as a shuffling loader draws from it.
         with isolate_rng(), precision.forward_context():
-            loader = _batches(_training_loaders(trainer)) if self.loader is None else self.loader
+            loader = _batches(training_loaders(trainer)) if self.loader is None else self.loader
             moved = (precision.convert_input(strategy.batch_to_device(b)) for b in islice(loader, self.batches))
             total = (lambda flat: strategy.reduce(flat, reduce_op="sum")) if trainer.world_size > 1 else None
             reestimate_batch_norm(model, moved, self.forward, total)
@@ -196,13 +196,6 @@ def _check_moment(name: str, value: object, words: Sequence[str]) -> None:
         f"`{name}` must be an epoch, counted from 0, or one of {', '.join(words)}. Found {in_words(value)}: leave "
         "it out."
     )
-
-
-def _training_loaders(trainer: L.Trainer) -> CombinedLoader:
-    """What the training loop draws batches from: one loader, or several as the module gave them."""
-    combined = trainer.fit_loop._combined_loader
-    assert combined is not None
-    return combined
 
 
 def _batches(combined: CombinedLoader) -> Iterator[Any]:

@@ -9,6 +9,7 @@ import lightning as L
 from torch import nn
 
 from lfq_lightning.placement import to_float
+from lfq_lightning.private import trainer_of
 
 
 class Calls:
@@ -25,10 +26,7 @@ class Calls:
 
 def float_copy(module: L.LightningModule) -> L.LightningModule:
     """A copy of a module without quantizers, gradients and Trainer, in eval mode."""
-    trainer, module._trainer = module._trainer, None
-    try:
-        made = copy.deepcopy(module)
-    finally:
-        module._trainer = trainer
+    trainer = trainer_of(module)
+    made = copy.deepcopy(module, {id(trainer): None})
     to_float(made)
     return made.requires_grad_(False).eval()

@@ -8,6 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lfq_lightning.private import takes_step_hooks
 from lfq_lightning.training.wrapping import Wrappers
 
 Moment = Callable[[Any], None]  # called with the optimizer
@@ -55,7 +56,7 @@ class StepHooks:
             self._around(each, outermost.begins if len(stepped) > 1 or len(kinds) > 1 else None, outermost.ends)
 
     def _around(self, optimizer: Any, begins: _Hook | None, ends: _Hook) -> None:
-        if hasattr(optimizer, "_optimizer_step_post_hooks"):  # wrappers often leave `Optimizer.__init__` out
+        if takes_step_hooks(optimizer):
             if begins is not None:
                 self._handles.append(optimizer.register_step_pre_hook(begins))
             self._handles.append(optimizer.register_step_post_hook(ends))

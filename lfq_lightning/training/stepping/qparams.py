@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lfq_lightning.private import version_of
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.training.stepping.hooks import StepHooks, held_by, wrapped_by
 from lfq_lightning.training.stepping.slots import Row, Slot, places, rows_of
@@ -39,8 +40,8 @@ class Reading:
     def __call__(self, number: float | Tensor | None) -> float:
         if not isinstance(number, Tensor):
             return float(number or 0.0)
-        if number is not self._tensor or number._version != self._version:
-            self._tensor, self._version, self._value = number, number._version, float(number)
+        if number is not self._tensor or version_of(number) != self._version:
+            self._tensor, self._version, self._value = number, version_of(number), float(number)
         return self._value
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.placement.points import Point, points
+from lfq_lightning.private import copy_each_
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 _EPS = torch.finfo(torch.float32).eps
@@ -137,7 +138,7 @@ class Row:
         else:
             moved = torch.minimum(torch.maximum(moved, values / 2), values * 2).clamp(min=_EPS)
         parts = torch.where(taken.sound & moved.isfinite(), moved, values).split(self._sizes)
-        torch._foreach_copy_(list(compress(taken.qparams, taken.moving)), list(compress(parts, taken.moving)))
+        copy_each_(list(compress(taken.qparams, taken.moving)), list(compress(parts, taken.moving)))
 
     def _units(self) -> Tensor:
         """What the qparams are measured in: the scales they began to learn with, or their ranges of codes."""

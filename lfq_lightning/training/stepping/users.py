@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lfq_lightning.placement.points import Point
+from lfq_lightning.private import each_optimizer_made
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.training.hiding import hidden_qparams
 from lfq_lightning.training.stepping.hooks import StepHooks, held_by, wrapped_by
@@ -43,25 +44,20 @@ def grouped_qparams(model: nn.Module) -> Iterator[None]:
     nowhere.
     """
     free = [(point, list(point.quantizer.parameters(recurse=False))) for point in places(model)]  # hidden below
-    init = Optimizer.__init__
 
-    def init_with_group(self: Optimizer, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        held = held_by([self])
+    def join(made: Optimizer) -> None:
+        held = held_by([made])
         joining = [qparams for point, qparams in free if _joins(point, held)]
         free[:] = [(point, qparams) for point, qparams in free if not _joins(point, held)]
         if joining:
-            _add_group(self, [p for qparams in joining for p in qparams])
+            _add_group(made, [p for qparams in joining for p in qparams])
 
-    Optimizer.__init__ = init_with_group  # type: ignore[method-assign]
     try:
-        with hidden_qparams(model):
+        with each_optimizer_made(join), hidden_qparams(model):
             yield
     except Exception as error:
         error.add_note(_REMEDY)
         raise
-    finally:
-        Optimizer.__init__ = init  # type: ignore[method-assign]
 
 
 def _joins(point: Point, held: set[int]) -> bool:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lfq_lightning.placement.host import QuantizedLayer
 from lfq_lightning.placement.points import points, weights
+from lfq_lightning.private import add_each_, subtract_each_
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.spec import QuantSpec
 from lfq_lightning.training.stepping.hooks import StepHooks, held_by, wrapped_by
@@ -68,8 +69,8 @@ class WeightSteps:
     @torch.no_grad()
     def _lengthen(self, optimizer: Optimizer) -> None:
         for factor, moved, before in self._before.pop(optimizer, ()):
-            torch._foreach_sub_(before, moved)
-            torch._foreach_add_(moved, before, alpha=1.0 - factor)
+            subtract_each_(before, moved)
+            add_each_(moved, before, alpha=1.0 - factor)
 
     def forget(self) -> None:
         """Drop what was kept for a step that a gradient scaler left out."""

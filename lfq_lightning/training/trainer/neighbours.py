@@ -11,6 +11,7 @@ from lightning.pytorch.plugins.precision import BitsandbytesPrecision, Transform
 from torch import nn
 
 from lfq_lightning.placement.host import qparams, quantizers
+from lfq_lightning.private import averaged_model
 from lfq_lightning.training.hiding import hidden_qparams, hidden_quantizers
 from lfq_lightning.training.trainer.strategy import check_strategy
 from lfq_lightning.training.wrapping import Wrappers
@@ -71,7 +72,7 @@ def require_gradients(model: nn.Module) -> None:
 def share_with_averages(trainer: L.Trainer, model: nn.Module) -> None:
     """Give copies that other callbacks average the quantizers' present state: estimates are no weights to average."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        average = getattr(callback, "_average_model", None) if isinstance(callback, _AVERAGING) else None
+        average = averaged_model(callback) if isinstance(callback, _AVERAGING) else None
         if average is not None:
             copies = quantizers(getattr(average, "module", average))
             for name, quantizer in quantizers(model).items():

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from lfq_lightning.observers.passing import is_passing
 from lfq_lightning.placement.host import plain_name, quantizers
 from lfq_lightning.placement.points import points
+from lfq_lightning.private import ddp_options, tensor_parallel_size
 from lfq_lightning.training.wrapping import Wrappers
 
 _STATE = "state_dict"
@@ -37,15 +38,15 @@ def check_strategy(trainer: L.Trainer) -> None:
             'QuantizationAwareTraining: use `strategy="ddp"`, or ModelParallelStrategy with `fully_shard` in '
             "`configure_model`."
         )
-    if isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
+    if isinstance(strategy, DDPStrategy) and ddp_options(strategy).get("static_graph"):
         raise ValueError(
             "With a static graph, DDP never reduces gradients that the first step did not have, and ranks drift apart "
             "when quantizers begin to learn. Found DDPStrategy(static_graph=True): leave it out."
         )
-    if isinstance(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size != 1:
+    if isinstance(strategy, ModelParallelStrategy) and tensor_parallel_size(strategy) != 1:
         raise ValueError(
             "Tensor parallelism splits layers inside their forward pass. Found ModelParallelStrategy with "
-            f"tensor_parallel_size={strategy._tensor_parallel_size}: pass `tensor_parallel_size=1`."
+            f"tensor_parallel_size={tensor_parallel_size(strategy)}: pass `tensor_parallel_size=1`."
         )
 
 

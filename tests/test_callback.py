@@ -363,6 +363,18 @@ def test_a_quantizer_of_the_users_own_goes_through_the_phases_too(tmp_path: Path
     assert not torch.equal(model.sum.scale, model.sum.scale_reference)
 
 
+def test_hooks_that_are_called_without_a_trainers_run_say_so(tmp_path: Path) -> None:
+    made, model, callback = trainer(tmp_path, []), Net(), qat()
+    with pytest.raises(RuntimeError, match=r"`setup` first\. Found another"):
+        callback.on_fit_start(made, model)
+    made.callbacks = [callback]
+    callback.setup(made, model, "fit")
+    with pytest.raises(RuntimeError, match="Found a batch before it"):
+        callback.on_train_batch_start(made, model, None, 0)
+    callback.teardown(made, model, "fit")
+    assert "configure_optimizers" not in vars(model)
+
+
 def test_it_prints_as_the_call_that_makes_it() -> None:
     callback = qat(rules=[lfq.Rule("head", weight=8)])
     again = eval(repr(callback), vars(lfq))

@@ -125,6 +125,16 @@ def test_a_checkpoint_that_was_only_tested_leaves_the_next_fit_alone(tmp_path: P
     assert (tmp_path / "trajectory.csv.bak").read_bytes() == rows
 
 
+def test_a_checkpoint_that_is_saved_after_a_test_holds_what_the_fit_knew(tmp_path: Path) -> None:
+    model, made, callback = fit(tmp_path)
+    own, known = callback.qparam_optimizer, callback.state_dict()
+    made.test(model, loader(), verbose=False)
+    found = callback.state_dict()
+    assert callback.qparam_optimizer is own
+    assert found.keys() == known.keys() == {"recorder", "sentinel", "schedule", "since", "qparam_optimizer"}
+    assert all(found[key] == known[key] for key in known.keys() - {"qparam_optimizer"})
+
+
 def test_a_checkpoint_of_weights_alone_goes_on_learning_where_it_stopped(tmp_path: Path) -> None:
     model, made, _ = fit(tmp_path)
     made.save_checkpoint(tmp_path / "x.ckpt", weights_only=True)

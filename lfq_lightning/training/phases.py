@@ -26,8 +26,7 @@ from lfq_lightning.placement.points import Points
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.schedule import OBSERVING, Phase, PhaseSchedule
 from lfq_lightning.telling import tell
-from lfq_lightning.training.stepping.qparams import QParamOptimizer
-from lfq_lightning.training.stepping.users import UserOptimizers
+from lfq_lightning.training.stepping.hooks import held_by
 from lfq_lightning.training.trainer.length import is_dev_run
 from lfq_lightning.training.trainer.neighbours import share_with_averages
 from lfq_lightning.training.wrapping import Wrappers
@@ -51,7 +50,7 @@ class RunPhases:
         self._gathered = Gathered(self._observing)
         mark_blank(points)
         self._blank = blank_weights(points)
-        self.told_still = False  # by `warn_if_still`
+        self._told_still = False
 
     def enter(self, trainer: L.Trainer, model: L.LightningModule) -> None:
         """Put quantizers in the phase that the schedule says; those that have learned before go on learning."""
@@ -99,6 +98,36 @@ class RunPhases:
             self._gathered = Gathered(self._observing)
             self._tell(trainer, model)
             tell(trainer, f"Step {trainer.global_step}: {', '.join(joined)} saw data and go to {self.phase}.")
+
+    def warn_if_still(self, trainer: L.Trainer, unseen: Sequence[str]) -> None:
+        """Say once, as a training epoch ends, that steps are made where neither Lightning nor a hook sees them.
+
+        Nothing takes scales and zero points along then, which no error would tell.
+
+        Args:
+            trainer: has counted steps.
+            unseen: names of optimizers that no hook has seen step.
+        """
+        said = "" if self._told_still or not self.points else self._stillness(trainer, unseen)
+        if said:
+            self._told_still = True
+            rank_zero_warn(said)
+
+    def _stillness(self, trainer: L.Trainer, unseen: Sequence[str]) -> str:
+        if self.phase == "learn" and unseen:
+            return (
+                "Scales and zero points step with the optimizer that holds their layer's weight. Found no call of "
+                f"`step()` of {', '.join(unseen)} so far: none has moved, and no weight of few bits took longer steps. "
+                "Make updates by `step()` of an optimizer of `configure_optimizers`, or of one that it keeps as an "
+                "attribute, as SAM does."
+            )
+        if self.phase in ("off", *OBSERVING) and self.schedule.unit == "step" and trainer.global_step == 0:
+            return (
+                "The schedule counts optimizer steps, and Lightning has counted none: scales and zero points would "
+                f"never be learned. Found phase {self.phase!r}: call `step()` of what `self.optimizers()` gives, or "
+                "give the schedule in epochs, such as `schedule=PhaseSchedule(observe=0, estimate=1, learn=2)`."
+            )
+        return ""
 
     @property
     def _observing(self) -> Points:
@@ -162,38 +191,6 @@ def _over_ranks(trainer: L.Trainer) -> Reduce:
     return lambda flat, operation: trainer.strategy.reduce(flat, reduce_op=operation)
 
 
-def warn_if_still(trainer: L.Trainer, phases: RunPhases, optimizer: QParamOptimizer | UserOptimizers | None) -> None:
-    """Say once in a run that optimizers make their steps where neither Lightning nor a hook sees them.
-
-    Args:
-        trainer: at the end of a training epoch.
-        phases: those of the run.
-        optimizer: what steps the qparams.
-    """
-    if phases.points and optimizer is not None and not phases.told_still:
-        said = _still(trainer, phases, optimizer)
-        if said:
-            phases.told_still = True
-            rank_zero_warn(said)
-
-
-def _still(trainer: L.Trainer, phases: RunPhases, optimizer: QParamOptimizer | UserOptimizers) -> str:
-    if phases.phase == "learn" and optimizer.unseen:
-        return (
-            "Scales and zero points step with the optimizer that holds their layer's weight. Found no call of `step()` "
-            f"of {', '.join(optimizer.unseen)} so far: none has moved, and no weight of few bits took longer steps. "
-            "Make updates by `step()` of an optimizer of `configure_optimizers`, or of one that it keeps as an "
-            "attribute, as SAM does."
-        )
-    if phases.phase in ("off", *OBSERVING) and phases.schedule.unit == "step" and trainer.global_step == 0:
-        return (
-            "The schedule counts optimizer steps, and Lightning has counted none: scales and zero points would never "
-            f"be learned. Found phase {phases.phase!r}: call `step()` of what `self.optimizers()` gives, or give the "
-            "schedule in epochs, such as `schedule=PhaseSchedule(observe=0, estimate=1, learn=2)`."
-        )
-    return ""
-
-
 def settle_frozen_layers(model: nn.Module, optimizers: Sequence[Optimizer], choice: FrozenLayers) -> None:
     """Decide for each quantized layer, as a fit begins, whether its scales learn without its weight, and say so.
 
@@ -206,7 +203,7 @@ def settle_frozen_layers(model: nn.Module, optimizers: Sequence[Optimizer], choi
         choice: "keep" leaves scales and zero points of frozen layers as they were estimated, "learn" lets them learn.
     """
     layers = hosts(model)
-    held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]} if len(optimizers) > 1 else set()
+    held = held_by(optimizers) if len(optimizers) > 1 else set()
     frozen = [layer for layer in layers.values() if not layer.weight.requires_grad and id(layer.weight) not in held]
     set_learning_alone(layers.values(), False)
     if choice == "learn":

@@ -17,7 +17,7 @@ from lfq_lightning.placement.points import Points, points
 from lfq_lightning.records.recorder import Recorder
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.training.exporting import FitExport
-from lfq_lightning.training.phases import RunPhases, begin, settle_frozen_layers, show_phase, warn_if_still
+from lfq_lightning.training.phases import RunPhases, begin, settle_frozen_layers, show_phase
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.stepping.qparams import ScheduleFactory
 from lfq_lightning.training.stepping.steps import Choice, Steps, arranged_qparams
@@ -80,7 +80,7 @@ class Training:
     def after_epoch(self, trainer: L.Trainer) -> None:
         """Keep the scales and zero points of every channel, and say so if nothing moves them."""
         self._recorder.after_epoch(trainer)
-        warn_if_still(trainer, self.phases, self._steps.qparams)
+        self.phases.warn_if_still(trainer, self._steps.unseen)
 
     def after_fit(self, trainer: L.Trainer) -> None:
         """Show what was recorded."""

@@ -63,6 +63,11 @@ class Steps:
         self.qparams = _make(trainer, model, choice, schedule)
         self._weights.follow(model, trainer.optimizers)
 
+    @property
+    def unseen(self) -> list[str]:
+        """The names of optimizers that the qparams step with and that no hook has seen step."""
+        return [] if self.qparams is None else self.qparams.unseen
+
     def announce(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step, with the gradients as they are now."""
         if self.qparams is not None:

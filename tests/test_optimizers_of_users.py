@@ -524,6 +524,31 @@ def test_the_users_optimizer_moves_qparams_in_learn_alone_and_keeps_them_legal(t
     assert len(set(scales[2 * BATCHES - 1 :])) == 1
 
 
+@pytest.mark.parametrize("raw", [False, True])
+def test_momentum_moves_no_frozen_qparam_where_missing_gradients_are_zeros(tmp_path: Path, raw: bool) -> None:
+    scales: list[float] = []
+
+    class ByHand(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            optimizer: Any = self.optimizers(use_pl_optimizer=not raw)
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+            scales.append(sum(q.scale.detach().double().sum().item() for q in lfq.quantizers(self).values()))
+
+        def configure_optimizers(self) -> Any:
+            return Adam(self.parameters(), lr=1e-3)
+
+    schedule = lfq.PhaseSchedule(observe=0, estimate=0, learn=1, freeze=2)
+    fit(tmp_path, ByHand(), callback=qat(optimizer="user", schedule=schedule), limit_val_batches=0)
+    assert len(set(scales[BATCHES : 2 * BATCHES])) == BATCHES
+    assert len(set(scales[2 * BATCHES - 1 :])) == 1
+
+
 def test_a_run_with_qparams_in_the_users_optimizer_resumes_bit_equal(tmp_path: Path) -> None:
     def options() -> dict[str, Any]:
         return {"callback": qat(optimizer="user"), "callbacks": [every_epoch(tmp_path)], "max_epochs": 5}

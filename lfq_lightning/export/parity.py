@@ -52,7 +52,8 @@ class Parity:
 
     `quantizers` holds inputs, whose codes were counted in ONNX Runtime without graph optimizations, and weights, whose
     codes are those in the file. `plain` and `optimized` are what it gives without and with all of its optimizations:
-    the latter round biases to 32-bit integers, so they have a tolerance of their own. `folded` names BatchNorms.
+    the latter round biases to 32-bit integers, so they have a tolerance of their own. `float_file_bytes`
+    is what the same file would take in float. `folded` names BatchNorms.
     """
 
     quantizers: tuple[QuantizerParity, ...]

@@ -9,7 +9,7 @@ from lfq_lightning.export import export_onnx, export_pt2, freeze
 from lfq_lightning.ops import backends, fake_quantize
 from lfq_lightning.phases import project_, set_phase
 from lfq_lightning.placement import Placement, attach, detach
-from lfq_lightning.placement.host import quantizers
+from lfq_lightning.placement.quantized_layer import quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.plot import plot_trajectories
 from lfq_lightning.records.summary import Summary, summarize

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lfq_lightning.checking import check_choice, check_flags, check_path, check_whole
 from lfq_lightning.export.parity import Parity
 from lfq_lightning.placement import Placement, apply, plan
-from lfq_lightning.placement.host import FrozenLayers
+from lfq_lightning.placement.quantized_layer import FrozenLayers
 from lfq_lightning.rules import Rule, as_rules
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, as_schedule, weight_spec

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lfq_lightning.checking import check_model
 from lfq_lightning.gathering import estimate_weights
-from lfq_lightning.placement.host import qparams, quantizers
 from lfq_lightning.placement.points import Points, activations, points
+from lfq_lightning.placement.quantized_layer import qparams, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.schedule import PHASES, Phase, check_phase
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lfq_lightning.placement.host import plain_name
+from lfq_lightning.placement.quantized_layer import plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.quantizer.saved import NOTE, Description, Role, described, role_in_name, site_in_model
 from lfq_lightning.spec import QuantSpec

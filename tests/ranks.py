@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 import lfq_lightning as lfq
-from lfq_lightning.placement.host import FrozenLayers, qparams
+from lfq_lightning.placement.quantized_layer import FrozenLayers, qparams
 from lfq_lightning.techniques.batch_norm import reestimate_batch_norm
 from tests.processes import Program
 from tests.runs import Net, fit, images, qat, trainer

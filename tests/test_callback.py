@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import lfq_lightning as lfq
 from lfq_lightning.observers import MinMaxObserver
-from lfq_lightning.placement.host import QuantizedLayer
+from lfq_lightning.placement.quantized_layer import QuantizedLayer
 from lfq_lightning.records.trajectory import read_trajectory
 from tests.runs import BATCHES, Net, every_epoch, fit, loader, qat, trainer
 

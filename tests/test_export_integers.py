@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lfq_lightning as lfq
 from lfq_lightning.export.fold import fold_batch_norm
 from lfq_lightning.export.integers import IntegerInput, IntegerWeight, integer_copy
-from lfq_lightning.placement.host import QuantizedLayer
+from lfq_lightning.placement.quantized_layer import QuantizedLayer
 
 
 def quantized(x: Tensor, quantizer: IntegerInput) -> Tensor:

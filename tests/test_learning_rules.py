@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import lfq_lightning as lfq
 from lfq_lightning import LearnableFakeQuantize, QuantSpec
 from lfq_lightning.observers import OBSERVERS, MinMaxObserver, MSEObserver
-from lfq_lightning.placement.host import set_compressed
+from lfq_lightning.placement.quantized_layer import set_compressed
 from lfq_lightning.records.trajectory import read_trajectory
 from lfq_lightning.spec import ScaleDomain
 from lfq_lightning.training.stepping.qparams import QParamOptimizer

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lfq_lightning as lfq
-from lfq_lightning.placement.host import qparams
+from lfq_lightning.placement.quantized_layer import qparams
 from lfq_lightning.training.hiding import hidden_qparams
 from lfq_lightning.training.stepping.qparams import QParamOptimizer
 from lfq_lightning.training.trainer.length import length_of

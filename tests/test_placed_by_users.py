@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
-from lfq_lightning.placement.host import hosts
+from lfq_lightning.placement.quantized_layer import quantized_layers
 from lfq_lightning.records.trajectory import read_trajectory
 from tests.runs import Net, every_epoch, fit, images, loader, qat
 
@@ -95,7 +95,7 @@ def test_detach_leaves_them_as_they_are(run: tuple[Path, Residual, Any]) -> None
     assert model.sum.phase == "learn"
     assert torch.equal(model.sum.scale, scale)
     lfq.attach(model)
-    assert not hosts(model)["head"].weight_quantizer.learned
+    assert not quantized_layers(model)["head"].weight_quantizer.learned
 
 
 @pytest.mark.quick
@@ -103,7 +103,7 @@ def test_a_rule_for_one_says_that_its_settings_are_the_users() -> None:
     model = Residual()
     with pytest.raises(ValueError, match="sum is a quantizer that you have placed"):
         lfq.attach(model, rules=[lfq.Rule("sum", weight=4)])
-    assert not hosts(model)
+    assert not quantized_layers(model)
 
 
 @pytest.mark.quick

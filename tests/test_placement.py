@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import lfq_lightning as lfq
-from lfq_lightning.placement.host import QuantizedLayer
+from lfq_lightning.placement.quantized_layer import QuantizedLayer
 from tests.runs import Net
 
 pytestmark = pytest.mark.quick

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
-from lfq_lightning.placement.host import QuantizedLayer
 from lfq_lightning.placement.points import Point, activations, points, weights
+from lfq_lightning.placement.quantized_layer import QuantizedLayer
 from lfq_lightning.quantizer.saved import described
 from lfq_lightning.state_dicts import descriptions
 

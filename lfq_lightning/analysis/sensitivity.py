@@ -12,8 +12,15 @@ from torch import nn
 from lfq_lightning.analysis.evaluating import Forward, MetricLike, evaluation, is_higher_better
 from lfq_lightning.checking import check_flags, check_model, check_number, check_rows, in_words
 from lfq_lightning.placement import attach, detach
-from lfq_lightning.placement.host import WEIGHT, QuantizedLayer, hosts, quantizers, quantizers_of, whole_weight
 from lfq_lightning.placement.points import points
+from lfq_lightning.placement.quantized_layer import (
+    WEIGHT,
+    QuantizedLayer,
+    quantized_layers,
+    quantizers,
+    quantizers_of,
+    whole_weight,
+)
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.summary import packed_bytes
 from lfq_lightning.spec import QuantSpec
@@ -140,7 +147,7 @@ def sensitivity(
 def _groups(model: nn.Module) -> list[tuple[tuple[str, ...], list[QuantizedLayer]]]:
     """Layers by the weight that they hold: tied ones have one quantizer and change together."""
     found: dict[int, dict[str, QuantizedLayer]] = {}
-    for name, layer in hosts(model).items():
+    for name, layer in quantized_layers(model).items():
         found.setdefault(id(layer.weight), {})[name] = layer
     return [(tuple(group), list(group.values())) for group in found.values()]
 

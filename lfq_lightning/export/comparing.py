@@ -17,8 +17,8 @@ from lfq_lightning.export.integers import IntegerWeight
 from lfq_lightning.export.onnx_file import stored_weights
 from lfq_lightning.export.parity import OutputParity, Parity, QuantizerParity
 from lfq_lightning.ops import spread
-from lfq_lightning.placement.host import hosts
 from lfq_lightning.placement.points import activations, points, weights
+from lfq_lightning.placement.quantized_layer import quantized_layers
 from lfq_lightning.private import session_failure, tree_leaves
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.running import explained
@@ -26,7 +26,7 @@ from lfq_lightning.running import explained
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def compare(
+def run_and_compare(
     reference: nn.Module,
     path: Path,
     watched: Mapping[str, Sequence[str]],
@@ -50,7 +50,7 @@ def compare(
     called: set[LearnableFakeQuantize] = set()
     for point in found.values():
         point.quantizer.phase = "freeze"
-    for layer in hosts(reference).values():
+    for layer in quantized_layers(reference).values():
         layer.register_forward_hook(_Called(called, layer.weight_quantizer))
     proto = onnx.load(path)
     stored = stored_weights(proto)
@@ -159,7 +159,7 @@ def _twin(name: str, codes: Mapping[str, Sequence[np.ndarray]], watched: Mapping
 
 def _quantum(model: nn.Module) -> float:
     """One step of the last layer's integer accumulator, the largest of its channels."""
-    layers, placed = list(hosts(model).values()), [point.quantizer for point in points(model).values()]
+    layers, placed = list(quantized_layers(model).values()), [point.quantizer for point in points(model).values()]
     last = (layers[-1].weight_quantizer, layers[-1].input_quantizer) if layers else placed[-1:]
     parts = [q.used_qparams()[0].max() for q in last if q is not None]
     return float(torch.stack(parts).prod())

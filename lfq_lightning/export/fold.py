@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.export.integers import IntegerInput, IntegerWeight
-from lfq_lightning.placement.host import WEIGHT, QuantizedLayer, float_type, hosts
 from lfq_lightning.placement.layers import QUANTIZABLE, TRANSPOSED
+from lfq_lightning.placement.quantized_layer import WEIGHT, QuantizedLayer, float_type, quantized_layers
 from lfq_lightning.private import BatchNorm, tree_leaves
 from lfq_lightning.running import explained
 
@@ -41,7 +41,7 @@ def fold_batch_norm(
                 delattr(norm, held)
             norm.__class__ = nn.Identity  # type: ignore[assignment]
             folded.append(norm_name)
-    for layer in hosts(model).values():
+    for layer in quantized_layers(model).values():
         _silence(layer)
     return folded
 

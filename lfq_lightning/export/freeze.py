@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lfq_lightning.checking import check_model
 from lfq_lightning.export.exportable import own_copy
-from lfq_lightning.placement.host import hosts, replace_placed, restore_layer, whole_weight
 from lfq_lightning.placement.layers import TRANSPOSED
+from lfq_lightning.placement.quantized_layer import quantized_layers, replace_placed, restore_layer, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 
@@ -45,7 +45,7 @@ def freeze(model: nn.Module) -> nn.Module:
     check_model(model)
     frozen = own_copy(model)
     weights: dict[int, nn.Parameter] = {}  # layers that share a quantizer share its weight
-    for name, layer in hosts(frozen).items():
+    for name, layer in quantized_layers(frozen).items():
         weight, activation = layer.weight_quantizer, layer.input_quantizer
         used = layer.weight
         if weight is not None:

@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 from lfq_lightning.export.exportable import check_exportable, own_copy
 from lfq_lightning.ops import spread
-from lfq_lightning.placement.host import INPUT, WEIGHT, float_type, hosts, replace_placed, whole_weight
 from lfq_lightning.placement.layers import QUANTIZABLE
+from lfq_lightning.placement.quantized_layer import (
+    INPUT,
+    WEIGHT,
+    float_type,
+    quantized_layers,
+    replace_placed,
+    whole_weight,
+)
 from lfq_lightning.private import quantized_decomposed
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
@@ -214,7 +221,7 @@ def to_integers(model: nn.Module, signed: bool = False) -> None:
     """
     check_exportable(model)
     weights: dict[int, IntegerWeight] = {}  # layers that share a weight share its integers
-    for layer in hosts(model).values():
+    for layer in quantized_layers(model).values():
         layer.saved = None
         weight, activation = layer.weight_quantizer, layer.input_quantizer
         if weight is not None:
@@ -246,7 +253,7 @@ class Bias(nn.Module):
 
 def keep_biases_exact(model: nn.Module) -> None:
     """Take the biases of layers with narrow weights and quantized inputs out of the layers, in place."""
-    for layer in hosts(model).values():
+    for layer in quantized_layers(model).values():
         weight, bias = layer.weight_quantizer, getattr(layer, "bias", None)
         plain = float_type(layer) in QUANTIZABLE and isinstance(layer.input_quantizer, IntegerInput)
         if plain and isinstance(weight, IntegerWeight) and weight.narrow and isinstance(bias, Tensor):

@@ -13,8 +13,8 @@ from onnx import numpy_helper
 from torch import nn
 
 from lfq_lightning.export.integers import IntegerWeight
-from lfq_lightning.placement.host import plain_name
 from lfq_lightning.placement.points import points
+from lfq_lightning.placement.quantized_layer import plain_name
 from lfq_lightning.private import MODULES_OF_NODE
 
 

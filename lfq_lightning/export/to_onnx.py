@@ -93,7 +93,7 @@ def export_onnx(
     require_onnx()
     import onnx
 
-    from lfq_lightning.export.comparing import compare
+    from lfq_lightning.export.comparing import run_and_compare
     from lfq_lightning.export.onnx_file import codes_by_quantizer, float_bytes, pack
 
     integers = sharing_copy(reference)
@@ -111,7 +111,7 @@ def export_onnx(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(proto, path)
-    parity = compare(
+    parity = run_and_compare(
         reference,
         path,
         watched,

@@ -47,7 +47,7 @@ def memory_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
     return sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: (-stride[d], d))
 
 
-def plan(
+def lay_out(
     shape: tuple[int, ...], stride: tuple[int, ...], axis: int | None, group_size: int | None, scales: int
 ) -> Layout | None:
     """The layout of results with these strides, which leave no gaps; None where groups are not runs of memory.

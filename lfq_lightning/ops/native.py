@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lfq_lightning.ops.layout import Layout, plan, view
+from lfq_lightning.ops.layout import Layout, lay_out, view
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -90,10 +90,10 @@ class Prepared:
     ) -> None:
         # What torch's own elementwise operations on such a tensor would give.
         self.stride = torch.empty_like(torch.empty_strided(shape, stride, device="meta")).stride()
-        dense, layout = self.stride, plan(shape, self.stride, axis, group_size, scales)
+        dense, layout = self.stride, lay_out(shape, self.stride, axis, group_size, scales)
         if layout is None:
             dense = torch.empty(shape, device="meta").stride()
-            layout = plan(shape, dense, axis, group_size, scales)
+            layout = lay_out(shape, dense, axis, group_size, scales)
             assert layout is not None
         self.dense, self.in_place = dense, dense == self.stride
         self.large, self.many = layout.numel >= _SERIAL, scales > 1

@@ -11,7 +11,7 @@ from triton import cdiv
 from triton.runtime.interpreter import InterpretedFunction
 
 from lfq_lightning.ops import triton_kernels as kernels
-from lfq_lightning.ops.layout import plan
+from lfq_lightning.ops.layout import lay_out
 from lfq_lightning.ops.triton_tiles import Adding, Tiles, adding, backward_tiles, forward_tiles
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -35,7 +35,7 @@ class _Cut(NamedTuple):
 def _cut(
     shape: torch.Size, stride: tuple[int, ...], axis: int | None, group_size: int | None, scales: int, itemsize: int
 ) -> _Cut | None:
-    layout = plan(shape, stride, axis, group_size, scales)
+    layout = lay_out(shape, stride, axis, group_size, scales)
     if layout is None:
         return None
     backward, channels = backward_tiles(layout), layout.channels

@@ -9,21 +9,21 @@ from typing import get_args
 from torch import Tensor, nn
 
 from lfq_lightning.checking import check_choice, check_flags, check_model
-from lfq_lightning.placement.host import (
+from lfq_lightning.placement.layers import TRANSPOSED, input_channels
+from lfq_lightning.placement.planning import PlacedLayer, Placement, plan
+from lfq_lightning.placement.quantized_layer import (
     FrozenLayers,
     QuantizedLayer,
     check_compressible,
-    hosts,
     plain_name,
     quantize_layer,
+    quantized_layers,
     quantizers,
     quantizers_of,
     restore_layer,
     set_compressed,
     set_learning_alone,
 )
-from lfq_lightning.placement.layers import TRANSPOSED, input_channels
-from lfq_lightning.placement.planning import PlacedLayer, Placement, plan
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.rules import Rule
 from lfq_lightning.spec import QuantSpec, SpecLike
@@ -76,7 +76,7 @@ def attach(
     check_choice("frozen_layers", frozen_layers, get_args(FrozenLayers))
     placement = plan(model, weight, activation, rules)
     apply(model, placement, compress_saved)
-    set_learning_alone(hosts(model).values(), frozen_layers == "learn")
+    set_learning_alone(quantized_layers(model).values(), frozen_layers == "learn")
     return placement
 
 
@@ -90,7 +90,7 @@ def apply(model: nn.Module, placement: Placement, compress_saved: bool = False) 
     wanted = {id(modules[layer.name]): layer for layer in placement.layers}
     replaced: set[nn.Module] = set()
     shared: dict[int, LearnableFakeQuantize] = {}
-    for name, layer in hosts(model).items():
+    for name, layer in quantized_layers(model).items():
         placed = wanted.get(id(layer))
         if placed is None or (placed.weight, placed.activation) != _specs(layer):
             _check_replaceable(name, layer, placed)
@@ -174,7 +174,7 @@ def detach(model: nn.Module) -> None:
         ('Linear', ['0.weight', '0.bias'])
     """
     check_model(model)
-    for layer in hosts(model).values():
+    for layer in quantized_layers(model).values():
         restore_layer(layer)
 
 

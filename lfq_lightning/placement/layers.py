@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torchmetrics import Metric
 
-from lfq_lightning.placement.host import INPUT, WEIGHT, QuantizedLayer, float_type, plain_name
+from lfq_lightning.placement.quantized_layer import INPUT, WEIGHT, QuantizedLayer, float_type, plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.rules import Rule
 from lfq_lightning.spec import QuantSpec

@@ -10,8 +10,8 @@ from difflib import get_close_matches
 from torch import nn
 
 from lfq_lightning.checking import check_model, check_rows
-from lfq_lightning.placement.host import float_type
 from lfq_lightning.placement.layers import all_names, candidates, check_quantizable, is_lazy
+from lfq_lightning.placement.quantized_layer import float_type
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.rules import Rule, check_listed
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, weight_spec

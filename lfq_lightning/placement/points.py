@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lfq_lightning.placement.host import QuantizedLayer, plain_name, whole_weight
+from lfq_lightning.placement.quantized_layer import QuantizedLayer, plain_name, whole_weight
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.quantizer.saved import Role, site_in_model
 

@@ -17,7 +17,7 @@ from lfq_lightning.checking import check_flags, check_path, check_texts
 from lfq_lightning.tables import Table
 
 
-class Run(NamedTuple):
+class Job(NamedTuple):
     """One job of a sweep: the overrides that made it but the seed, its seed, and its metrics.json by section."""
 
     directory: Path
@@ -126,7 +126,7 @@ def compare(
     return Comparison(metric, tuple(sorted(methods, key=lambda m: (m.size, -sign * m.mean))), tuple(skipped))
 
 
-def read_runs(directory: Path, seed: str) -> tuple[list[Run], list[Path]]:
+def read_runs(directory: Path, seed: str) -> tuple[list[Job], list[Path]]:
     """The runs below a directory, and those that have left no metrics."""
     runs, skipped = [], []
     for file in sorted(directory.rglob(".hydra/overrides.yaml"), key=lambda f: _natural(str(f))):
@@ -138,7 +138,7 @@ def read_runs(directory: Path, seed: str) -> tuple[list[Run], list[Path]]:
         results = json.loads((run / "metrics.json").read_text())
         if not all(isinstance(section, dict) for section in results.values()):
             results = {"quantized": results}
-        runs.append(Run(run, overrides, overrides.pop(seed, ""), results))
+        runs.append(Job(run, overrides, overrides.pop(seed, ""), results))
     if not runs:
         raise ValueError(
             f"A comparison needs runs with .hydra/overrides.yaml and metrics.json. Found {len(skipped)} without "

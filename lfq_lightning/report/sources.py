@@ -12,7 +12,7 @@ from lfq_lightning.records.trajectory import FILE_NAME, trajectory_in
 
 
 @dataclass(frozen=True)
-class Run:
+class FilesOfRun:
     """The files of one run; None where there is none."""
 
     directory: Path
@@ -20,7 +20,7 @@ class Run:
     trajectory: Path | None
 
 
-def find_run(source: Path | str) -> Run:
+def find_run(source: Path | str) -> FilesOfRun:
     """The run that a checkpoint belongs to, or that a directory holds.
 
     Args:
@@ -34,10 +34,10 @@ def find_run(source: Path | str) -> Run:
     source = Path(source)
     if source.is_file():
         if source.name == FILE_NAME:
-            return Run(source.parent, _newest_checkpoint(source.parent), source)
+            return FilesOfRun(source.parent, _newest_checkpoint(source.parent), source)
         # A checkpoint stands beside the trajectory, or in `checkpoints` below it.
         beside = (directory / FILE_NAME for directory in (source.absolute().parent, source.absolute().parent.parent))
-        return Run(source.absolute().parent, source, next((path for path in beside if path.is_file()), None))
+        return FilesOfRun(source.absolute().parent, source, next((path for path in beside if path.is_file()), None))
     if not source.is_dir():
         raise FileNotFoundError(
             f"A report is about a checkpoint or a run's directory. Found nothing at `{source}`: check the path."
@@ -47,7 +47,7 @@ def find_run(source: Path | str) -> Run:
     checkpoint = _newest_checkpoint(directory)
     if checkpoint is None and found is None:
         raise FileNotFoundError(f"A run has a checkpoint or a `{FILE_NAME}`. Found neither in `{source}`.")
-    return Run(directory, checkpoint, found)
+    return FilesOfRun(directory, checkpoint, found)
 
 
 def _newest_checkpoint(directory: Path) -> Path | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lfq_lightning.placement.host import plain_name, quantize_layer
+from lfq_lightning.placement.quantized_layer import plain_name, quantize_layer
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.state_dicts import by_site, descriptions, stored_quantizer, without_quantizers
 

@@ -17,7 +17,7 @@ from lfq_lightning.analysis.evaluating import Forward, MetricLike
 from lfq_lightning.analysis.sensitivity import Sensitivity, sensitivity
 from lfq_lightning.checking import check_batches, check_flags, check_function, check_path, in_words
 from lfq_lightning.checkpoint import load_from_checkpoint
-from lfq_lightning.placement.host import first_quantizer
+from lfq_lightning.placement.quantized_layer import first_quantizer
 from lfq_lightning.quantizer.saved import role_in_name
 from lfq_lightning.reading import read_checkpoint
 from lfq_lightning.records.summary import Summary, describe

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lfq_lightning.checking import check_whole, in_words
 from lfq_lightning.observers import Observer
 from lfq_lightning.phases import forget_compiled_code
-from lfq_lightning.placement.host import quantizers
 from lfq_lightning.placement.points import points
+from lfq_lightning.placement.quantized_layer import quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.techniques.order import check_order, check_quantized, epochs_before, quantization_callback
 from lfq_lightning.telling import tell

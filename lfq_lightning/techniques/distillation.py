@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lfq_lightning.checking import check_number, check_path, check_texts
 from lfq_lightning.checkpoint import load_state_dict
 from lfq_lightning.placement import to_float
-from lfq_lightning.placement.host import quantizers
+from lfq_lightning.placement.quantized_layer import quantizers
 from lfq_lightning.reading import read_checkpoint
 from lfq_lightning.techniques.order import check_quantized
 from lfq_lightning.techniques.served import Served

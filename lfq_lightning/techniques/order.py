@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 
 from lfq_lightning.callback import QuantizationAwareTraining
-from lfq_lightning.placement.host import first_quantizer
+from lfq_lightning.placement.quantized_layer import first_quantizer
 from lfq_lightning.training.trainer.neighbours import check_package
 
 

@@ -22,7 +22,7 @@ from lfq_lightning.export.inputs import arguments, on_cpu, traced
 from lfq_lightning.export.parity import Parity
 from lfq_lightning.export.to_onnx import require_onnx
 from lfq_lightning.placement import to_float
-from lfq_lightning.placement.host import quantizers
+from lfq_lightning.placement.quantized_layer import quantizers
 from lfq_lightning.private import tree_leaves
 from lfq_lightning.running import example_of, inputs_of
 from lfq_lightning.telling import tell

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lfq_lightning.placement.host import quantizers
+from lfq_lightning.placement.quantized_layer import quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 

@@ -12,8 +12,8 @@ import lightning as L
 
 from lfq_lightning.export.parity import Parity
 from lfq_lightning.gathering import set_gathering
-from lfq_lightning.placement.host import FrozenLayers, quantizers
 from lfq_lightning.placement.points import Points, points
+from lfq_lightning.placement.quantized_layer import FrozenLayers, quantizers
 from lfq_lightning.records.recorder import Recorder
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.training.exporting import FitExport

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
-from lfq_lightning.placement.host import qparams
+from lfq_lightning.placement.quantized_layer import qparams
 from lfq_lightning.training.hiding import hidden_qparams
 from lfq_lightning.training.stepping.qparams import QParamOptimizer
 from tests.runs import Net, images, loader, qat, trainer

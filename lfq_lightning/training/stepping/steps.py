@@ -10,7 +10,7 @@ import lightning as L
 from torch import nn
 from torch.optim import Optimizer
 
-from lfq_lightning.placement.host import qparams
+from lfq_lightning.placement.quantized_layer import qparams
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.training.hiding import hidden_qparams
 from lfq_lightning.training.stepping.hooks import held_by

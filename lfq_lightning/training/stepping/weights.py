@@ -9,8 +9,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lfq_lightning.placement.host import QuantizedLayer
 from lfq_lightning.placement.points import points, weights
+from lfq_lightning.placement.quantized_layer import QuantizedLayer
 from lfq_lightning.private import add_each_, subtract_each_
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.spec import QuantSpec

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 from torch import nn
 
-from lfq_lightning.placement.host import quantizers
+from lfq_lightning.placement.quantized_layer import quantizers
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.telling import tell
 

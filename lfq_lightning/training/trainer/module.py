@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lfq_lightning.checkpoint import check_loadable
-from lfq_lightning.placement.host import hosts, quantizers, restore_layer
+from lfq_lightning.placement.quantized_layer import quantized_layers, quantizers, restore_layer
 from lfq_lightning.quantizer.saved import NOTE
 from lfq_lightning.state_dicts import descriptions, fit_to
 from lfq_lightning.training.hiding import any_parameter, hidden, hidden_qparams
@@ -36,7 +36,7 @@ def meet_quantizers(
         attach: puts quantizers on layers; called with False now and with True when `configure_model` has made the rest.
         arranged: what `configure_optimizers` runs in.
     """
-    before = set(hosts(model).values())
+    before = set(quantized_layers(model).values())
     attach(False)
 
     def configure_model(original: Any) -> None:
@@ -45,7 +45,7 @@ def meet_quantizers(
         try:
             attach(True)
         except Exception:
-            for layer in hosts(model).values():
+            for layer in quantized_layers(model).values():
                 if layer not in before:
                     restore_layer(layer)
             raise

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelSummary, Stochastic
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from torch import nn
 
-from lfq_lightning.placement.host import qparams, quantizers
+from lfq_lightning.placement.quantized_layer import qparams, quantizers
 from lfq_lightning.private import averaged_model
 from lfq_lightning.training.hiding import hidden_qparams, hidden_quantizers
 from lfq_lightning.training.trainer.strategy import check_strategy

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lfq_lightning as lfq
-from lfq_lightning.placement.host import hosts, set_compressed
+from lfq_lightning.placement.quantized_layer import quantized_layers, set_compressed
 from tests.runs import Net, fit, images, qat
 
 pytestmark = pytest.mark.quick
@@ -30,12 +30,12 @@ def learned(model: nn.Module, x: Tensor, **settings: object) -> nn.Module:
 
 def gradients(model: nn.Module, x: Tensor, compress: bool) -> dict[str, Tensor]:
     twin = copy.deepcopy(model)
-    for layer in hosts(twin).values():
+    for layer in quantized_layers(twin).values():
         assert layer.saved is None
     set_compressed(twin, compress)
     x = x.clone().requires_grad_()
     twin(x).square().sum().backward()
-    kept = [layer.saved for layer in hosts(twin).values()]
+    kept = [layer.saved for layer in quantized_layers(twin).values()]
     assert all(s is None or 0 < s.stored < 0.5 * s.full for s in kept)
     return {"x": x.grad, **{name: p.grad for name, p in twin.named_parameters() if p.grad is not None}}
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lfq_lightning.checking import check_model
+from lfq_lightning.placement.compressing import Quantized, Saved, compressed
 from lfq_lightning.placement.computing import Compute, computation
-from lfq_lightning.placement.saving import Quantized, Saved, compressed
 from lfq_lightning.private import COMPILED, is_compiled
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
@@ -138,7 +138,7 @@ def quantizers_of(layer: QuantizedLayer) -> list[LearnableFakeQuantize]:
     return [child for child in children if isinstance(child, LearnableFakeQuantize) and child.site is not None]
 
 
-def hosts(model: nn.Module) -> dict[str, QuantizedLayer]:
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The quantized layers of a model by dotted name, in order of registration."""
     return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
@@ -146,7 +146,7 @@ def hosts(model: nn.Module) -> dict[str, QuantizedLayer]:
 def set_compressed(model: nn.Module, compress: bool) -> None:
     """Whether quantized layers rebuild in backward what they would otherwise keep for it."""
     check_compressible(model, compress)
-    for layer in hosts(model).values():
+    for layer in quantized_layers(model).values():
         layer.saved = Saved() if compress else None
 
 

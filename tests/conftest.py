@@ -38,6 +38,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # what the imports made stays: no later collection looks through it
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries that look for leaks at the exit find all of it
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _what_onnx_has_is_read_once() -> None:
     """Of a small export, reading the sources of onnxscript's functions takes two thirds, and again each time."""

@@ -131,7 +131,8 @@ def test_a_remote_run_keeps_its_files_beside_its_checkpoints_and_is_resumed_from
         **run,
     )
     again = _fetched(files, tmp_path / "again")
-    assert read_trajectory(again / "trajectory.csv") == read_trajectory(whole / "trajectory.csv")
+    # As text, since NaN equals no NaN, and dataclasses follow it from Python 3.13 on.
+    assert repr(read_trajectory(again / "trajectory.csv")) == repr(read_trajectory(whole / "trajectory.csv"))
     assert read_qparams(again / "qparams.npz")["step"].tolist() == read_qparams(whole / "qparams.npz")["step"].tolist()
 
 

@@ -119,7 +119,8 @@ class MSEObserver(HistogramObserver):
         total = torch.empty_like(scale)
         inverse, zero_point = (unit / scale)[..., None], zero_point[..., None]
         for chosen, channels in _parts(len(scale), points.counts):
-            u, v = (torch.addcmul(zero_point[chosen], x[channels], inverse[chosen]) for x in points[1:])
+            ends = (points.left, points.right)  # by name: Dynamo of torch 2.8 cannot slice a named tuple
+            u, v = (torch.addcmul(zero_point[chosen], x[channels], inverse[chosen]) for x in ends)
             n, m = (x.clamp(self.quant_min, self.quant_max).round_() for x in (u, v))
             f, g = u - n, v - m
             width = m - n + g - f

@@ -39,7 +39,10 @@ def forward(
     used = effective(scale, zero_point, quant_min, quant_max)
     s, z = (spread(p, x.shape, axis, group_size) for p in used)
     q = torch.clamp((x.float() / s).round() + z, quant_min, quant_max)
-    return ((q - z) * s).to(x.dtype), torch.stack((used[0], quant_min - used[1], quant_max - used[1]))
+    y = (q - z) * s
+    # No conversion that returns y itself: Dynamo of torch 2.11 would count it twice, and give the gradient to neither.
+    y = y if y.dtype == x.dtype else y.to(x.dtype)
+    return y, torch.stack((used[0], quant_min - used[1], quant_max - used[1]))
 
 
 def backward(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -46,6 +46,7 @@ def least_error(x: Tensor, quant_min: int, quant_max: int, symmetric: bool) -> f
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("kind", RANGES)
 @given(seed=st.integers(0, 10_000), shift=st.sampled_from([0.0, 1.0, -5.0]))
+@example(seed=14, shift=-5.0)  # many valleys
 @settings(max_examples=6)
 def test_the_search_comes_near_the_least_mean_square_error(kind: str, whole: bool, seed: int, shift: float) -> None:
     quant_min, quant_max, symmetric = RANGES[kind]
@@ -57,7 +58,7 @@ def test_the_search_comes_near_the_least_mean_square_error(kind: str, whole: boo
     scale, zero_point = observer.calculate_qparams()
     found = error_of(x, scale.item(), zero_point.item(), quant_min, quant_max)
     # A histogram knows values to a sixteenth of an octave.
-    assert found <= (1.12 if whole else 1.4) * least_error(x, quant_min, quant_max, symmetric)
+    assert found <= ((1.12 if symmetric else 1.05) if whole else 1.4) * least_error(x, quant_min, quant_max, symmetric)
 
 
 @pytest.mark.quick

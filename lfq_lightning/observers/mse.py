@@ -21,7 +21,8 @@ def _octaves(first: int, last: int, per_octave: int) -> Tensor:
 # range, each by its own for an affine one.
 _SYMMETRIC = (_octaves(-20, 0, 4), _octaves(-4, 4, 16))
 _AFFINE = (_octaves(-10, 0, 2), _octaves(-2, 2, 4), _octaves(-2, 2, 16))
-_FEW = 256  # values of a row of which the first step looks at each, as the others do
+_FEW = 512  # values of a row of which the first step looks at each, as the others do
+_STARTS = 8  # of such a row that are followed to their end
 # At the end, steps so short that the outermost code moves by a quarter of a code: few values round luckily somewhere.
 _SHORTEST, _LONGEST = 1e-3, 1e-2
 _LARGEST = torch.finfo(torch.float32).max
@@ -50,11 +51,13 @@ class MSEObserver(HistogramObserver):
         rows = torch.where(rows.isfinite(), rows, 0.0)  # 0 is represented without error
         unit = _unit(low, high)
         errors = partial(self._errors, rows, unit)
-        roughly = errors
+        roughly, starts = errors, 1
         if rows.shape[1] > _FEW and not self.symmetric:
             roughly = partial(self._expected_errors, _points(rows / unit[:, None]), unit)
+        elif not self.symmetric:
+            starts = _STARTS
         levels = self.quant_max - self.quant_min
-        return self._search(roughly, errors, low, high, min(max(1 / (4 * levels), _SHORTEST), _LONGEST))
+        return self._search(roughly, errors, low, high, min(max(1 / (4 * levels), _SHORTEST), _LONGEST), starts)
 
     def _fit_histogram(self, counts: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         inner, outer = edges(counts.device)
@@ -70,34 +73,55 @@ class MSEObserver(HistogramObserver):
         return self._search(errors, errors, low, high, _LONGEST / 2)
 
     def _search(
-        self, roughly: Errors, errors: Errors, low: Tensor, high: Tensor, shortest: float
+        self, roughly: Errors, errors: Errors, low: Tensor, high: Tensor, shortest: float, starts: int = 1
     ) -> tuple[Tensor, Tensor]:
-        for number, factors in enumerate(_SYMMETRIC if self.symmetric else _AFFINE):
-            factors = factors.to(low.device, non_blocking=True)
-            pairs = (factors, factors) if self.symmetric else torch.cartesian_prod(factors, factors).unbind(1)
-            low, high, *best = self._best(errors if number else roughly, low, high, *pairs)
+        first, *finer = (
+            factors.to(low.device, non_blocking=True) for factors in (_SYMMETRIC if self.symmetric else _AFFINE)
+        )
+        begun = self._best(roughly, low, high, *self._pairs(first), starts)
+        found = [self._refined(errors, *ends, finer, shortest) for ends in zip(*begun[:2], strict=True)]
+        if len(found) == 1:
+            return found[0]
+        # Few values have errors with many valleys: the deepest is not always where a coarse grid meets the least.
+        scale, zero_point = (torch.stack(each) for each in zip(*found, strict=True))
+        best = errors(scale.clamp(min=torch.finfo(torch.float32).tiny), zero_point).argmin(0, keepdim=True)
+        return scale.gather(0, best).squeeze(0), zero_point.gather(0, best).squeeze(0)
+
+    def _refined(
+        self, errors: Errors, low: Tensor, high: Tensor, finer: list[Tensor], shortest: float
+    ) -> tuple[Tensor, Tensor]:
+        """The scale and zero point of the best range near this one."""
+        for factors in finer:
+            low, high, *best = (each[0] for each in self._best(errors, low, high, *self._pairs(factors)))
         # Moving one end of an affine range changes its scale by half of that.
         length, reach = (shortest, 0.04) if self.symmetric else (2 * shortest, 0.03)
         steps = max(2, round(reach / length))
         last = 1 + length * torch.arange(-steps, steps + 1, dtype=torch.float32, device="cpu")
         last = last.to(low.device, non_blocking=True)
         same = last if self.symmetric else torch.ones_like(last)
-        low, high, *best = self._best(errors, low, high, same, last)
+        low, high, *best = (each[0] for each in self._best(errors, low, high, same, last))
         if not self.symmetric:
-            low, high, *best = self._best(errors, low, high, last, same)
+            low, high, *best = (each[0] for each in self._best(errors, low, high, last, same))
         scale, zero_point = best
         return scale, zero_point
 
+    def _pairs(self, factors: Tensor) -> tuple[Tensor, Tensor]:
+        if self.symmetric:
+            return factors, factors
+        at_low, at_high = torch.cartesian_prod(factors, factors).unbind(1)
+        return at_low, at_high
+
     def _best(
-        self, errors: Errors, low: Tensor, high: Tensor, at_low: Tensor, at_high: Tensor
+        self, errors: Errors, low: Tensor, high: Tensor, at_low: Tensor, at_high: Tensor, how_many: int = 1
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of ranges with their ends multiplied by these factors the best: its ends, scale and zero point."""
+        """Of ranges with their ends multiplied by these factors the best ones: ends, scales and zero points."""
         # Finite, where a share above 1 of the largest numbers is not.
         lows = (at_low[:, None] * low).clamp(min=-_LARGEST)
         highs = (at_high[:, None] * high).clamp(max=_LARGEST)
         scale, zero_point = self.covering(lows, highs)
-        best = errors(scale.clamp(min=torch.finfo(torch.float32).tiny), zero_point).argmin(0, keepdim=True)
-        low, high, scale, zero_point = (each.gather(0, best).squeeze(0) for each in (lows, highs, scale, zero_point))
+        found = errors(scale.clamp(min=torch.finfo(torch.float32).tiny), zero_point)
+        best = found.argmin(0, keepdim=True) if how_many == 1 else found.topk(how_many, 0, largest=False).indices
+        low, high, scale, zero_point = (each.gather(0, best) for each in (lows, highs, scale, zero_point))
         return low, high, scale, zero_point
 
     def _errors(self, rows: Tensor, unit: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

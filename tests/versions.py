@@ -1,6 +1,6 @@
 """The short set of tests with older and newer versions of Python, torch and Lightning: what the lower bounds rest on.
 
-python -m tests.versions                    # every row, about ten minutes and five gigabytes each; goes on where it was
+python -m tests.versions                    # every row, in an environment of its own; goes on where it was
 python -m tests.versions --row 3.12 --again # this Python's row anew, in the environment that it has
 python -m tests.versions --report           # the table of what has run
 

@@ -10,7 +10,7 @@ from triton import cdiv, next_power_of_2
 from lfq_lightning.ops.layout import Layout
 from lfq_lightning.ops.triton_kernels import NARROW, WIDE
 
-# All of these are the best of those that were measured on an H200, README of tests/benchmarks.
+# Each was the best of the variants that were measured on an H200, one changed at a time: tests/benchmarks/README.md.
 _FORWARD_BYTES = 4096  # of a tile of four warps: 32 a thread
 _FORWARD_TURNS = 4
 _BACKWARD_TILE = 1024  # elements of a tile of four warps; more would not leave registers for enough of them

@@ -21,9 +21,13 @@ class Rule:
     """Settings for the modules it matches; the first rule that matches a module decides.
 
     Args:
-        match: a glob on the module's dotted name ("encoder.*.fc1", case counts), or a module type (exactly that type).
+        match: a glob on the module's dotted name ("encoder.*.fc1", case counts); a name with a dot behind it for all
+            that is below ("encoder."); a module type, exactly, for such a layer or all that is below such a module; or
+            a glob on a call in a module's own code, by the module's name and the operation ("layer1.*/add"; the second
+            of a name is "add_1").
         weight: bits, a QuantSpec, or None to leave the weights in float; "default" takes what `attach` was given.
-        activation: the same for the inputs of the matched modules.
+        activation: the same for the inputs of the matched modules, or for the operands of the matched calls.
+        output: bits or a QuantSpec for what the matched modules give; "default" leaves it as it is.
 
     Raises:
         TypeError: if `match` is neither a glob nor a module type.
@@ -38,13 +42,14 @@ class Rule:
     match: str | type[nn.Module]
     weight: SpecLike | Literal["default"] = "default"
     activation: SpecLike | Literal["default"] = "default"
+    output: SpecLike | Literal["default"] = "default"
 
     def __post_init__(self) -> None:
         if not isinstance(self.match, str) and not (isinstance(self.match, type) and issubclass(self.match, nn.Module)):
             raise TypeError(f"`match` must be a glob on module names or a module type. Found {self.match!r}.")
         if not self.match:
             raise ValueError('`match` must name something. Found an empty glob: "*" matches every module.')
-        for name, check in (("weight", weight_spec), ("activation", activation_spec)):
+        for name, check in (("weight", weight_spec), ("activation", activation_spec), ("output", activation_spec)):
             value = getattr(self, name)
             if isinstance(value, Mapping):
                 object.__setattr__(self, name, dict(value))
@@ -54,7 +59,7 @@ class Rule:
     def matches(self, name: str, module_type: type[nn.Module]) -> bool:
         """Whether the rule speaks of a module with this dotted name and type."""
         if isinstance(self.match, str):
-            return fnmatchcase(name, self.match)
+            return name.startswith(self.match) if self.match.endswith(".") else fnmatchcase(name, self.match)
         return module_type is self.match
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,7 +67,7 @@ class Rule:
         if not isinstance(self.match, str):
             raise ValueError(f"A rule in plain values goes by a name. Found {self!r}: match a glob of names instead.")
         values: dict[str, Any] = {"match": self.match}
-        for role in ("weight", "activation"):
+        for role in ("weight", "activation", "output"):
             value = getattr(self, role)
             if isinstance(value, QuantSpec):
                 known = inspect.signature(QuantSpec).parameters.values()
@@ -73,7 +78,7 @@ class Rule:
 
     def __repr__(self) -> str:
         match = repr(self.match) if isinstance(self.match, str) else self.match.__qualname__
-        given = ((k, getattr(self, k)) for k in ("weight", "activation"))
+        given = ((k, getattr(self, k)) for k in ("weight", "activation", "output"))
         return f"Rule({', '.join([match, *(f'{k}={v!r}' for k, v in given if v != 'default')])})"
 
 

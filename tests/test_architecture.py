@@ -30,6 +30,7 @@ ROOMS = [
     "rules",
     "observers",
     "quantizer",
+    "flow",
     "placement",
     "gathering",
     "phases",

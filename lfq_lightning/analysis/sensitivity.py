@@ -19,7 +19,7 @@ from lfq_lightning.placement.quantized_layer import (
     quantized_layers,
     quantizers,
     quantizers_of,
-    whole_weight,
+    whole,
 )
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.summary import packed_bytes
@@ -188,7 +188,7 @@ def _quantized(layers: Sequence[QuantizedLayer], spec: QuantSpec | None) -> Iter
             for quantizer in own:
                 quantizer.phase = "off"
         return
-    weight, before = whole_weight(layers[0]), layers[0].weight_quantizer
+    weight, before = whole(layers[0].weight), layers[0].weight_quantizer
     assert before is not None
     channels = None if spec.granularity == "per_tensor" else before.scale.numel()
     made = LearnableFakeQuantize.from_spec(spec, channels, weight=True, axis=before.axis, device=weight.device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lfq_lightning.checking import check_model
 from lfq_lightning.export.exportable import own_copy
 from lfq_lightning.placement.layers import TRANSPOSED
-from lfq_lightning.placement.quantized_layer import quantized_layers, replace_placed, restore_layer, whole_weight
+from lfq_lightning.placement.quantized_layer import quantized_layers, replace_placed, restore_layer, whole
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 
@@ -50,7 +50,7 @@ def freeze(model: nn.Module) -> nn.Module:
         used = layer.weight
         if weight is not None:
             if id(weight) not in weights:
-                made = weight.quantized(whole_weight(layer)).detach()
+                made = weight.quantized(whole(layer.weight)).detach()
                 weights[id(weight)] = nn.Parameter(made, requires_grad=False)
             used = weights[id(weight)]
         restore_layer(layer)

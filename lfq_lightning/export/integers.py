@@ -17,7 +17,7 @@ from lfq_lightning.placement.quantized_layer import (
     float_type,
     quantized_layers,
     replace_placed,
-    whole_weight,
+    whole,
 )
 from lfq_lightning.private import quantized_decomposed
 from lfq_lightning.quantizer import LearnableFakeQuantize
@@ -226,7 +226,7 @@ def to_integers(model: nn.Module, signed: bool = False) -> None:
         weight, activation = layer.weight_quantizer, layer.input_quantizer
         if weight is not None:
             if id(weight) not in weights:
-                weights[id(weight)] = IntegerWeight(weight, whole_weight(layer))
+                weights[id(weight)] = IntegerWeight(weight, whole(layer.weight))
             setattr(layer, WEIGHT, weights[id(weight)])
         if activation is not None:
             setattr(layer, INPUT, IntegerInput(activation, signed))

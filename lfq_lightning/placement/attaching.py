@@ -1,20 +1,41 @@
-"""Putting quantizers on a model's layers, and taking them off."""
+"""Putting quantizers on a model's layers and operations, and taking them off."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import get_args
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from lfq_lightning.checking import check_choice, check_flags, check_model
-from lfq_lightning.placement.layers import TRANSPOSED, input_channels
-from lfq_lightning.placement.planning import PlacedLayer, Placement, plan
+from lfq_lightning.flow.graph import Flow
+from lfq_lightning.flow.tracing import trace
+from lfq_lightning.placement.layers import QUANTIZABLE, TRANSPOSED, computes_directly, input_channels
+from lfq_lightning.placement.meeting import (
+    OUTPUT,
+    input_name,
+    leave_operations,
+    meet_operations,
+    operand_name,
+    quantize_output,
+    weight_name,
+)
+from lfq_lightning.placement.paths import path_between
+from lfq_lightning.placement.placed import PlacedLayer, PlacedOperand, Placement
+from lfq_lightning.placement.planning import plan
 from lfq_lightning.placement.quantized_layer import (
+    INPUT,
+    WEIGHT,
     FrozenLayers,
     QuantizedLayer,
     check_compressible,
+    holders,
+    keep_slow_path,
+    let_fast_path,
     plain_name,
     quantize_layer,
     quantized_layers,
@@ -25,7 +46,9 @@ from lfq_lightning.placement.quantized_layer import (
     set_learning_alone,
 )
 from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.quantizer.saved import Place, Role
 from lfq_lightning.rules import Rule
+from lfq_lightning.running import example_of, explained
 from lfq_lightning.spec import QuantSpec, SpecLike
 
 
@@ -36,12 +59,15 @@ def attach(
     rules: Iterable[Rule] = (),
     compress_saved: bool = False,
     frozen_layers: FrozenLayers = "keep",
+    example: Any = None,
 ) -> Placement:
-    """Put learnable fake quantizers on the weights and inputs of a model's layers, in place.
+    """Put learnable fake quantizers on the weights of a model and on what meets them, in place.
 
-    Layers of exactly the types Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d and Embedding are quantized (an Embedding's
-    weights alone). The first and the last keep 8 bits where fewer are asked for, unless a rule speaks of them. The
-    quantizers start in phase "off": `set_phase` and `calibrate` take them on.
+    With an example batch, every operation that reads a parameter is quantized, wherever in the code it stands: the
+    model is run once without computing anything, to see what it does. One tensor that several read has one quantizer.
+    Without one, layers of the types Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d and Embedding are quantized. The first
+    and the last, by the flow or else by their order, keep 8 bits where fewer are asked for, unless a rule speaks of
+    them. The quantizers start in phase "off": `set_phase` and `calibrate` take them on.
 
     Args:
         model: any module; its own state-dict keys do not change.
@@ -53,6 +79,8 @@ def attach(
             something else (a copy in another dtype), that is stored as usual. Each layer's `saved` tells the bytes.
         frozen_layers: "keep" gives scales and zero points no gradient while their layer's weight has
             `requires_grad=False`, as a GAN and finetuning need it; "learn" lets them learn whether or not it learns.
+        example: what the model is run on: one input, a tuple of positional inputs, a mapping of keyword inputs, or a
+            batch of inputs and targets as a DataLoader gives it.
 
     Returns:
         What was placed where. Attaching again with the same arguments changes nothing.
@@ -74,87 +102,253 @@ def attach(
     check_model(model)
     check_flags(compress_saved=compress_saved)
     check_choice("frozen_layers", frozen_layers, get_args(FrozenLayers))
-    placement = plan(model, weight, activation, rules)
+    placement = plan(model, weight, activation, rules, flow=None if example is None else flow_of(model, example))
     apply(model, placement, compress_saved)
-    set_learning_alone(quantized_layers(model).values(), frozen_layers == "learn")
+    set_learning_alone(holders(model), frozen_layers == "learn")
     return placement
 
 
-def apply(model: nn.Module, placement: Placement, compress_saved: bool = False) -> None:
-    """Carry a placement out; a layer that already has these specifications keeps its quantizers and their state.
+def flow_of(model: nn.Module, example: Any) -> Flow:
+    """What a model does with an example.
 
-    Whatever can refuse does so before the first layer is changed.
+    Raises:
+        Exception: what the model raises, with a note of what it was given.
+    """
+    args, kwargs = example_of(model, example)
+    with explained(f"{type(model).__name__} must take the example", example, "as `forward` does"):
+        return trace(model, lambda copied: copied(*args, **kwargs), "the example")
+
+
+def apply(model: nn.Module, placement: Placement, compress_saved: bool = False) -> None:
+    """Carry a placement out; what already has these specifications keeps its quantizers and their state.
+
+    Whatever can refuse does so before anything is changed.
     """
     check_compressible(model, compress_saved)
     modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
-    wanted = {id(modules[layer.name]): layer for layer in placement.layers}
-    replaced: set[nn.Module] = set()
-    shared: dict[int, LearnableFakeQuantize] = {}
-    for name, layer in quantized_layers(model).items():
-        placed = wanted.get(id(layer))
-        if placed is None or (placed.weight, placed.activation) != _specs(layer):
-            _check_replaceable(name, layer, placed)
-            replaced.add(layer)
-        elif layer.weight_quantizer is not None:
-            shared[id(layer.weight)] = layer.weight_quantizer
-    made = []
-    for placed in placement.layers:
-        module = modules[placed.name]
-        if module in replaced or not isinstance(module, QuantizedLayer):
-            weight = None
-            if placed.weight is not None:
-                weight = shared.get(id(module.weight)) or _weight_quantizer(module, placed.weight)
-                shared[id(module.weight)] = weight
-            made.append((module, weight, _activation_quantizer(module, placed.activation)))
-    for module in replaced:
-        restore_layer(module)
-    for module, weight, activation in made:
-        quantize_layer(module, weight, activation)
+    wanted = _wanted(modules, placement)
+    existing = _existing(model)
+    kept = {key: existing[key] for key, want in wanted.items() if key in existing and existing[key].spec == want.spec}
+    stale = [key for key in existing if key not in kept]
+    _check_replaceable(modules, wanted, existing, stale)
+    made: dict[Key, LearnableFakeQuantize] = {}
+    for key, want in wanted.items():
+        first = want.same_as or key
+        if key in kept and (first == key or kept.get(first, made.get(first)) is kept[key]):
+            made[key] = kept[key]
+        else:
+            made[key] = made[first] if first in made else want.make()
+    leave_operations(model)
+    for holder, name in stale:
+        _drop(holder, name)
+    for key, quantizer in made.items():
+        holder, name = key
+        quantizer.role, quantizer.site, quantizer.place = wanted[key].role, "", Place()
+    for key, want in wanted.items():
+        if want.same_as is None:
+            made[key].place = want.place(want.name, [w for w in wanted.values() if w.same_as == key])
+    _put(modules, placement, made)
     set_compressed(model, compress_saved)
 
 
-def _specs(layer: QuantizedLayer) -> tuple[QuantSpec | None, QuantSpec | None]:
-    weight, activation = layer.weight_quantizer, layer.input_quantizer
-    return weight.spec if weight else None, activation.spec if activation else None
+Key = tuple[nn.Module, str]
 
 
-def _check_replaceable(name: str, layer: QuantizedLayer, placed: PlacedLayer | None) -> None:
-    for quantizer in quantizers_of(layer):
+@dataclass
+class _Want:
+    """A quantizer that a placement asks for.
+
+    Args:
+        name: dotted name of the module that holds it.
+        child: its own name there.
+        role: what it serves.
+        spec: its specification.
+        make: makes it.
+        same_as: where the quantizer is that it is one with.
+        parameter: the parameter that it serves, of the module that holds it.
+        readers: see `Place`, as dotted names.
+        call: see `Place`.
+        operand: see `Place`.
+    """
+
+    name: str
+    child: str
+    role: Role
+    spec: QuantSpec
+    make: Callable[[], LearnableFakeQuantize]
+    same_as: Key | None = None
+    parameter: str = "weight"
+    readers: tuple[str, ...] = ()
+    call: str = ""
+    operand: str = ""
+
+    def place(self, name: str, others: list[_Want]) -> Place:
+        readers = tuple(path_between(self.name, reader) for reader in self.readers)
+        also = tuple((path_between(name, o.name), o.child, o.call, o.operand) for o in others if o.role != "weight")
+        return Place(self.parameter, readers, self.call, self.operand, also)
+
+
+def _wanted(modules: Mapping[str, nn.Module], placement: Placement) -> dict[Key, _Want]:
+    wanted: dict[Key, _Want] = {}
+    by_name: dict[str, Key] = {}
+    tied: dict[int, Key] = {}
+
+    def want(module: nn.Module, wish: _Want, shares: str) -> None:
+        key = (module, wish.child)
+        wish.same_as = by_name.get(shares)
+        if key not in wanted:
+            wanted[key] = wish
+            by_name[".".join(filter(None, (wish.name, wish.child)))] = key
+
+    for layer in placement.layers:
+        module = modules[layer.name]
+        if layer.weight is not None:
+            make = partial(_weight_quantizer, module, layer)
+            child = weight_name(layer.parameter)
+            wish = _Want(layer.name, child, "weight", layer.weight, make, None, layer.parameter, layer.readers)
+            own = module._parameters.get(layer.parameter)
+            want(module, wish, "")
+            if own is not None:
+                first = tied.setdefault(id(own), (module, child))
+                wish.same_as = None if first == (module, child) else first
+        if layer.activation is not None:
+            make = partial(_activation_quantizer, module, layer)
+            child = input_name(layer.parameter)
+            wish = _Want(layer.name, child, "input", layer.activation, make, None, layer.parameter)
+            want(module, wish, layer.shares)
+    for operand in placement.operands:
+        module = modules[operand.module]
+        make = partial(_operand_quantizer, module, operand)
+        child = OUTPUT if operand.role == "output" else operand_name(operand.call, operand.operand)
+        parts = {"call": operand.call, "operand": operand.operand if operand.call else ""}
+        want(module, _Want(operand.module, child, operand.role, operand.spec, make, **parts), operand.shares)
+    return wanted
+
+
+def _existing(model: nn.Module) -> dict[Key, LearnableFakeQuantize]:
+    """What `attach` has put on a model's modules, under every name that each has."""
+    return {
+        (module, name): child
+        for module in model.modules()
+        for name, child in module._modules.items()
+        if isinstance(child, LearnableFakeQuantize) and child.site is not None
+    }
+
+
+def _check_replaceable(
+    modules: Mapping[str, nn.Module],
+    wanted: Mapping[Key, _Want],
+    existing: Mapping[Key, LearnableFakeQuantize],
+    stale: Iterable[Key],
+) -> None:
+    names = {module: name for name, module in modules.items()}
+    for holder, child in stale:
+        quantizer = existing[holder, child]
         if quantizer.learned or quantizer.saw_data():
+            own = [(n, q.spec) for (module, n), q in existing.items() if module is holder]
+            new = [(n, w.spec) for (module, n), w in wanted.items() if module is holder]
             raise ValueError(
-                f"{name!r} is already quantized as {_specs(layer)} and has learned from data. Found other settings: "
-                f"{(placed.weight, placed.activation) if placed else 'float'}. Use the same settings, or call "
-                "`lfq_lightning.detach(model)` first, which discards what was learned."
+                f"{names[holder]!r} is already quantized as {_shown(own)} and has learned from data. Found other "
+                f"settings: {_shown(new)}. Use the same settings, or call `lfq_lightning.detach(model)` first, which "
+                "discards what was learned."
             )
 
 
-def _weight_quantizer(layer: nn.Module, spec: QuantSpec) -> LearnableFakeQuantize:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    axis = spec.axis if spec.axis is not None else int(isinstance(layer, TRANSPOSED))
+def _shown(specs: list[tuple[str, QuantSpec | None]]) -> str:
+    return ", ".join(f"{name.removesuffix('_quantizer')}: {spec!r}" for name, spec in specs) or "float"
+
+
+def _drop(holder: nn.Module, name: str) -> None:
+    if isinstance(holder, QuantizedLayer) and name in (WEIGHT, INPUT):
+        holder._modules[name] = None
+        if not quantizers_of(holder):
+            restore_layer(holder)
+    else:
+        del holder._modules[name]
+
+
+def _put(modules: Mapping[str, nn.Module], placement: Placement, made: Mapping[Key, LearnableFakeQuantize]) -> None:
+    for layer in placement.layers:
+        module = modules[layer.name]
+        children = weight_name(layer.parameter), input_name(layer.parameter)
+        weight, activation = (made.get((module, child)) for child in children)
+        if layer.parameter == "weight" and (computes_directly(module) or not layer.readers):
+            if isinstance(module, QuantizedLayer):
+                module._modules[WEIGHT], module._modules[INPUT] = weight, activation
+            else:
+                quantize_layer(module, weight, activation)
+        else:
+            for child, quantizer in zip(children, (weight, activation), strict=True):
+                if quantizer is not None:
+                    module.add_module(child, quantizer)
+        for reader in layer.readers:
+            meet_operations(modules[reader], [(module, layer.parameter)], ())
+    for operand in placement.operands:
+        module = modules[operand.module]
+        if operand.role == "output":
+            module.add_module(OUTPUT, made[module, OUTPUT])
+            quantize_output(module)
+        else:
+            child = operand_name(operand.call, operand.operand)
+            module.add_module(child, made[module, child])
+            meet_operations(module, (), [(operand.call, operand.operand)])
+    for holder in {holder: None for holder, _ in made}:
+        keep_slow_path(holder)
+
+
+def _weight_quantizer(module: nn.Module, placed: PlacedLayer) -> LearnableFakeQuantize:
+    spec, weight = placed.weight, getattr(module, placed.parameter)
+    assert isinstance(weight, Tensor) and spec is not None
+    axis = spec.axis
+    if axis is None:
+        axis = placed.axis if placed.axis is not None else int(isinstance(module, TRANSPOSED))
     channels = None
     if spec.granularity == "per_channel":
         channels = weight.shape[axis]
     elif spec.group_size is not None:
         channels = weight.shape[0] * math.ceil(weight.shape[1] / spec.group_size)
     made = LearnableFakeQuantize.from_spec(spec, channels, weight=True, axis=axis, device=weight.device)
-    return made.start_off().train(layer.training)
+    return made.start_off().train(module.training)
 
 
-def _activation_quantizer(layer: nn.Module, spec: QuantSpec | None) -> LearnableFakeQuantize | None:
-    if spec is None:
-        return None
-    channels, axis = input_channels(layer)
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+def _activation_quantizer(module: nn.Module, placed: PlacedLayer) -> LearnableFakeQuantize:
+    spec, weight = placed.activation, getattr(module, placed.parameter)
+    assert spec is not None
+    size, axis = placed.inputs, placed.features
+    if isinstance(module, QUANTIZABLE) and placed.parameter == "weight":
+        size, axis = input_channels(module)
+    return _of_activation(spec, size, axis, weight.device, module, placed.label)
+
+
+def _operand_quantizer(module: nn.Module, placed: PlacedOperand) -> LearnableFakeQuantize:
+    device = next((p.device for p in module.parameters()), None)
+    if placed.role != "weight":
+        return _of_activation(placed.spec, placed.size, placed.axis or -1, device, module, placed.label)
+    channels = placed.size if placed.spec.granularity == "per_channel" else None
+    if placed.spec.group_size is not None:
+        raise ValueError(
+            f"Groups need a weight that a layer has. Found 'per_group' for {placed.label}, which is computed in "
+            "forward: use 'per_channel' there."
+        )
+    made = LearnableFakeQuantize.from_spec(placed.spec, channels, weight=True, axis=placed.axis, device=device)
+    return made.start_off().train(module.training)
+
+
+def _of_activation(
+    spec: QuantSpec, size: int | None, axis: int, device: torch.device | None, module: nn.Module, label: str
+) -> LearnableFakeQuantize:
+    if spec.granularity == "per_channel" and size is None:
+        raise ValueError(
+            f"Scales per channel need to know how many there are. Found {spec!r} for {label}: use 'per_tensor' there."
+        )
     made = LearnableFakeQuantize.from_spec(
         spec,
-        channels if spec.granularity == "per_channel" else None,
+        size if spec.granularity == "per_channel" else None,
         axis=axis,
         feature_dims=-axis,
-        device=weight.device,
+        device=device,
     )
-    return made.start_off().train(layer.training)
+    return made.start_off().train(module.training)
 
 
 def detach(model: nn.Module) -> None:
@@ -174,8 +368,14 @@ def detach(model: nn.Module) -> None:
         ('Linear', ['0.weight', '0.bias'])
     """
     check_model(model)
+    leave_operations(model)
+    for module, name in _existing(model):
+        _drop(module, name)
     for layer in quantized_layers(model).values():
         restore_layer(layer)
+    for module in model.modules():
+        let_fast_path(module)
+        module.__dict__.pop("learns_alone", None)
 
 
 def to_float(model: nn.Module) -> None:

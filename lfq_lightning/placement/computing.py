@@ -16,6 +16,15 @@ def computation(layer_type: type[nn.Module]) -> Compute:
     return _BY_FORWARD.get(layer_type.forward) or _on_view(layer_type)
 
 
+def has_own_computation(layer_type: type[nn.Module]) -> bool:
+    """Whether a layer of this type computes as torch's own does, whatever class it is of."""
+    kinds = [kind for kind in layer_type.__mro__ if kind.__name__ != "QuantizedLayer"]
+    first = next((place for place, kind in enumerate(kinds) if "forward" in vars(kind)), None)
+    if first is None or vars(kinds[first])["forward"] not in _BY_FORWARD:
+        return False
+    return not any("_conv_forward" in vars(kind) for kind in kinds[:first])
+
+
 # The argument names are those of the layers' own forward: `layer(input=x)` is a call as good as any.
 def _linear(layer: Any, weight: Tensor, input: Tensor) -> Tensor:
     return F.linear(input, weight, layer.bias)

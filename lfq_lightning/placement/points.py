@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lfq_lightning.placement.quantized_layer import QuantizedLayer, plain_name, whole_weight
+from lfq_lightning.placement.quantized_layer import plain_name, whole
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.quantizer.saved import Role, site_in_model
 
@@ -20,13 +20,13 @@ class Point:
         name: by which records and checkpoints know the quantizer, such as `conv1.weight_quantizer`.
         quantizer: the module itself.
         site: dotted name of the module in whose forward the tensor is read, such as `conv1`.
-        owner: the layer that `attach` put the quantizer on; None for one that the user has placed.
+        owner: the module that `attach` put the quantizer on; None for one that the user has placed.
     """
 
     name: str
     quantizer: LearnableFakeQuantize
     site: str
-    owner: QuantizedLayer | None
+    owner: nn.Module | None
 
     @property
     def role(self) -> Role | None:
@@ -36,22 +36,27 @@ class Point:
     @property
     def has_parameter(self) -> bool:
         """Whether what is quantized is the owner's own, and not what a forward pass brings."""
-        return self.owner is not None and self.quantizer.role == "weight"
+        return self.owner is not None and self.quantizer.role == "weight" and not self.quantizer.place.call
 
     @property
     def parameter(self) -> Tensor | None:
         """What is quantized, where that is the owner's own."""
-        return self.owner.weight if self.owner is not None and self.has_parameter else None
+        return getattr(self.owner, self.quantizer.place.parameter) if self.has_parameter else None
 
     @property
     def learns(self) -> bool:
         """Whether the phase may let scale and zero point learn."""
-        return self.owner is None or self.owner.learns
+        owner, place = self.owner, self.quantizer.place
+        if owner is None or place.call or self.quantizer.role == "output" or owner.__dict__.get("learns_alone"):
+            return True
+        parameter = owner._parameters.get(place.parameter)  # nn.Module's way takes ten times as long
+        return bool((getattr(owner, place.parameter) if parameter is None else parameter).requires_grad)
 
     def whole_parameter(self) -> Tensor:
         """The parameter, gathered from every rank where FSDP2 has sharded it; every rank takes part."""
-        assert self.owner is not None
-        return whole_weight(self.owner)
+        parameter = self.parameter
+        assert parameter is not None
+        return whole(parameter)
 
 
 Points = Mapping[str, Point]
@@ -69,7 +74,7 @@ def points(model: nn.Module) -> dict[str, Point]:
         modules[path] = module
         if isinstance(module, LearnableFakeQuantize):
             name, holder = plain_name(path), modules[path.rpartition(".")[0]]
-            owner = holder if isinstance(holder, QuantizedLayer) and module.site is not None else None
+            owner = holder if module.site is not None else None
             found[name] = Point(name, module, site_in_model(name, module.site), owner)
     return found
 

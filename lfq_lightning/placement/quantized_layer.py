@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from lfq_lightning.checking import check_model
 from lfq_lightning.placement.compressing import Quantized, Saved, compressed
 from lfq_lightning.placement.computing import Compute, computation
+from lfq_lightning.placement.sharing import quantized_once
 from lfq_lightning.private import COMPILED, is_compiled
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
@@ -71,7 +72,7 @@ class QuantizedLayer(nn.Module):
 
 
 def _quantize(quantizer: LearnableFakeQuantize, value: Any, learn: bool) -> Any:
-    return quantizer(value, learn) if _is_floating(value) else value
+    return quantized_once(quantizer, value, learn) if _is_floating(value) else value
 
 
 def _is_floating(value: Any) -> bool:
@@ -96,10 +97,10 @@ def _rebuild(layer_type: type[nn.Module]) -> nn.Module:
     return made.__new__(made)
 
 
-def whole_weight(layer: QuantizedLayer) -> Tensor:
-    """The weight, gathered from every rank where FSDP2 has sharded it; every rank takes part."""
-    weight = layer.weight.detach()
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter, gathered from every rank where FSDP2 has sharded it; every rank takes part."""
+    detached = parameter.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached
 
 
 class KeepSlowPath:
@@ -120,12 +121,24 @@ def quantize_layer(
         activation.role, activation.site = "input", ""
     layer.add_module(WEIGHT, weight)
     layer.add_module(INPUT, activation)
-    layer.__dict__["_slow_path_hook"] = layer.register_forward_pre_hook(KeepSlowPath())
+    keep_slow_path(layer)
+
+
+def keep_slow_path(module: nn.Module) -> None:
+    """Have torch compute a module, and what holds it, by the calls that can be met."""
+    if "_slow_path_hook" not in module.__dict__:
+        module.__dict__["_slow_path_hook"] = module.register_forward_pre_hook(KeepSlowPath())
+
+
+def let_fast_path(module: nn.Module) -> None:
+    """Undo `keep_slow_path`."""
+    if "_slow_path_hook" in module.__dict__:
+        module.__dict__.pop("_slow_path_hook").remove()
 
 
 def restore_layer(layer: nn.Module) -> None:
     """Undo `quantize_layer`."""
-    layer.__dict__.pop("_slow_path_hook").remove()
+    let_fast_path(layer)
     layer.__dict__.pop("saved", None)
     layer.__dict__.pop("learns_alone", None)
     del layer._modules[INPUT], layer._modules[WEIGHT]
@@ -150,10 +163,19 @@ def set_compressed(model: nn.Module, compress: bool) -> None:
         layer.saved = Saved() if compress else None
 
 
-def set_learning_alone(layers: Iterable[QuantizedLayer], alone: bool) -> None:
-    """Whether scales and zero points of these layers learn although their weight is frozen."""
-    for layer in layers:
-        layer.learns_alone = alone
+def holders(model: nn.Module) -> list[nn.Module]:
+    """The modules that `attach` has put quantizers on, in order of registration."""
+    return [
+        module
+        for module in model.modules()
+        if any(isinstance(c, LearnableFakeQuantize) and c.site is not None for c in module._modules.values())
+    ]
+
+
+def set_learning_alone(holders: Iterable[nn.Module], alone: bool) -> None:
+    """Whether scales and zero points of these modules learn although the parameter that they serve is frozen."""
+    for module in holders:
+        module.__dict__["learns_alone"] = alone
 
 
 def check_compressible(model: nn.Module, compress: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from lfq_lightning.observers import Observer
-from lfq_lightning.quantizer.saved import NOTE, Description, Role, described
+from lfq_lightning.quantizer.saved import NOTE, Description, Place, Role, described
 from lfq_lightning.quantizer.switches import Switches
 from lfq_lightning.spec import QuantSpec
 
@@ -19,6 +19,7 @@ class Described(Switches, nn.Module):
 
     role: Role | None = None  # what it quantizes
     site: str | None = None  # where that is read, below the module that holds it; None for one that the user has placed
+    place: Place = Place()
     spec: QuantSpec | None
     scale: Tensor
     quant_min: int
@@ -37,7 +38,7 @@ class Described(Switches, nn.Module):
         spec = None if self.spec is None else self.spec.to_dict()
         ends, switches = (self.quant_min, self.quant_max), (fake_quant, static, learning)
         stands = (switches, self.estimated, self.learned, self.late)
-        return Description(*stands, *ends, self.axis, self.role, self.site, spec)
+        return Description(*stands, *ends, self.axis, self.role, self.site, spec, self.place)
 
     def get_extra_state(self) -> Tensor:
         """What `describe` says, as a tensor."""

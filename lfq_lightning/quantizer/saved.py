@@ -4,19 +4,52 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-Role = Literal["weight", "input"]
+Role = Literal["weight", "input", "operand", "output"]
 
 # The first key of a quantized checkpoint. A model without quantizers does not know it, and torch names it first.
 NOTE = "quantized by lfq_lightning: use lfq_lightning.load_from_checkpoint, or QuantizationAwareTraining as a callback"
 
 _MARK = '{"quantizer": "lfq_lightning"'
 _NUMBERS = 10
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a quantizer stands before, where that is not the `weight` or the input of the layer that holds it.
+
+    Args:
+        parameter: the own name of the parameter, of the module that holds the quantizer.
+        readers: the modules whose own code reads the parameter by a function, as paths from the module that holds the
+            quantizer ("." is that module itself, ".." the one around it); empty where a layer reads its own.
+        call: the call in the holder's own code whose operand it is, such as `add_1`; empty for a parameter's.
+        operand: the operand's name.
+        also: other places that read the same tensor: for each, the path to the module that holds the quantizer too, its
+            name there, and call and operand, or empty text.
+    """
+
+    parameter: str = "weight"
+    readers: tuple[str, ...] = ()
+    call: str = ""
+    operand: str = ""
+    also: tuple[tuple[str, str, str, str], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; what is at its default is left out."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Place:
+        """What `to_dict` gave, through JSON."""
+        known: dict[str, Any] = dict(values)
+        for name in ("readers", "also"):
+            known[name] = tuple(tuple(v) if isinstance(v, list) else v for v in known.get(name, ()))
+        return cls(**known)
 
 
 @dataclass(frozen=True)
@@ -35,6 +68,7 @@ class Description:
         site: the module in whose forward the tensor is read, as a dotted name below the module that holds the
             quantizer; empty for that module itself. None for a quantizer that the user has placed.
         spec: the fields of its QuantSpec, or None without one.
+        place: what it stands before.
     """
 
     switches: tuple[bool, bool, bool]
@@ -47,6 +81,7 @@ class Description:
     role: Role | None
     site: str | None
     spec: dict[str, Any] | None
+    place: Place = Place()
 
     def to_tensor(self, device: torch.device | None = None) -> Tensor:
         """Float32, of a size that does not change while a model trains: ten numbers, then text in ASCII.
@@ -58,7 +93,9 @@ class Description:
         ends = (*divmod(self.quant_min, 256), *divmod(self.quant_max, 256))
         # Files of shards load into tensors of the same length, so what goes without saying is left out.
         role, site = (None, {}) if self.site is None else (self.role, {"site": self.site} if self.site else {})
-        constants = {"axis": self.axis, "is_weight": self.role == "weight", "role": role, **site, "spec": self.spec}
+        place = {} if self.place == Place() else {"place": self.place.to_dict()}
+        kind = {"axis": self.axis, "is_weight": self.role == "weight", "role": role}
+        constants = {**kind, **site, **place, "spec": self.spec}
         text = f"{_MARK}, {json.dumps(constants)[1:]}"
         numbers = [*self.switches, self.estimated, self.learned, self.late, *ends, *text.encode("ascii")]
         return torch.tensor(numbers, dtype=torch.float32, device=device)
@@ -113,6 +150,7 @@ def _of_numbers(numbers: list[int], constants: Mapping[str, Any]) -> Description
         role=role or ("weight" if constants.get("is_weight") else None),
         site=None if role is None else constants.get("site", ""),
         spec=constants.get("spec"),
+        place=Place.of(constants.get("place", {})),
     )
 
 

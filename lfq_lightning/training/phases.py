@@ -21,8 +21,8 @@ from lfq_lightning.gathering import (
     set_gathering,
 )
 from lfq_lightning.phases import check_ranks_agree, go_on, goes_on, join, leading_quantizer, model_phase, phase_of
-from lfq_lightning.placement.points import Points
-from lfq_lightning.placement.quantized_layer import FrozenLayers, quantized_layers, quantizers, set_learning_alone
+from lfq_lightning.placement.points import Points, points, weights
+from lfq_lightning.placement.quantized_layer import FrozenLayers, holders, quantizers, set_learning_alone
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.schedule import OBSERVING, Phase, PhaseSchedule
 from lfq_lightning.telling import tell
@@ -202,10 +202,11 @@ def settle_frozen_layers(model: nn.Module, optimizers: Sequence[Optimizer], choi
         optimizers: the user's.
         choice: "keep" leaves scales and zero points of frozen layers as they were estimated, "learn" lets them learn.
     """
-    layers = quantized_layers(model)
+    found = [(point.owner, point.parameter) for point in weights(points(model))]
+    layers = {owner: weight for owner, weight in found if owner is not None and weight is not None}
     held = held_by(optimizers) if len(optimizers) > 1 else set()
-    frozen = [layer for layer in layers.values() if not layer.weight.requires_grad and id(layer.weight) not in held]
-    set_learning_alone(layers.values(), False)
+    frozen = [layer for layer, weight in layers.items() if not weight.requires_grad and id(weight) not in held]
+    set_learning_alone(holders(model), False)
     if choice == "learn":
         set_learning_alone(frozen, True)
     if not frozen:

@@ -1,0 +1,1 @@
+"""What one example batch does in a network: which operations it meets, what they read, and who reads what they make."""

@@ -1,0 +1,272 @@
+"""An example batch run for its flow: nothing is computed where that can be helped, and nothing of the model changes."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from lfq_lightning.flow.graph import Call, Flow, Origin, Owned, Site, Tensor
+from lfq_lightning.flow.operations import BY_FUNCTION, MOVES, Operation, channels_of
+from lfq_lightning.flow.spelling import SPELLED
+from lfq_lightning.private import tree_leaves, tree_map_only
+
+Run = Callable[[nn.Module], Any]
+
+
+def trace(model: nn.Module, run: Run, source: str, untouched: tuple[Any, ...] = ()) -> Flow:
+    """What one batch does in a model.
+
+    The model is copied without its tensors, and the copy is run without values (`FakeTensorMode`), so that this takes
+    no memory and a fraction of a second, and works on the meta device. Where values decide what happens it is run with
+    them, on copies of its buffers. Random states, parameters, buffers and what modules know in Python stay as they were.
+
+    Args:
+        model: in the mode in which it will train.
+        run: runs the copy on the batch.
+        source: what that is, in words.
+        untouched: objects that the copy shares with the model, such as its Trainer.
+
+    Raises:
+        Exception: what the model raises where the batch cannot be run; with notes of what was tried.
+    """
+    copied = _shell(model, untouched)
+    try:
+        with _states_kept(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            return _run(copied, run, source, mode)
+    except Exception as error:  # of any kind: the model's own code meets tensors without values
+        reason = f"{type(error).__name__}: {error}"
+    copied = _shell(model, untouched)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with _states_kept():
+            return _run(copied, run, source, None)
+    except Exception as error:
+        error.add_note(f"Without values it could not be run either: {reason:.300}")
+        raise
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if not torch.equal(buffer, buffers[name]):
+                    buffer.copy_(buffers[name])
+
+
+def _shell(model: nn.Module, untouched: tuple[Any, ...]) -> nn.Module:
+    """A copy with the model's own tensors: what its code notes in Python is noted in the copy."""
+    known: dict[int, Any] = {id(each): each for each in untouched}
+    for module in model.modules():
+        for value in (*module.__dict__.values(), *module._parameters.values(), *module._buffers.values()):
+            for leaf in tree_leaves(value) if isinstance(value, (list, tuple, dict, torch.Tensor)) else ():
+                if isinstance(leaf, torch.Tensor):
+                    known[id(leaf)] = leaf
+    return copy.deepcopy(model, known)
+
+
+@contextmanager
+def _states_kept() -> Iterator[None]:
+    python = random.getstate()
+    with ExitStack() as stack:
+        stack.callback(random.setstate, python)
+        try:
+            import numpy
+
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        except ImportError:
+            pass
+        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=True))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _run(model: nn.Module, run: Run, source: str, without_values: FakeTensorMode | None) -> Flow:
+    tracer = _Tracer(model, without_values)
+    with torch.enable_grad(), tracer:
+        run(model)
+    return tracer.flow(source)
+
+
+@dataclass
+class _Known:
+    """What is known of a tensor."""
+
+    after: frozenset[int] = frozenset()
+    origin: Origin = "batch"
+    parameter: Owned | None = None
+
+
+@dataclass
+class _Frame:
+    """A module's forward that is running, or what runs it all."""
+
+    name: str | None
+    counted: Counter[str] = field(default_factory=Counter)
+
+
+class _Tracer(TorchFunctionMode):
+    def __init__(self, model: nn.Module, without_values: FakeTensorMode | None) -> None:
+        super().__init__()
+        self._without_values = without_values
+        self._names: dict[nn.Module, str] = {}
+        self._known: dict[int, _Known] = {}
+        self._kept: list[Any] = []  # so that no identity is used twice
+        self._by_node: dict[Any, _Known] = {}
+        self._calls: list[Call] = []
+        self._called: dict[str, None] = {}
+        self._within: dict[str, dict[str, None]] = {}
+        self._read: dict[Owned, str] = {}
+        self._shapes: dict[Owned, Any] = {}
+        self._frames = [_Frame(None)]
+        for name, module in model.named_modules():
+            self._names[module] = name
+            for own, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in self._known:
+                    self._known[id(parameter)] = _Known(origin="parameter", parameter=(name, own))
+            for buffer in module.buffers(recurse=False):
+                self._known[id(buffer)] = _Known(origin="constant")
+            module.register_forward_pre_hook(self._enter, prepend=True)
+            module.register_forward_hook(self._leave, always_call=True)
+
+    def flow(self, source: str) -> Flow:
+        within = {name: tuple(inner) for name, inner in self._within.items()}
+        return Flow(tuple(self._calls), tuple(self._called), within, dict(self._read), source)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        name, caller = self._names[module], self._frames[-1].name
+        self._called[name] = None
+        if caller is not None:
+            self._within.setdefault(caller, {})[name] = None
+        self._frames.append(_Frame(name))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if len(self._frames) > 1:
+            self._frames.pop()
+
+    # ---- one call -------------------------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in SPELLED:
+            with self:
+                return SPELLED[func](*args, **kwargs)
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        known = [self._of(tensor) for tensor in given]  # before the call may change one in place
+        operation = BY_FUNCTION.get(func)
+        call = None if operation is None else self._count(operation, args, kwargs)
+        if self._without_values is not None:  # which would change what has values in place
+            args, kwargs = tree_map_only(torch.Tensor, self._valueless, (args, kwargs))
+        result = func(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        moved = func in MOVES and known and known[0].parameter is not None
+        if call is None and not moved and made:
+            for each in known:
+                if each.parameter is not None:
+                    self._read.setdefault(each.parameter, getattr(func, "__name__", str(func)))
+        after = frozenset[int]().union(*(each.after for each in known))
+        if call is not None and self._calls[call].kind != "activation":
+            after = frozenset([call])
+        new = known[0] if moved else _Known(after, _origin(known))
+        for tensor in made:
+            self._note(tensor, new)
+        if given and not moved and (result is None or _is_in_place(func)):
+            for changed in (given[0], given[0]._base):
+                if changed is not None and not isinstance(changed, nn.Parameter):
+                    self._note(changed, new)
+        return result
+
+    def _count(self, operation: Operation, args: Any, kwargs: Any) -> int | None:
+        """Note a call, unless it computes with parameters alone; its number."""
+        frame = self._frames[-1]
+        number = frame.counted[operation.name]
+        frame.counted[operation.name] += 1
+        reads, after = [], frozenset[int]()
+        for read in operation.reads(args, kwargs):
+            known = self._of(read.value)
+            after |= known.after
+            if known.parameter is not None:
+                self._read.setdefault(known.parameter, operation.name)
+            reads.append(self._tensor(operation, read, known, args))
+        if operation.kind != "table" and not any(read.is_activation for read in reads):
+            return None
+        site = Site("" if frame.name is None else frame.name, operation.name, number if frame.name is not None else -1)
+        self._calls.append(Call(site, operation.kind, tuple(reads), after, torch.is_grad_enabled()))
+        return len(self._calls) - 1
+
+    def _tensor(self, operation: Operation, read: Any, known: _Known, args: Any) -> Tensor:
+        value, part, channels = read.value, None, None
+        if known.origin in ("parameter", "made"):
+            channels = channels_of(operation, read, args)
+        if known.parameter is not None:
+            part = (int(value.storage_offset()), tuple(value.shape))
+            channels = self._in_parameter(known.parameter, value, channels)
+        features = read.operand.features
+        return Tensor(read.name, id(value), tuple(value.shape), known.parameter, known.origin, part, channels, features)
+
+    def _in_parameter(self, parameter: Owned, value: torch.Tensor, channels: int | None) -> int | None:
+        """The parameter's own dimension that a dimension of its view is: the one of the same stride."""
+        whole = self._shapes.get(parameter)
+        if channels is None or whole is None:
+            return channels
+        shape, stride = whole
+        if tuple(value.shape) == shape and value.stride() == stride:
+            return channels
+        same = [d for d in range(len(shape)) if shape[d] > 1 and stride[d] == value.stride(channels)]
+        return same[0] if same else 0
+
+    def _valueless(self, tensor: torch.Tensor) -> torch.Tensor:
+        assert self._without_values is not None
+        return tensor if isinstance(tensor, FakeTensor) else self._without_values.from_tensor(tensor)
+
+    # ---- tensors --------------------------------------------------------------------------------------------------
+
+    def _note(self, tensor: torch.Tensor, known: _Known) -> None:
+        self._kept.append(tensor)
+        self._known[id(tensor)] = known
+        if tensor.grad_fn is not None:
+            self._by_node[tensor.grad_fn] = known
+
+    def _of(self, tensor: torch.Tensor) -> _Known:
+        known = self._known.get(id(tensor))
+        if known is None:
+            known = self._by_graph(tensor)
+            self._note(tensor, known)
+        elif known.parameter is not None and known.parameter not in self._shapes:
+            self._shapes[known.parameter] = (tuple(tensor.shape), tensor.stride())
+        return known
+
+    def _by_graph(self, tensor: torch.Tensor) -> _Known:
+        """Of a tensor that no function of torch's gave, such as a custom `Function`'s: what its graph leads to."""
+        if tensor.grad_fn is None:
+            return _Known()
+        found, waiting, met = frozenset[int](), [tensor.grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in met:
+                continue
+            met.add(node)
+            if node in self._by_node:
+                found |= self._by_node[node].after
+            else:
+                waiting += [before for before, _ in node.next_functions]
+        return _Known(found)
+
+
+def _origin(known: list[_Known]) -> Origin:
+    """Where what is computed comes from."""
+    origins = {each.origin for each in known}
+    return "batch" if "batch" in origins else "made" if origins - {"constant"} else "constant"
+
+
+def _is_in_place(function: Any) -> bool:
+    name = getattr(function, "__name__", "")
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))

@@ -1,0 +1,267 @@
+"""Modules whose own code calls operations: what these read is quantized on the way, wherever it comes from."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lfq_lightning.flow.operations import BY_FUNCTION, MOVES, Operation
+from lfq_lightning.flow.spelling import SPELLED
+from lfq_lightning.placement.sharing import quantized_once
+
+OUTPUT = "output_quantizer"
+
+
+def weight_name(parameter: str) -> str:
+    """Under which name a module holds the quantizer of one of its parameters."""
+    return f"{parameter}_quantizer"
+
+
+def input_name(parameter: str) -> str:
+    """Under which name a module holds the quantizer of what meets one of its parameters."""
+    return "input_quantizer" if parameter == "weight" else f"{parameter}_input_quantizer"
+
+
+def operand_name(call: str, operand: str) -> str:
+    """Under which name a module holds the quantizer of an operand of one of its calls."""
+    return f"{call}_{operand}_quantizer"
+
+
+class Reads(NamedTuple):
+    """A parameter that a module's own code reads by a function, and the module that has it."""
+
+    owner: nn.Module
+    parameter: str
+
+
+class MeetsOperations(nn.Module):
+    """Mixed into a module's class at run time, as `QuantizedLayer` is into a layer's.
+
+    While its own forward runs, a `TorchFunctionMode` looks at every call. Parameters that are noted here are quantized
+    where a function first meets them, so that transposes, slices and casts of them are quantized too; operands of calls
+    are known by the call's name and by how many of that name came before it. What its submodules call is not looked at.
+    """
+
+    met_reads: tuple[Reads, ...] = ()
+    met_operands: tuple[tuple[str, str], ...] = ()  # of a call, such as `add_1`, and of the operand, such as `other`
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        kinds = type(self).__mro__
+        return _rebuild, (kinds[kinds.index(MeetsOperations) + 1],), self.__dict__
+
+
+@cache
+def meeting_type(module_type: type[nn.Module]) -> type[nn.Module]:
+    """The class that a module of this type takes while operations in its code are quantized."""
+
+    @wraps(module_type.forward)  # whose signature says which inputs of a batch are the model's
+    def forward(self: MeetsOperations, *args: Any, **kwargs: Any) -> Any:
+        with _meeting(self):
+            return module_type.forward(self, *args, **kwargs)
+
+    members = {"__module__": __name__, "forward": forward}
+    return type(f"Quantized{module_type.__name__}", (MeetsOperations, module_type), members)
+
+
+def _rebuild(module_type: type[nn.Module]) -> nn.Module:
+    made = meeting_type(module_type)  # type: ignore[arg-type]
+    return made.__new__(made)
+
+
+class _Meetings(threading.local):
+    """The forwards that run in a thread, of modules that meet operations; the innermost last."""
+
+    def __init__(self) -> None:
+        self.running: list[_Meeting] = []
+
+
+_meetings = _Meetings()
+_traced: list[_Meeting] = []  # while a compiler looks on, which does so in one thread at a time
+
+
+def _running() -> list[_Meeting]:
+    return _traced if torch.compiler.is_compiling() else _meetings.running
+
+
+@contextmanager
+def _meeting(module: MeetsOperations) -> Iterator[None]:
+    running, meeting = _running(), _Meeting(module)
+    running.append(meeting)
+    try:
+        with meeting:
+            yield
+    finally:
+        running.pop()
+
+
+def enter_submodule(module: nn.Module, args: Any) -> None:
+    """A forward pre-hook: what is called from here on is not the caller's own."""
+    running = _running()
+    if running:
+        running[-1].depth += 1
+
+
+def leave_submodule(module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook: what is called from here on is the caller's own again."""
+    running = _running()
+    if running:
+        running[-1].depth -= 1
+
+
+class _Meeting(TorchFunctionMode):
+    """One forward of one module."""
+
+    def __init__(self, module: MeetsOperations) -> None:
+        super().__init__()
+        self.depth = 0
+        self._module = module
+        self._counted: dict[str, int] = {}
+        self._parameters = [(reads.owner._parameters[reads.parameter], reads) for reads in module.met_reads]
+        self._made: list[tuple[Tensor, Reads]] = []  # quantized parameters, and what was made of them by moves
+        self._whole: list[tuple[Tensor, Tensor]] = []  # a parameter, and its quantized values
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.depth:
+            return func(*args, **kwargs)
+        if func in SPELLED:
+            with self:
+                return SPELLED[func](*args, **kwargs)
+        operation = BY_FUNCTION.get(func)
+        if operation is not None:
+            args, kwargs = self._met(operation, args, kwargs)
+            return func(*args, **kwargs)
+        if func in MOVES and args and self._parameters:
+            reads = self._reads(args[0])
+            if reads is not None:
+                result = func(self._quantized(args[0], reads), *args[1:], **kwargs)
+                several = result if isinstance(result, (list, tuple)) else (result,)
+                self._made += [(each, reads) for each in several if isinstance(each, Tensor)]
+                return result
+        return func(*args, **kwargs)
+
+    def _reads(self, value: Any) -> Reads | None:
+        for parameter, reads in self._parameters:
+            if value is parameter:
+                return reads
+        for made, reads in self._made:
+            if value is made:
+                return reads
+        return None
+
+    def _quantized(self, value: Tensor, reads: Reads) -> Tensor:
+        """The whole parameter's quantized values; what was made of these is quantized already."""
+        parameter = reads.owner._parameters[reads.parameter]
+        if value is not parameter:
+            return value
+        for known, made in self._whole:
+            if known is parameter:
+                return made
+        quantizer = reads.owner._modules.get(weight_name(reads.parameter))
+        made = value
+        if quantizer is not None:
+            made = quantizer.in_graph(quantizer(value, self._learns(reads)))
+        self._whole.append((value, made))
+        return made
+
+    def _learns(self, reads: Reads) -> bool:
+        parameter = reads.owner._parameters[reads.parameter]
+        return bool(reads.owner.__dict__.get("learns_alone")) or (parameter is not None and parameter.requires_grad)
+
+    def _met(self, operation: Operation, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of a call with what is quantized of them."""
+        number = self._counted.get(operation.name, 0)
+        self._counted[operation.name] = number + 1
+        call = f"{operation.name}_{number}" if number else operation.name
+        new: dict[str, Tensor] = {}
+        meets: Reads | None = None  # the one parameter that it reads
+        parameters = 0
+        reads = operation.reads(args, kwargs)
+        for name, _, value in reads:
+            if (call, name) in self._module.met_operands:
+                quantizer = self._module._modules.get(operand_name(call, name))
+                if quantizer is not None:
+                    new[name] = quantizer.in_graph(quantized_once(quantizer, value, True))
+                continue
+            found = self._reads(value)
+            if found is not None:
+                new[name], meets, parameters = self._quantized(value, found), found, parameters + 1
+        if meets is not None and parameters == 1 and operation.kind == "product":
+            quantizer = meets.owner._modules.get(input_name(meets.parameter))
+            first = next((read for read in reads if read.name not in new), None)
+            if quantizer is not None and first is not None:
+                made = quantized_once(quantizer, first.value, self._learns(meets))
+                new[first.name] = quantizer.in_graph(made)
+        return operation.replaced(args, kwargs, new) if new else (args, kwargs)
+
+
+class QuantizedOutput:
+    """A forward hook that quantizes what a module gives: a tensor, or the first of several."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        quantizer = module._modules.get(OUTPUT)
+        if quantizer is None:
+            return None
+        if isinstance(output, Tensor):
+            return quantizer.in_graph(quantizer(output)) if output.is_floating_point() else None
+        if isinstance(output, (list, tuple)) and output and isinstance(output[0], Tensor):
+            return type(output)([quantizer.in_graph(quantizer(output[0])), *output[1:]])
+        return None
+
+
+# ---- putting on and taking off --------------------------------------------------------------------------------------
+
+_HOOKS = "_hooks_of_operations"
+
+
+def meet_operations(
+    module: nn.Module, reads: Iterable[tuple[nn.Module, str]], operands: Iterable[tuple[str, str]]
+) -> None:
+    """Have a module meet the operations in its own code, beside those that it meets already."""
+    if not isinstance(module, MeetsOperations):
+        module.__class__ = meeting_type(type(module))  # type: ignore[arg-type]
+    known = list(module.met_reads)
+    for owner, parameter in reads:
+        if not any(owner is each.owner and parameter == each.parameter for each in known):
+            known.append(Reads(owner, parameter))
+    module.met_reads = tuple(known)
+    module.met_operands = tuple(dict.fromkeys((*module.met_operands, *operands)))
+    for submodule in module.modules():
+        runs = type(submodule).forward is not nn.Module.forward
+        if submodule is not module and runs and _HOOKS not in submodule.__dict__:
+            submodule.__dict__[_HOOKS] = (
+                submodule.register_forward_pre_hook(enter_submodule, prepend=True),
+                submodule.register_forward_hook(leave_submodule, always_call=True),
+            )
+
+
+def quantize_output(module: nn.Module) -> None:
+    """Have what a module gives pass through its `output_quantizer`."""
+    if "_hook_of_output" not in module.__dict__:
+        module.__dict__["_hook_of_output"] = module.register_forward_hook(QuantizedOutput(), prepend=True)
+
+
+def leave_operations(model: nn.Module) -> None:
+    """Take off all that `meet_operations` and `quantize_output` have put on a model's modules, but the quantizers."""
+    for module in model.modules():
+        for handle in module.__dict__.pop(_HOOKS, ()):
+            handle.remove()
+        if "_hook_of_output" in module.__dict__:
+            module.__dict__.pop("_hook_of_output").remove()
+        if isinstance(module, MeetsOperations):
+            for name in ("met_reads", "met_operands"):
+                module.__dict__.pop(name, None)
+            kinds = type(module).__mro__
+            module.__class__ = kinds[kinds.index(MeetsOperations) + 1]
+
+
+def meeting_modules(model: nn.Module) -> Mapping[str, MeetsOperations]:
+    """The modules of a model that meet operations, by dotted name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MeetsOperations)}

@@ -21,10 +21,9 @@ from lfq_lightning.reading import read_checkpoint
 from lfq_lightning.running import explained
 from lfq_lightning.state_dicts import (
     Descriptions,
-    by_site,
     descriptions,
     fit_to,
-    spec_of,
+    placement_of,
     under_own_names,
     without_quantizers,
 )
@@ -113,26 +112,23 @@ def attach_as_saved(model: nn.Module, saved: Descriptions, strict: bool = True) 
     Raises:
         ValueError: if it has not all layers, and strict.
     """
-    specs = {name: spec_of(name, description) for name, description in saved.items() if description.site is not None}
-    layers = by_site(saved)
-    modules = {
-        plain_name(name): module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(getattr(module, "weight", None), Tensor)
-    }
-    missing = [name for name in layers if name not in modules]
+    modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    placement = placement_of(saved)
+    missing = [layer.label for layer in placement.layers if not _has(modules, layer)]
+    missing += [operand.label for operand in placement.operands if operand.module not in modules]
     if missing and strict:
         raise ValueError(
             f"The checkpoint quantizes layers that the model has not. Found {', '.join(missing[:5])}: build the model "
             "with the arguments that it was saved with."
         )
-    placed: dict[int, PlacedLayer] = {}
-    for site, names in layers.items():
-        if site in modules:
-            weight, activation = (specs[names[role]] if role in names else None for role in ("weight", "input"))
-            layer = PlacedLayer(site, type(modules[site]).__name__, weight, activation)
-            placed.setdefault(id(modules[site]), layer)
-    apply(model, Placement(tuple(placed.values())))
+    layers = [layer for layer in placement.layers if _has(modules, layer)]
+    once = {(id(modules[layer.name]), layer.parameter): layer for layer in reversed(layers)}
+    operands = tuple(operand for operand in placement.operands if operand.module in modules)
+    apply(model, Placement(tuple(reversed(once.values())), operands=operands))
+
+
+def _has(modules: Mapping[str, nn.Module], layer: PlacedLayer) -> bool:
+    return isinstance(getattr(modules.get(layer.name), layer.parameter, None), Tensor)
 
 
 def load_from_checkpoint(

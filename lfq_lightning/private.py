@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor as _FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as _FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils.weak import TensorWeakRef as _TensorWeakRef
 
 if TYPE_CHECKING:
     import lightning as L
@@ -36,6 +39,13 @@ subtract_each_ = torch._foreach_sub_
 zero_each_ = torch._foreach_zero_
 minimum_each_ = torch._foreach_minimum_
 maximum_each_ = torch._foreach_maximum_
+
+
+# A tensor without values, and the mode in which tensors are made so: what torch.export runs a model by.
+FakeTensor, FakeTensorMode = _FakeTensor, _FakeTensorMode
+
+# A weak reference that knows when autograd still holds a tensor that Python has let go.
+WeakTensor = _TensorWeakRef
 
 
 def version_of(tensor: Tensor) -> int:

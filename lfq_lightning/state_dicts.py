@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
+from lfq_lightning.placement.meeting import input_name, operand_name
+from lfq_lightning.placement.paths import follow
+from lfq_lightning.placement.placed import PlacedLayer, PlacedOperand, Placement
 from lfq_lightning.placement.quantized_layer import plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.quantizer.saved import NOTE, Description, Role, described, role_in_name, site_in_model
+from lfq_lightning.quantizer.saved import NOTE, Description, described, role_in_name, site_in_model
 from lfq_lightning.spec import QuantSpec
 
 Descriptions = dict[str, Description]
@@ -79,13 +82,59 @@ def stored_quantizer(
     return made
 
 
-def by_site(saved: Descriptions) -> dict[str, dict[Role | None, str]]:
-    """The names of the quantizers that `attach` has put on each layer, by role."""
-    found: dict[str, dict[Role | None, str]] = {}
+def other_names(saved: Descriptions) -> dict[str, str]:
+    """Of quantizers that `attach` has put under several names: each further name, and the first."""
+    found: dict[str, str] = {}
     for name, description in saved.items():
-        if description.site is not None:
-            found.setdefault(site_in_model(name, description.site), {})[description.role] = name
+        if name in found or description.site is None:
+            continue
+        holder = site_in_model(name, description.site)
+        for path, parameter, call, operand in description.place.also:
+            child = operand_name(call, operand) if call else input_name(parameter)
+            found[".".join(filter(None, (follow(holder, path), child)))] = name
     return found
+
+
+def placement_of(saved: Descriptions) -> Placement:
+    """What `attach` has placed where in the model that was saved; what was left in float a file does not know.
+
+    Raises:
+        ValueError: if a specification is none here.
+    """
+    layers: dict[tuple[str, str], dict[str, Any]] = {}
+    operands: list[PlacedOperand] = []
+    known = other_names(saved)
+
+    def layer(holder: str, parameter: str, **settings: Any) -> None:
+        start = {"weight": None, "activation": None}
+        layers.setdefault((holder, parameter), start).update(settings)
+
+    for name, description in saved.items():
+        spec = None if description.site is None else spec_of(name, description)
+        if spec is None or name in known:
+            continue
+        holder, place, role = site_in_model(name, description.site), description.place, description.role
+        features = {"features": place.features, "inputs": place.size}
+        if role == "output":
+            operands.append(PlacedOperand(holder, "", "output", "output", spec))
+        elif place.call:
+            kind: Literal["weight", "operand"] = "weight" if role == "weight" else "operand"
+            axis = description.axis if role == "weight" else place.features
+            operands.append(PlacedOperand(holder, place.call, place.operand, kind, spec, axis, place.size))
+        elif role == "weight":
+            readers = tuple(follow(holder, reader) for reader in place.readers)
+            layer(holder, place.parameter, weight=spec, readers=readers, axis=description.axis)
+        else:
+            layer(holder, place.parameter, activation=spec, **features)
+        for path, parameter, call, operand in place.also:
+            other = follow(holder, path)
+            if call:
+                shares = {"size": place.size, "shares": name}
+                operands.append(PlacedOperand(other, call, operand, "operand", spec, place.features, **shares))
+            else:
+                layer(other, parameter, activation=spec, **features, shares=name)
+    made = (PlacedLayer(holder, "", parameter=own, **settings) for (holder, own), settings in layers.items())
+    return Placement(tuple(made), operands=tuple(operands))
 
 
 def belonging(names: Iterable[str]) -> Callable[[str], bool]:

@@ -85,11 +85,17 @@ def test_a_rule_that_applies_to_nothing_is_refused_before_anything_changes(rule:
     assert not lfq.quantizers(model)
 
 
-@pytest.mark.parametrize("match", ["net", nn.Sequential])
-def test_a_rule_for_what_holds_layers_is_told_how_to_match_them(match: Any) -> None:
+def test_a_rule_for_what_holds_layers_is_told_how_to_match_them() -> None:
     model = nn.ModuleDict({"net": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), "head": nn.Linear(2, 2)})
     with pytest.raises(ValueError, match=r"not of what holds them. Match `net\.\*`"):
-        lfq.attach(model, rules=[lfq.Rule(match, weight=8)])
+        lfq.attach(model, rules=[lfq.Rule("net", weight=8)])
+
+
+@pytest.mark.parametrize("match", ["net.", nn.Sequential])
+def test_a_rule_speaks_of_all_that_is_below_a_name_or_a_type(match: Any) -> None:
+    model = nn.ModuleDict({"net": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), "head": nn.Linear(2, 2)})
+    lfq.attach(model, rules=[lfq.Rule(match, weight=3)])
+    assert [layer.weight_quantizer.bitwidth for layer in (*model["net"], model["head"])] == [3, 3, 8]
 
 
 def test_a_rule_that_earlier_rules_leave_nothing_for_is_refused() -> None:
@@ -216,13 +222,19 @@ def test_a_model_with_nothing_to_quantize_warns() -> None:
         lfq.attach(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)))
 
 
-def test_a_parametrized_weight_is_left_in_float_and_named_unless_a_rule_asks_for_it() -> None:
+def test_a_parametrized_weight_is_quantized_after_it_is_computed() -> None:
     model = nn.Sequential(nn.Linear(3, 3), parametrizations.spectral_norm(nn.Linear(3, 3)))
-    assert "remove_parametrizations" in dict(lfq.attach(model).left_in_float)["1"]
-    placement = lfq.attach(model, rules=[lfq.Rule("1", weight=None, activation=None)])
-    assert [p.name for p in placement.layers] == ["0"]
-    with pytest.raises(ValueError, match=r"left in float is 1 .*remove_parametrizations"):
-        lfq.attach(model, rules=[lfq.Rule("1", weight=4)])
+    assert [p.name for p in lfq.attach(model, weight=4).layers] == ["0", "1"]
+    x = torch.randn(5, 3)
+    lfq.calibrate(model.eval(), [x])
+    quantizer, quantized = model[1].weight_quantizer, model[1].weight_quantizer.quantized(model[1].weight)
+    assert not torch.equal(quantized, model[1].weight)
+    expected = nn.functional.linear(model[1].input_quantizer(model[0](x)), quantized, model[1].bias)
+    assert torch.equal(model(x), expected)
+    lfq.set_phase(model, "learn")
+    model(x).square().sum().backward()
+    assert quantizer.scale.grad.abs().sum() > 0
+    assert model[1].parametrizations.weight.original.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("option", [{"sparse": True}, {"max_norm": 1.0}])

@@ -75,6 +75,23 @@ def test_a_change_in_place_makes_a_new_version() -> None:
     assert private.version_of(x) == before + 1
 
 
+def test_a_tensor_without_values_is_computed_with() -> None:
+    with private.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        made = mode.from_tensor(torch.zeros(2)) + 1
+    assert isinstance(made, private.FakeTensor)
+    assert made.shape == (2,)
+
+
+def test_a_tensor_that_only_its_graph_holds_is_referred_to() -> None:
+    x = torch.ones(2, requires_grad=True)
+    square = x * 1
+    z, known = (square * square).sum(), private.WeakTensor(square)
+    del square
+    assert torch.equal(known(), torch.ones(2))
+    z.backward()
+    assert known() is None
+
+
 def test_whoever_looks_after_saved_tensors_is_seen() -> None:
     assert not private.saved_tensors_are_hooked()
     with torch.autograd.graph.save_on_cpu():

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from lfq_lightning.flow.graph import Call, Flow, Origin, Owned, Site, Tensor
 from lfq_lightning.flow.operations import BY_FUNCTION, MOVES, Operation, channels_of
 from lfq_lightning.flow.spelling import SPELLED
-from lfq_lightning.private import tree_leaves, tree_map_only
+from lfq_lightning.private import FakeTensor, FakeTensorMode, tree_leaves, tree_map_only
 
 Run = Callable[[nn.Module], Any]
 

@@ -141,13 +141,8 @@ def apply(model: nn.Module, placement: Placement, compress_saved: bool = False) 
     leave_operations(model)
     for holder, name in stale:
         _drop(holder, name)
-    for key, quantizer in made.items():
-        holder, name = key
-        quantizer.role, quantizer.site, quantizer.place = wanted[key].role, "", Place()
-    for key, want in wanted.items():
-        if want.same_as is None:
-            made[key].place = want.place(want.name, [w for w in wanted.values() if w.same_as == key])
     _put(modules, placement, made)
+    _tell_places(model, wanted)
     set_compressed(model, compress_saved)
 
 
@@ -169,6 +164,8 @@ class _Want:
         readers: see `Place`, as dotted names.
         call: see `Place`.
         operand: see `Place`.
+        features: see `Place`.
+        size: see `Place`.
     """
 
     name: str
@@ -181,11 +178,36 @@ class _Want:
     readers: tuple[str, ...] = ()
     call: str = ""
     operand: str = ""
+    features: int = -1
+    size: int | None = None
 
-    def place(self, name: str, others: list[_Want]) -> Place:
+    def place(self, others: list[_Want]) -> Place:
+        """What the quantizer stands before, from the first of the modules that hold it."""
         readers = tuple(path_between(self.name, reader) for reader in self.readers)
-        also = tuple((path_between(name, o.name), o.child, o.call, o.operand) for o in others if o.role != "weight")
-        return Place(self.parameter, readers, self.call, self.operand, also)
+        also = tuple(
+            (path_between(self.name, o.name), "" if o.call else o.parameter, o.call, o.operand)
+            for o in others
+            if o.role != "weight"
+        )
+        return Place(self.parameter, readers, self.call, self.operand, self.features, self.size, also)
+
+
+def _tell_places(model: nn.Module, wanted: Mapping[Key, _Want]) -> None:
+    """Have each quantizer know what it stands before, from where it is first found in the model."""
+    found: dict[LearnableFakeQuantize, list[_Want]] = {}
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if isinstance(child, LearnableFakeQuantize) and (module, name) in wanted:
+                found.setdefault(child, [])
+    for path, child in model.named_modules(remove_duplicate=False):
+        if isinstance(child, LearnableFakeQuantize) and child in found:
+            holder, _, name = path.rpartition(".")
+            wish = wanted[model.get_submodule(holder), name]
+            if all(wish is not other for other in found[child]):
+                found[child].append(wish)
+    for quantizer, wishes in found.items():
+        quantizer.role, quantizer.site = wishes[0].role, ""
+        quantizer.place = wishes[0].place(wishes[1:])
 
 
 def _wanted(modules: Mapping[str, nn.Module], placement: Placement) -> dict[Key, _Want]:
@@ -215,13 +237,18 @@ def _wanted(modules: Mapping[str, nn.Module], placement: Placement) -> dict[Key,
             make = partial(_activation_quantizer, module, layer)
             child = input_name(layer.parameter)
             wish = _Want(layer.name, child, "input", layer.activation, make, None, layer.parameter)
+            if not _is_layers(module, layer):
+                wish.features, wish.size = layer.features, layer.inputs
             want(module, wish, layer.shares)
     for operand in placement.operands:
         module = modules[operand.module]
         make = partial(_operand_quantizer, module, operand)
         child = OUTPUT if operand.role == "output" else operand_name(operand.call, operand.operand)
-        parts = {"call": operand.call, "operand": operand.operand if operand.call else ""}
-        want(module, _Want(operand.module, child, operand.role, operand.spec, make, **parts), operand.shares)
+        wish = _Want(operand.module, child, operand.role, operand.spec, make)
+        if operand.call:
+            wish.call, wish.operand = operand.call, operand.operand
+            wish.features, wish.size = -1 if operand.axis is None else operand.axis, operand.size
+        want(module, wish, operand.shares)
     return wanted
 
 
@@ -296,6 +323,11 @@ def _put(modules: Mapping[str, nn.Module], placement: Placement, made: Mapping[K
         keep_slow_path(holder)
 
 
+def _is_layers(module: nn.Module, placed: PlacedLayer) -> bool:
+    """Whether what is placed is the weight of a layer that is handed it, and its input."""
+    return placed.parameter == "weight" and isinstance(module, QUANTIZABLE)
+
+
 def _weight_quantizer(module: nn.Module, placed: PlacedLayer) -> LearnableFakeQuantize:
     spec, weight = placed.weight, getattr(module, placed.parameter)
     assert isinstance(weight, Tensor) and spec is not None
@@ -315,7 +347,7 @@ def _activation_quantizer(module: nn.Module, placed: PlacedLayer) -> LearnableFa
     spec, weight = placed.activation, getattr(module, placed.parameter)
     assert spec is not None
     size, axis = placed.inputs, placed.features
-    if isinstance(module, QUANTIZABLE) and placed.parameter == "weight":
+    if _is_layers(module, placed):
         size, axis = input_channels(module)
     return _of_activation(spec, size, axis, weight.device, module, placed.label)
 

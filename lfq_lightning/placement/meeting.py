@@ -54,7 +54,7 @@ class MeetsOperations(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         kinds = type(self).__mro__
-        return _rebuild, (kinds[kinds.index(MeetsOperations) + 1],), self.__dict__
+        return _rebuild, (kinds[kinds.index(MeetsOperations) + 1],), self.__getstate__()
 
 
 @cache

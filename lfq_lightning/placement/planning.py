@@ -107,7 +107,7 @@ def plan(
     operands: list[PlacedOperand] = []
     weights: dict[int, PlacedLayer] = {}
     shared: dict[object, str] = {}
-    for item in chosen:
+    for item in sorted(chosen, key=lambda item: item.parameter is None):  # what is shared stands at a layer, if at any
         at_end = item in ends
         for kind in item.specs:
             tied = kind == "weight" and item.parameter is not None and id(item.weight) in end_weights

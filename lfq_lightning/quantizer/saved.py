@@ -29,14 +29,18 @@ class Place:
             quantizer ("." is that module itself, ".." the one around it); empty where a layer reads its own.
         call: the call in the holder's own code whose operand it is, such as `add_1`; empty for a parameter's.
         operand: the operand's name.
-        also: other places that read the same tensor: for each, the path to the module that holds the quantizer too, its
-            name there, and call and operand, or empty text.
+        features: of an activation, the dimension of its features, counted from the last.
+        size: how many these are; None where the layer knows.
+        also: other places that read the same tensor: for each, the path to the module that holds the quantizer too, the
+            parameter that it meets there, call and operand; what does not apply is empty.
     """
 
     parameter: str = "weight"
     readers: tuple[str, ...] = ()
     call: str = ""
     operand: str = ""
+    features: int = -1
+    size: int | None = None
     also: tuple[tuple[str, str, str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

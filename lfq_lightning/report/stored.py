@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lfq_lightning.placement.quantized_layer import plain_name, quantize_layer
+from lfq_lightning.placement.quantized_layer import plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.state_dicts import by_site, descriptions, stored_quantizer, without_quantizers
+from lfq_lightning.state_dicts import descriptions, other_names, stored_quantizer, without_quantizers
 
 
 def stored_model(state_dict: Mapping[str, Any]) -> nn.Module:
@@ -33,22 +33,24 @@ def stored_model(state_dict: Mapping[str, Any]) -> nn.Module:
         if isinstance(value, Tensor):
             owner, _, name = key.rpartition(".")
             _module(root, owner)._buffers[name] = value
-    made = {name: stored_quantizer(name, description, state_dict) for name, description in saved.items()}
-    for name, quantizer in made.items():
-        if saved[name].site is None and quantizer is not None:
-            owner, _, leaf = name.rpartition(".")
-            _module(root, owner)._modules[leaf] = quantizer
-    shared: dict[int, tuple[nn.Parameter, LearnableFakeQuantize | None]] = {}
-    for site, names in by_site(saved).items():
-        layer, by_role = _module(root, site), {role: made[name] for role, name in names.items()}
-        weight = _weight(layer)
-        if weight is None:
+    shared: dict[int, tuple[nn.Parameter, LearnableFakeQuantize]] = {}
+    again = other_names(saved)
+    for name, description in saved.items():
+        quantizer = stored_quantizer(name, description, state_dict)
+        if quantizer is None or name in again:
             continue
-        # Tied weights are one tensor in the file too.
-        kept = nn.Parameter(weight, requires_grad=False), by_role.get("weight")
-        parameter, quantizer = shared.setdefault(weight.data_ptr(), kept)
-        layer.register_parameter("weight", parameter)
-        quantize_layer(layer, quantizer, by_role.get("input"))
+        owner, _, leaf = name.rpartition(".")
+        module, own = _module(root, owner), description.place.parameter
+        quantizer.role, quantizer.site, quantizer.place = description.role, description.site, description.place
+        if description.site is not None and description.role == "weight" and not description.place.call:
+            weight = _weight(module, own)
+            if weight is None:
+                continue
+            # Tied weights are one tensor in the file too.
+            kept = nn.Parameter(weight, requires_grad=False), quantizer
+            parameter, quantizer = shared.setdefault(weight.data_ptr(), kept)
+            module.register_parameter(own, parameter)
+        module._modules[leaf] = quantizer
     return root
 
 
@@ -60,8 +62,8 @@ def _module(root: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def _weight(layer: nn.Module) -> Tensor | None:
+def _weight(layer: nn.Module, name: str) -> Tensor | None:
     tensors = layer._buffers
-    if "weight_orig" in tensors and "weight_mask" in tensors:  # pruned by torch.nn.utils.prune
-        return tensors["weight_orig"] * tensors["weight_mask"]  # type: ignore[operator]
-    return tensors.pop("weight", None)
+    if f"{name}_orig" in tensors and f"{name}_mask" in tensors:  # pruned by torch.nn.utils.prune
+        return tensors[f"{name}_orig"] * tensors[f"{name}_mask"]  # type: ignore[operator]
+    return tensors.pop(name, None)

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor as _FakeTensor
-from torch._subclasses.fake_tensor import FakeTensorMode as _FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
-from torch.utils.weak import TensorWeakRef as _TensorWeakRef
+from torch.utils.weak import TensorWeakRef
 
 if TYPE_CHECKING:
     import lightning as L
 
-__all__ = ["tree_leaves", "tree_map", "tree_map_only"]  # nested inputs as torch.export itself takes them apart
+__all__ = ["FakeTensor", "FakeTensorMode"]  # what torch.export runs a model by, without values
+__all__ += ["tree_leaves", "tree_map", "tree_map_only"]  # nested inputs as torch.export itself takes them apart
+__all__ += ["TensorWeakRef"]  # knows when autograd still holds a tensor that Python has let go
 
 # ---- torch: tensors and autograd ------------------------------------------------------------------------------------
 
@@ -39,13 +40,6 @@ subtract_each_ = torch._foreach_sub_
 zero_each_ = torch._foreach_zero_
 minimum_each_ = torch._foreach_minimum_
 maximum_each_ = torch._foreach_maximum_
-
-
-# A tensor without values, and the mode in which tensors are made so: what torch.export runs a model by.
-FakeTensor, FakeTensorMode = _FakeTensor, _FakeTensorMode
-
-# A weak reference that knows when autograd still holds a tensor that Python has let go.
-WeakTensor = _TensorWeakRef
 
 
 def version_of(tensor: Tensor) -> int:

@@ -129,8 +129,8 @@ def placement_of(saved: Descriptions) -> Placement:
         for path, parameter, call, operand in place.also:
             other = follow(holder, path)
             if call:
-                shares = {"size": place.size, "shares": name}
-                operands.append(PlacedOperand(other, call, operand, "operand", spec, place.features, **shares))
+                more = PlacedOperand(other, call, operand, "operand", spec, place.features, place.size, name)
+                operands.append(more)
             else:
                 layer(other, parameter, activation=spec, **features, shares=name)
     made = (PlacedLayer(holder, "", parameter=own, **settings) for (holder, own), settings in layers.items())

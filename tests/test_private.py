@@ -85,7 +85,7 @@ def test_a_tensor_without_values_is_computed_with() -> None:
 def test_a_tensor_that_only_its_graph_holds_is_referred_to() -> None:
     x = torch.ones(2, requires_grad=True)
     square = x * 1
-    z, known = (square * square).sum(), private.WeakTensor(square)
+    z, known = (square * square).sum(), private.TensorWeakRef(square)
     del square
     assert torch.equal(known(), torch.ones(2))
     z.backward()

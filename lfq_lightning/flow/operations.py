@@ -250,8 +250,8 @@ def _channels_in_einsum(equation: str, number: int, dims: int) -> int | None:
 # What gives the elements of its first argument again, in another place, order or number type: of a parameter, the same
 # parameter. Whether a weight is quantized before or after makes no difference.
 _MOVING = """
-    t transpose swapaxes swapdims permute movedim moveaxis mT T H mH adjoint reshape view view_as flatten unflatten ravel
-    squeeze unsqueeze select narrow split chunk unbind tensor_split expand expand_as contiguous clone index_select
+    t transpose swapaxes swapdims permute movedim moveaxis mT T H mH adjoint reshape view view_as flatten unflatten
+    ravel squeeze unsqueeze select narrow split chunk unbind tensor_split expand expand_as contiguous clone index_select
     to type type_as float half bfloat16 double detach requires_grad_ alias
 """
 

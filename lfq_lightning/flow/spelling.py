@@ -40,8 +40,7 @@ def multi_head_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """`torch.nn.functional.multi_head_attention_forward` as projections, products and a softmax.
 
-    Args:
-        query: (L, N, E) or (L, E); key and value: (S, N, E) or (S, E). The others are torch's own.
+    What it is given is torch's own: `query` of shape (L, N, E) or (L, E), `key` and `value` of (S, N, E) or (S, E).
 
     Returns:
         The output, of the shape of `query`, and the attention weights or None.

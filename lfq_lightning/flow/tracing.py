@@ -28,7 +28,7 @@ def trace(model: nn.Module, run: Run, source: str, untouched: tuple[Any, ...] = 
 
     The model is copied without its tensors, and the copy is run without values (`FakeTensorMode`), so that this takes
     no memory and a fraction of a second, and works on the meta device. Where values decide what happens it is run with
-    them, on copies of its buffers. Random states, parameters, buffers and what modules know in Python stay as they were.
+    them, on copies of its buffers. Random states, parameters, buffers and what modules know in Python stay as they are.
 
     Args:
         model: in the mode in which it will train.
@@ -256,7 +256,7 @@ class _Tracer(TorchFunctionMode):
             if node in self._by_node:
                 found |= self._by_node[node].after
             else:
-                waiting += [before for before, _ in node.next_functions]
+                waiting += [before for before, _ in node.next_functions if before is not None]
         return _Known(found)
 
 

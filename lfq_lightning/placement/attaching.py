@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
@@ -281,7 +281,7 @@ def _check_replaceable(
             )
 
 
-def _shown(specs: list[tuple[str, QuantSpec | None]]) -> str:
+def _shown(specs: Sequence[tuple[str, QuantSpec | None]]) -> str:
     return ", ".join(f"{name.removesuffix('_quantizer')}: {spec!r}" for name, spec in specs) or "float"
 
 

@@ -34,6 +34,11 @@ def operand_name(call: str, operand: str) -> str:
     return f"{call}_{operand}_quantizer"
 
 
+def _child(module: nn.Module, name: str) -> Any:
+    """A quantizer, or what stands in for it in an export; None without one."""
+    return module._modules.get(name)
+
+
 class Reads(NamedTuple):
     """A parameter that a module's own code reads by a function, and the module that has it."""
 
@@ -164,7 +169,7 @@ class _Meeting(TorchFunctionMode):
         for known, made in self._whole:
             if known is parameter:
                 return made
-        quantizer = reads.owner._modules.get(weight_name(reads.parameter))
+        quantizer = _child(reads.owner, weight_name(reads.parameter))
         made = value
         if quantizer is not None:
             made = quantizer.in_graph(quantizer(value, self._learns(reads)))
@@ -186,7 +191,7 @@ class _Meeting(TorchFunctionMode):
         reads = operation.reads(args, kwargs)
         for name, _, value in reads:
             if (call, name) in self._module.met_operands:
-                quantizer = self._module._modules.get(operand_name(call, name))
+                quantizer = _child(self._module, operand_name(call, name))
                 if quantizer is not None:
                     new[name] = quantizer.in_graph(quantized_once(quantizer, value, True))
                 continue
@@ -194,7 +199,7 @@ class _Meeting(TorchFunctionMode):
             if found is not None:
                 new[name], meets, parameters = self._quantized(value, found), found, parameters + 1
         if meets is not None and parameters == 1 and operation.kind == "product":
-            quantizer = meets.owner._modules.get(input_name(meets.parameter))
+            quantizer = _child(meets.owner, input_name(meets.parameter))
             first = next((read for read in reads if read.name not in new), None)
             if quantizer is not None and first is not None:
                 made = quantized_once(quantizer, first.value, self._learns(meets))
@@ -206,7 +211,7 @@ class QuantizedOutput:
     """A forward hook that quantizes what a module gives: a tensor, or the first of several."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        quantizer = module._modules.get(OUTPUT)
+        quantizer = _child(module, OUTPUT)
         if quantizer is None:
             return None
         if isinstance(output, Tensor):
@@ -227,6 +232,7 @@ def meet_operations(
     """Have a module meet the operations in its own code, beside those that it meets already."""
     if not isinstance(module, MeetsOperations):
         module.__class__ = meeting_type(type(module))  # type: ignore[arg-type]
+    assert isinstance(module, MeetsOperations)
     known = list(module.met_reads)
     for owner, parameter in reads:
         if not any(owner is each.owner and parameter == each.parameter for each in known):

@@ -107,8 +107,8 @@ class Placement:
         self, left: Mapping[str, str], left_elements: Mapping[str, int], elements: tuple[int, int], source: str
     ) -> Placement:
         """With what is left in float."""
-        rest = {"elements": elements, "left_elements": tuple(left_elements.items()), "source": source}
-        return replace(self, left_in_float=tuple(left.items()), **rest)
+        made = replace(self, left_in_float=tuple(left.items()), left_elements=tuple(left_elements.items()))
+        return replace(made, elements=elements, source=source)
 
     @property
     def share(self) -> float:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -83,7 +83,9 @@ def plan(
 
     Args:
         model: any module.
-        weight, activation, rules: as `attach` takes them.
+        weight: as `attach` takes it.
+        activation: the same.
+        rules: the same.
         final: False where rules may match nothing yet and layers may still be missing.
         flow: what a batch did; None where that is not known, which leaves layers of known types alone.
     """
@@ -218,7 +220,7 @@ def _decided(
     if item.operand is not None:
         kinds = ["weight" if item.operand.weight else "activation"]
     for kind in kinds:
-        given = "default" if decides is None else getattr(decides, kind)
+        given: Any = "default" if decides is None else getattr(decides, kind)
         if given == "default":
             item.specs[kind] = None if item.asked else defaults[kind]
         else:

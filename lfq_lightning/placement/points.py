@@ -52,6 +52,18 @@ class Point:
         parameter = owner._parameters.get(place.parameter)  # nn.Module's way takes ten times as long
         return bool((getattr(owner, place.parameter) if parameter is None else parameter).requires_grad)
 
+    @property
+    def followed(self) -> list[nn.Parameter]:
+        """The parameters whose optimizer scale and zero point go with; none where there is no choice."""
+        if self.owner is None:
+            return []
+        own = list(self.owner.parameters(recurse=False))
+        if own:
+            return own
+        quantizers = (m for m in self.owner.modules() if isinstance(m, LearnableFakeQuantize))
+        qparams = {p for quantizer in quantizers for p in quantizer.parameters()}
+        return [p for p in self.owner.parameters() if p not in qparams]
+
     def whole_parameter(self) -> Tensor:
         """The parameter, gathered from every rank where FSDP2 has sharded it; every rank takes part."""
         parameter = self.parameter

@@ -8,12 +8,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.private import WeakTensor, version_of
+from lfq_lightning.private import TensorWeakRef, version_of
 
 
 class _Made(NamedTuple):
-    source: WeakTensor
-    value: WeakTensor
+    source: TensorWeakRef
+    value: TensorWeakRef
     state: tuple[Any, ...]
 
 
@@ -37,7 +37,7 @@ def quantized_once(quantizer: Any, x: Tensor, learn: bool) -> Tensor:
         if value is not None and made.state == _state(quantizer, x, value, learn):
             return value
     y = quantizer(x, learn)
-    _last[quantizer] = _Made(WeakTensor(x), WeakTensor(y), _state(quantizer, x, y, learn))
+    _last[quantizer] = _Made(TensorWeakRef(x), TensorWeakRef(y), _state(quantizer, x, y, learn))
     return y
 
 

@@ -232,8 +232,7 @@ def _assign(model: nn.Module, followed: Sequence[Optimizer]) -> dict[int, list[S
     holder = {key: index for index, optimizer in reversed(list(enumerate(followed))) for key in held_by([optimizer])}
     assigned: dict[int, list[Slot]] = {}
     for point in places(model) if followed else ():
-        owned = () if point.owner is None else point.owner.parameters(recurse=False)
-        index = next((holder[id(p)] for p in owned if id(p) in holder), 0)
+        index = next((holder[id(p)] for p in point.followed if id(p) in holder), 0)
         slots = [Slot(point, name) for name, value in point.quantizer._parameters.items() if value is not None]
         assigned.setdefault(index, []).extend(slots)
     return assigned

@@ -61,7 +61,8 @@ def grouped_qparams(model: nn.Module) -> Iterator[None]:
 
 
 def _joins(point: Point, held: set[int]) -> bool:
-    return point.owner is None or any(id(p) in held for p in point.owner.parameters(recurse=False))
+    followed = point.followed
+    return not followed or any(id(p) in held for p in followed)
 
 
 class UserOptimizers:

@@ -9,10 +9,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lfq_lightning.placement.points import points, weights
-from lfq_lightning.placement.quantized_layer import QuantizedLayer
+from lfq_lightning.placement.points import Point, points, weights
 from lfq_lightning.private import add_each_, subtract_each_
-from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.spec import QuantSpec
 from lfq_lightning.training.stepping.hooks import StepHooks, held_by, wrapped_by
 
@@ -29,7 +27,7 @@ class WeightSteps:
 
     def __init__(self) -> None:
         self.hooks = StepHooks()
-        self._layers: list[tuple[QuantizedLayer, LearnableFakeQuantize, QuantSpec]] = []
+        self._points: list[tuple[Point, QuantSpec]] = []
         self._before: dict[Optimizer, list[_Moved]] = {}
 
     def follow(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -37,15 +35,15 @@ class WeightSteps:
         self.remove()
         lengthened: set[tuple[int, float]] = set()
         for point in weights(points(model)):
-            owner, spec = point.owner, point.quantizer.spec
-            if owner is None or spec is None:
+            spec = point.quantizer.spec
+            if spec is None:
                 continue
             bits = _bits_at_last(spec)
             factor = spec.lr_factor_at(bits)
             if factor != 1.0:
-                self._layers.append((owner, point.quantizer, spec))
+                self._points.append((point, spec))
                 lengthened.add((bits, factor))
-        for optimizer in optimizers if self._layers else ():
+        for optimizer in optimizers if self._points else ():
             self.hooks.add([optimizer, *wrapped_by(optimizer)][-1], self._remember, self._lengthen)
         for bits, factor in sorted(lengthened):
             rank_zero_info(f"Weights of {bits} bits move {factor:g} times as far a step (`QuantSpec.lr_factor`).")
@@ -57,8 +55,8 @@ class WeightSteps:
             return
         held = held_by([optimizer])
         moving: dict[float, dict[int, Tensor]] = {}
-        for layer, quantizer, spec in self._layers:
-            weight = _stepped(layer)
+        for point, spec in self._points:
+            weight, quantizer = _stepped(point), point.quantizer
             if quantizer.fake_quant_enabled and weight.grad is not None and id(weight) in held:
                 moving.setdefault(spec.lr_factor_at(quantizer.bitwidth), {})[id(weight)] = weight
         self._before[optimizer] = [
@@ -79,7 +77,7 @@ class WeightSteps:
     def remove(self) -> None:
         """Let go of the optimizers."""
         self.hooks.remove()
-        self._layers.clear()
+        self._points.clear()
         self.forget()
 
 
@@ -89,7 +87,9 @@ def _bits_at_last(spec: QuantSpec) -> int:
     return (highest - lowest).bit_length()
 
 
-def _stepped(layer: QuantizedLayer) -> Tensor:
+def _stepped(point: Point) -> Tensor:
     """The parameter by which an optimizer moves the weight: `torch.nn.utils.prune` makes it another."""
-    pruned = layer._parameters.get("weight_orig")
-    return layer.weight if pruned is None else pruned
+    assert point.owner is not None
+    assert point.parameter is not None
+    pruned = point.owner._parameters.get(f"{point.quantizer.place.parameter}_orig")
+    return point.parameter if pruned is None else pruned

@@ -4,7 +4,7 @@ Run `python -m tests.benchmarks.cuda_static`. Registers, accesses and instructio
 shares of the bandwidth follow from them, with data sheets: they are predictions and no measurements. Where they say
 "issue", they are too high, because no kernel issues an instruction at every clock; where they say "in flight", they are
 as good as the latency in `cuda_processors.py`. The shares that a GPU reached stand beside, where
-`tests/benchmarks/results/cuda/` has them.
+`tests/benchmarks/results/cuda/` has a folder of that GPU.
 """
 
 from __future__ import annotations
@@ -90,13 +90,11 @@ def prediction(name: str, launch: Launch, x: torch.Tensor) -> dict[str, str | fl
 
 def measured(name: str, granularity: str, dtype: str, of: str) -> float | None:
     """The share of a copy's bandwidth that this processor reached at 2^26 elements, if that was measured."""
-    path = RESULTS / f"cuda_bandwidth_{granularity.replace(' ', '_')}_{dtype}.json"
+    path = RESULTS / name.lower() / f"cuda_bandwidth_{granularity.replace(' ', '_')}_{dtype}.json"
     if not path.exists():
         return None
-    content = json.loads(path.read_text())
-    if not any(name in note for note in content["notes"]):
-        return None
-    return next((row[f"{of}_share"] for row in content["rows"] if row["elements"] == "2^26"), None)
+    rows = json.loads(path.read_text())["rows"]
+    return next((row[f"{of}_share"] for row in rows if row["elements"] == "2^26"), None)
 
 
 # ---- what a division costs ------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ PACKAGE = ROOT / "lfq_lightning"
 # files none imports one that, over however many others, imports it.
 ROOMS = [
     "private",
+    "private_triton",
     "checking",
     "schedule",
     "telling",

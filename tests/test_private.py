@@ -1,4 +1,4 @@
-"""Private places of torch, Lightning, onnxruntime and Python are still where they were, and mean the same."""
+"""Private places of torch, Lightning, onnxruntime, Triton and Python are still where they were, and mean the same."""
 
 from __future__ import annotations
 
@@ -214,3 +214,31 @@ def test_a_variable_of_the_environment_is_seen_at_once(monkeypatch: pytest.Monke
 def test_private_names_of_others_stand_in_one_file(path: Path) -> None:
     found = re.findall(r"\btorch\._[a-zA-Z]\w*|(?:import|from) (?:torch|lightning|onnx)[\w.]*\._\w+", path.read_text())
     assert path.name == "private.py" or not found
+
+
+def test_what_triton_s_launchers_take_is_what_they_are_given() -> None:
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    from lfq_lightning.private_triton import can_launch
+
+    class Other:
+        def __call__(self, gridX, gridY, gridZ, function, stream, *rest) -> None:
+            pass
+
+    assert can_launch(driver.CudaLauncher)
+    assert not can_launch(Other)
+
+
+def test_who_wants_to_be_told_of_triton_s_launches_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = pytest.importorskip("triton").knobs.runtime
+    from lfq_lightning.private_triton import launches_are_hooked
+
+    assert not launches_are_hooked()
+    for hook in ("launch_enter_hook", "launch_exit_hook"):
+        with monkeypatch.context() as patched:
+            chain = getattr(runtime, hook)
+            if chain is None:  # Triton before 3.6 has one hook, or none
+                patched.setattr(runtime, hook, lambda _: None)
+            else:
+                patched.setattr(chain, "calls", [lambda _: None])
+            assert launches_are_hooked()
+    assert not launches_are_hooked()

@@ -60,27 +60,33 @@ def select(x: Tensor) -> ModuleType:
         name, forced = _constant(x.device.type)
         if name != "triton":
             return reference
+        module = _module(name)
     elif x.is_cpu or x.is_cuda:
         forced = os.environ["LFQ_BACKEND"] if _VARIABLE in ENVIRONMENT else None
-        name = _choose_and_warn("cpu" if x.is_cpu else "cuda", forced)[0]
+        module = _serving("cpu" if x.is_cpu else "cuda", forced)
     else:
         return reference
-    if name == "native":
-        if native.serves(x):
-            return native
-    elif name == "triton":
-        from lfq_lightning.ops import triton
-
-        if triton.serves(x):
-            return triton
-    else:
-        return reference
-    if forced == name:
+    if module is reference or module.serves(x):
+        return module
+    if forced is not None and module is _module(forced):
         raise RuntimeError(
             f"LFQ_BACKEND={forced} serves plain strided tensors of {', '.join(map(str, native.DTYPES))}. Found "
             f"{type(x).__name__} of {x.dtype}: unset it to let plain torch serve this tensor."
         )
     return reference
+
+
+@lru_cache
+def _serving(device: str, forced: str | None) -> ModuleType:
+    return _module(_choose_and_warn(device, forced)[0])
+
+
+def _module(name: str) -> ModuleType:
+    if name == "triton":
+        from lfq_lightning.ops import triton
+
+        return triton
+    return native if name == "native" else reference
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

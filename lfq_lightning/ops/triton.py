@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from lfq_lightning.ops import triton_kernels as kernels
 from lfq_lightning.ops.layout import lay_out
-from lfq_lightning.ops.triton_tiles import Adding, Tiles, adding, backward_tiles, forward_tiles
+from lfq_lightning.ops.triton_launch import Launch
+from lfq_lightning.ops.triton_tiles import adding, backward_tiles, forward_tiles
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -22,25 +23,68 @@ INTERPRETED = isinstance(kernels.forward_runs_kernel, InterpretedFunction)
 _NOTED = 512  # channels whose qparams one program writes
 
 
-class _Cut(NamedTuple):
-    channels: int
-    numel: int
-    noting: int  # programs
-    forward: Tiles
-    backward: Tiles
-    adding: Adding | None
+class _Plan:
+    """All about tensors of one shape, strides, dtype, device and granularity that no call needs to find out again."""
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        stride: tuple[int, ...],
+        dtype: torch.dtype,
+        device: int,
+        axis: int | None,
+        group_size: int | None,
+        scales: int,
+    ) -> None:
+        # What torch's own elementwise operations on such a tensor would give.
+        self.shape, self.device = shape, device
+        self.stride = torch.empty_like(torch.empty_strided(shape, stride, device="meta")).stride()
+        self.as_it_lies = self.reads(stride)
+        layout = lay_out(shape, self.stride, axis, group_size, scales)
+        self.in_runs = layout is not None
+        if layout is None:
+            return
+        self.channels, self.empty, self.columns = layout.channels, layout.numel == 0, layout.width > 0
+        self._tiles = backward_tiles(layout)
+        self._adding = adding(self._tiles, layout.channels)
+        self._backward: dict[tuple[str, bool, bool], tuple[Launch, Launch | None]] = {}
+        tiles, noting = forward_tiles(layout, dtype.itemsize), cdiv(layout.channels, _NOTED)
+        kernel = kernels.forward_columns_kernel if tiles.columns else kernels.forward_runs_kernel
+        options = {**tiles.options, "NOTED": _NOTED}
+        self.forward = Launch(kernel, noting + tiles.programs, (noting, *tiles.arguments), options, device)
+
+    def reads(self, stride: tuple[int, ...]) -> bool:
+        """Whether the kernels find elements with these strides in the order of the results; one alone has none."""
+        return all(i == j or n == 1 for i, j, n in zip(stride, self.stride, self.shape, strict=True))
+
+    def backward(self, saturation: str, need_scale: bool, need_zero_point: bool) -> tuple[Launch, Launch | None]:
+        """The pass over the tensors, and that over its partial sums unless these are the gradients."""
+        settings = saturation, need_scale, need_zero_point
+        if settings not in self._backward:
+            self._backward[settings] = self._launches(*settings)
+        return self._backward[settings]
+
+    @property
+    def sums(self) -> int:
+        """The partial sums of one gradient."""
+        return self._tiles.sums
+
+    def _launches(self, saturation: str, need_scale: bool, need_zero_point: bool) -> tuple[Launch, Launch | None]:
+        tiles, last = self._tiles, self._adding
+        flags = {"NEED_SCALE": need_scale, "NEED_ZERO_POINT": need_zero_point}
+        options = {**tiles.options, **flags, "SATURATION": saturation}
+        if tiles.columns:
+            kernel = kernels.backward_columns_kernel
+        else:
+            kernel, options = kernels.backward_runs_kernel, {**options, "FINAL": last is None}
+        over = Launch(kernel, tiles.programs, tiles.arguments, options, self.device)
+        if last is None or not (need_scale or need_zero_point):
+            return over, None
+        options = {**flags, **last.options}
+        return over, Launch(kernels.add_up_kernel, last.programs, last.arguments, options, self.device)
 
 
-@lru_cache(maxsize=4096)
-def _cut(
-    shape: torch.Size, stride: tuple[int, ...], axis: int | None, group_size: int | None, scales: int, itemsize: int
-) -> _Cut | None:
-    layout = lay_out(shape, stride, axis, group_size, scales)
-    if layout is None:
-        return None
-    backward, channels = backward_tiles(layout), layout.channels
-    tiles = forward_tiles(layout, itemsize), backward, adding(backward, channels)
-    return _Cut(channels, layout.numel, cdiv(channels, _NOTED), *tiles)
+_plan = lru_cache(maxsize=4096)(_Plan)
 
 
 def serves(x: Tensor) -> bool:
@@ -80,10 +124,10 @@ def backward(
     need_zero_point: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `reference.backward`."""
-    launch = _backward_op if torch.compiler.is_compiling() else _backward
-    dx, d_scale, d_zero_point = launch(
-        dy, x, qparams, axis, group_size, grad_factor, saturation, need_scale, need_zero_point
-    )
+    settings = axis, group_size, grad_factor, saturation, need_scale, need_zero_point
+    if not torch.compiler.is_compiling():
+        return _backward(dy, x, qparams, *settings)
+    dx, d_scale, d_zero_point = _backward_op(dy, x, qparams, *settings)
     return dx, d_scale if need_scale else None, d_zero_point if need_zero_point else None
 
 
@@ -99,32 +143,18 @@ def _forward(
     if INTERPRETED and x.dtype is torch.bfloat16:  # the interpreter does not round to it, nor read its subnormals
         y, qparams = _forward(x.float(), scale, zero_point, quant_min, quant_max, axis, group_size)
         return y.bfloat16(), qparams
+    plan = _plan(x.shape, x.stride(), x.dtype, x.get_device(), axis, group_size, scale.numel())
     y = torch.empty_like(x)
-    cut = _cut(y.shape, y.stride(), axis, group_size, scale.numel(), y.itemsize)
-    if cut is None:
+    if not plan.in_runs:
         result, qparams = _forward(x.contiguous(), scale, zero_point, quant_min, quant_max, axis, group_size)
         return y.copy_(result), qparams
-    if not _lie_alike(x, y):
+    if not plan.as_it_lies:
         x = torch.empty_like(y).copy_(x)
     # Made of a tensor: the default dtype and device may be others.
-    qparams = scale.new_empty((3, cut.channels))
-    if cut.noting + cut.forward.programs:
-        kernel = kernels.forward_columns_kernel if cut.forward.columns else kernels.forward_runs_kernel
-        with torch.cuda.device_of(x):
-            kernel[(cut.noting + cut.forward.programs,)](
-                x,
-                y,
-                scale.resolve_neg().contiguous(),
-                zero_point.resolve_neg().contiguous(),
-                qparams,
-                float(quant_min),
-                float(quant_max),
-                cut.noting,
-                *cut.forward.arguments,
-                NOTED=_NOTED,
-                enable_fp_fusion=False,
-                **cut.forward.options,
-            )
+    qparams = scale.new_empty((3, plan.channels))
+    if plan.channels:
+        scale, zero_point = scale.resolve_neg().contiguous(), zero_point.resolve_neg().contiguous()
+        plan.forward((x, y, scale, zero_point, qparams), float(quant_min), float(quant_max))
     return y, qparams
 
 
@@ -138,67 +168,63 @@ def _backward(
     saturation: str,
     need_scale: bool,
     need_zero_point: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     channels = qparams.shape[1]
     settings = (grad_factor, saturation, need_scale, need_zero_point)
     if INTERPRETED and x.dtype is torch.bfloat16:
         dx, d_scale, d_zero_point = _backward(dy.float(), x.float(), qparams, axis, group_size, *settings)
         return dx.bfloat16(), d_scale, d_zero_point
+    plan = _plan(x.shape, x.stride(), x.dtype, x.get_device(), axis, group_size, channels)
     dx = torch.empty_like(x)
-    cut = _cut(dx.shape, dx.stride(), axis, group_size, channels, dx.itemsize)
-    if cut is None:
+    if not plan.in_runs:
         result, d_scale, d_zero_point = _backward(dy, x.contiguous(), qparams, axis, group_size, *settings)
         return dx.copy_(result), d_scale, d_zero_point
-    if not _lie_alike(x, dx):
+    if not plan.as_it_lies:
         x = torch.empty_like(dx).copy_(x)
-    if dy.dtype is not x.dtype or dy.is_neg() or not _lie_alike(dy, dx):
+    if dy.dtype is not x.dtype or dy.is_neg() or not (dy.stride() == plan.stride or plan.reads(dy.stride())):
         dy = torch.empty_like(dx).copy_(dy)
-    needs = (need_scale, need_zero_point)
-    d_scale, d_zero_point = (qparams.new_empty(channels if need else 0) for need in needs)
-    if cut.numel == 0:
-        return dx, d_scale.zero_(), d_zero_point.zero_()
-    with torch.cuda.device_of(x):
-        _launch_backward(cut, (dy, x, dx, qparams), (d_scale, d_zero_point), grad_factor, saturation, needs)
-    return dx, d_scale, d_zero_point
-
-
-def _launch_backward(
-    cut: _Cut,
-    tensors: tuple[Tensor, ...],
-    gradients: tuple[Tensor, Tensor],
-    grad_factor: float,
-    saturation: str,
-    needs: tuple[bool, bool],
-) -> None:
-    """One pass over the tensors, and one over the partial sums unless these are the gradients."""
-    tiles, last = cut.backward, cut.adding
-    flags = {"NEED_SCALE": needs[0], "NEED_ZERO_POINT": needs[1], "enable_fp_fusion": False}
-    options = {**tiles.options, **flags, "SATURATION": saturation}
-    grid, sums = (tiles.programs,), gradients
-    if last is not None:
-        d_scale, d_zero_point = gradients
-        sums = d_scale.new_empty(tiles.sums * needs[0]), d_zero_point.new_empty(tiles.sums * needs[1])
-    if tiles.columns:
-        kernels.backward_columns_kernel[grid](*tensors, *sums, *tiles.arguments, **options)
+    d_scale = qparams.new_empty(channels) if need_scale else None
+    d_zero_point = qparams.new_empty(channels) if need_zero_point else None
+    if plan.empty:
+        for gradient in (d_scale, d_zero_point):
+            if gradient is not None:
+                gradient.zero_()
+        return dx, d_scale, d_zero_point
+    # Kernels do not look at what is not needed, and any tensor stands for it.
+    gradients = [qparams if d is None else d for d in (d_scale, d_zero_point)]
+    over, last = plan.backward(saturation, need_scale, need_zero_point)
+    numbers = () if plan.columns else (grad_factor,)
+    if last is None:
+        over((dy, x, dx, qparams, *gradients), *numbers)
     else:
-        kernels.backward_runs_kernel[grid](
-            *tensors, *sums, grad_factor, *tiles.arguments, FINAL=last is None, **options
-        )
-    if last is not None and any(needs):
-        kernels.add_up_kernel[(last.programs,)](
-            *sums, tensors[-1], *gradients, *last.arguments, grad_factor, **flags, **last.options
-        )
-
-
-def _lie_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape have their elements in the same order; dimensions of 1 have none."""
-    return all(i == j or n == 1 for i, j, n in zip(a.stride(), b.stride(), a.shape, strict=True))
+        sums = [qparams if d is None else d.new_empty(plan.sums) for d in (d_scale, d_zero_point)]
+        over((dy, x, dx, qparams, *sums), *numbers)
+        last((*sums, qparams, *gradients), grad_factor)
+    return dx, d_scale, d_zero_point
 
 
 # ---- torch.compile: the operations are opaque, and launch the same kernels ------------------------------------------
 
+
+def _backward_of_op(
+    dy: Tensor,
+    x: Tensor,
+    qparams: Tensor,
+    axis: int | None,
+    group_size: int | None,
+    grad_factor: float,
+    saturation: str,
+    need_scale: bool,
+    need_zero_point: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    settings = axis, group_size, grad_factor, saturation, need_scale, need_zero_point
+    dx, *gradients = _backward(dy, x, qparams, *settings)
+    d_scale, d_zero_point = (qparams.new_empty(0) if d is None else d for d in gradients)
+    return dx, d_scale, d_zero_point
+
+
 _forward_op = torch.library.custom_op("lfq_lightning::fake_quantize", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("lfq_lightning::fake_quantize_backward", _backward, mutates_args=())
+_backward_op = torch.library.custom_op("lfq_lightning::fake_quantize_backward", _backward_of_op, mutates_args=())
 
 
 @_forward_op.register_fake

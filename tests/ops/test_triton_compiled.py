@@ -16,6 +16,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from lfq_lightning.ops import triton_kernels as kernels
+from lfq_lightning.ops.triton_launch import Launch
 from tests.compiled_kernels import both_passes, launches
 from tests.gpu_code import Access
 
@@ -53,11 +55,23 @@ def report() -> None:
             print(json.dumps({**case, "kernel": launch.name, "large": sorted(of), "met": met, **count}))
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+def report_kernels() -> None:
+    """Print which of several launches of one kernel share a compiled kernel, and whether that can be launched anew."""
+    x = torch.empty(64)
+    settings = {"CHANNELS": 1, "BLOCK": 16, "NEED_SCALE": True, "NEED_ZERO_POINT": True, "num_warps": 4}
+    launch = Launch(kernels.add_up_kernel, 1, (1, 16, 1), settings, device=-1)
+    with launches(90) as found:
+        for tensor, number in ((x, 0.5), (x[4:], 1.0), (x[1:], 0.5), (x[2:], 0.5)):
+            launch((tensor, *[x] * 4), number)
+    first, *others = (each.compiled for each in found)
+    lasting = first.metadata.target.backend == "cuda" and first.packed_metadata is not None
+    print(json.dumps([lasting, *(other is first for other in others)]))
+
+
+def printed(function: str, cache: Path) -> list[Any]:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
     found = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import report; report()"],
+        [sys.executable, "-c", f"from {__name__} import {function}; {function}()"],
         env=environment,
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -66,6 +80,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     )
     assert found.returncode == 0, found.stderr
     return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return printed("report", tmp_path_factory.mktemp("triton"))
 
 
 def test_float32_is_divided_as_ieee_and_nothing_is_contracted_or_flushed(compiled: list[dict[str, Any]]) -> None:
@@ -86,3 +105,11 @@ def test_as_many_bytes_move_at_once_as_the_granularity_allows(compiled: list[dic
         if min(access.bits for access in met) < min(128, neighbours * DTYPES[kernel["dtype"]].itemsize * 8):
             narrow.append(kernel)
     assert not narrow
+
+
+def test_triton_compiles_another_kernel_for_other_alignments_alone(tmp_path: Path) -> None:
+    lasting, numbers_and_aligned, unaligned, unaligned_otherwise = printed("report_kernels", tmp_path)[0]
+    assert lasting
+    assert numbers_and_aligned
+    assert not unaligned
+    assert not unaligned_otherwise

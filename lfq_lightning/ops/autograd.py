@@ -58,14 +58,7 @@ class FakeQuantize(torch.autograd.Function):
         settings, needs = ctx.settings, ctx.needs_input_grad
         learn = settings[4] != 0.0
         upstream = torch.zeros_like(x) if dy is None else dy
-        given = (
-            upstream,
-            x,
-            qparams,
-            settings,
-            learn and needs[1],
-            learn and needs[2],
-        )
+        given = (upstream, x, qparams, settings, learn and needs[1], learn and needs[2])
         if torch.compiler.is_compiling():
             return *_gradients(*given), None
         if twice is not None:

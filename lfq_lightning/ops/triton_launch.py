@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -29,22 +31,20 @@ class Launch:
         self, kernel: Any, programs: int, integers: tuple[int, ...], options: dict[str, Any], device: int
     ) -> None:
         self.kernel, self.programs, self.device = kernel, programs, device
+        self._one_of_several = device >= 0 and torch.cuda.device_count() > 1
         self._integers, self._options = integers, {**options, "enable_fp_fusion": False}
         self._settled = (*integers, *(options[name] for name in kernel.arg_names if name in options))
         self._launch: Callable[..., None] | None = None
 
     def __call__(self, tensors: tuple[Tensor, ...], *numbers: float) -> None:
-        device = self.device
-        if device >= 0 and device != current_device():
-            with torch.cuda.device(device):
+        if self._one_of_several and self.device != current_device():
+            with torch.cuda.device(self.device):
                 return self(tensors, *numbers)
-        addresses, bits = [tensor.data_ptr() for tensor in tensors], 0
-        for address in addresses:
-            bits |= address
-        aligned = bits % ALIGNED == 0
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        aligned = reduce(or_, addresses) % ALIGNED == 0
         if self._launch is not None and aligned and not launches_are_hooked():
             return self._launch(*addresses, *numbers, *self._settled)
         compiled = self.kernel[(self.programs,)](*tensors, *numbers, *self._integers, **self._options)
-        if device >= 0 and aligned:
-            self._launch = compiled_launch(compiled, self.programs, device)
+        if self.device >= 0 and aligned:
+            self._launch = compiled_launch(compiled, self.programs, self.device)
         return None

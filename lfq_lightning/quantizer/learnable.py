@@ -222,7 +222,9 @@ class LearnableFakeQuantize(Described, Observing):
         if not self.quantizes:
             # In a run, one that the user calls must be in the graph too; a layer sees to its own.
             return x if self.gathering is None or self.site is not None else self.in_graph(x)
-        return self.quantized(x, self._gradient_factor(x) if self.learning_enabled and learn else 0.0)
+        scale = self.scale  # once: nn.Module finds a parameter last of all
+        factor = self._gradient_factor(x, scale.numel()) if self.learning_enabled and learn else 0.0
+        return self._quantized(x, scale, factor)
 
     def in_graph(self, x: Tensor) -> Tensor:
         """x, with the qparams in its graph in every phase: DDP wants each parameter used in each backward."""
@@ -232,14 +234,18 @@ class LearnableFakeQuantize(Described, Observing):
 
     def quantized(self, x: Tensor, grad_factor: float = 0.0) -> Tensor:
         """X on the integer grid and back, whatever the phase; with a factor of 0 the qparams get no gradient."""
-        settings = (self.quant_min, self.quant_max, self.axis, self.group_size, grad_factor, self.saturation_rule)
-        return quantize(x, self.used_scale, self.zero_point, settings)
+        return self._quantized(x, self.scale, grad_factor)
 
-    def _gradient_factor(self, x: Tensor) -> float:
+    def _quantized(self, x: Tensor, scale: Tensor, grad_factor: float) -> Tensor:
+        used = nearest_power_of_two(scale) if self.scale_domain == "power_of_two" else scale
+        settings = (self.quant_min, self.quant_max, self.axis, self.group_size, grad_factor, self.saturation_rule)
+        return quantize(x, used, self.zero_point, settings)
+
+    def _gradient_factor(self, x: Tensor, scales: int) -> float:
         if self.grad_factor != "lsq":
             return float(self.grad_factor)
         whole = self.role == "weight"
-        dims, scales = self.feature_dims, self.scale.numel()
+        dims = self.feature_dims
         if not whole and dims is None:
             dims = max(x.ndim - 1, 1)
             scales = 1 if self.axis == 0 else scales  # with the batch as the channel axis, a channel is one sample

@@ -46,13 +46,20 @@ def launches_of_a_step() -> Table:
 
 def python_per_launch() -> Table:
     """What Python takes for a pass on tensors that hold nothing, short of the driver's own call."""
-    table = Table("microseconds of Python for the passes over one small weight")
-    table.notes.append("checks, plan, results' memory and Triton's look-up of the kernel; without the driver's launch")
-    shape, axis = (512, 512), 0
+    table = Table("microseconds of Python for the passes over one small weight, without the driver's launch")
+    table.notes.append("checks, plan, results' memory, and the way to the driver: Triton's look-up, or a kept launch")
+    shape, axis, settings = (512, 512), 0, ("lsq", True, True)
     with launches(90) as found:
-        both_passes(shape, axis, None, torch.float32)
+        x = both_passes(shape, axis, None, torch.float32)
         count = len(found)
-        taken = min(times({"both": lambda: both_passes(shape, axis, None, torch.float32)})["both"])
         bare = min(times({"tensors": lambda: [torch.empty(shape, device="meta") for _ in range(3)]})["tensors"])
-    table.add(launches=str(count), both_passes=(taken - bare) * 1e6, each=(taken - bare) * 1e6 / count)
+        plan = ops._plan(x.shape, x.stride(), x.dtype, x.get_device(), axis, None, shape[axis])
+        for way in ("look-up", "kept"):
+            if way == "kept":
+                for launch in (plan.forward, *plan.backward(*settings)):
+                    if launch is not None:
+                        launch._launch = lambda *arguments: None
+            taken = min(times({way: lambda: both_passes(shape, axis, None, torch.float32)})[way])
+            each = (taken - bare) * 1e6 / count
+            table.add(way=way, launches=str(count), both_passes=(taken - bare) * 1e6, each=each)
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,6 +24,7 @@ from lfq_lightning.training.sentinel import Reaction
 from lfq_lightning.training.stepping.qparams import OptimizerFactory, QParamOptimizer, ScheduleFactory
 from lfq_lightning.training.stepping.steps import check_makers
 from lfq_lightning.training.stepping.users import UserOptimizers
+from lfq_lightning.training.trainer.example import tell_account
 from lfq_lightning.training.trainer.length import Count
 from lfq_lightning.training.trainer.module import add_note
 from lfq_lightning.training.trainer.neighbours import check_neighbours, require_gradients
@@ -53,6 +55,10 @@ class QuantizationAwareTraining(AtRest):
         reobserve: start over where the model has learned scales already, which otherwise go on learning.
         compress_saved: make quantized tensors again in backward instead of keeping them, bit for bit; eager only.
         frozen_layers: whether scales and zero points of layers with a frozen weight "keep" still, or "learn" alone.
+        example: inputs of `forward`, to see what the model does with them: one, a tuple of positional ones, a mapping
+            of keywords, or a batch. None takes the first training batch, which is run through `training_step` without
+            computing anything, or else the module's `example_input_array`; False looks at none, and quantizes layers
+            of known types alone.
         record_every_n_steps: optimizer steps between two records; None takes `log_every_n_steps`, less in a short run.
         write_files: False leaves records to the loggers; a run without a directory of its own writes none either.
         on_collapse: what happens to a quantizer that passes nothing useful any more: "warn" names it once, "reinit"
@@ -79,6 +85,7 @@ class QuantizationAwareTraining(AtRest):
         reobserve: bool = False,
         compress_saved: bool = False,
         frozen_layers: FrozenLayers = "keep",
+        example: Any = None,
         record_every_n_steps: int | None = None,
         write_files: bool = True,
         on_collapse: Reaction = "warn",
@@ -97,6 +104,7 @@ class QuantizationAwareTraining(AtRest):
         check_makers(optimizer, lr_schedule)
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.reobserve, self.compress_saved, self.frozen_layers = reobserve, compress_saved, frozen_layers
+        self.example = example
         self.record_every_n_steps, self.write_files = record_every_n_steps, write_files
         self.on_collapse, self.export = on_collapse, export
         self.placement: Placement | None = None
@@ -137,13 +145,16 @@ class QuantizationAwareTraining(AtRest):
         self._run.arrange(trainer, pl_module, partial(self._attach, pl_module), self.optimizer)
 
     def _attach(self, pl_module: L.LightningModule, final: bool) -> None:
-        self.placement = plan(pl_module, self.weight, self.activation, self.rules, final)
+        flow, why_none = self._in_run.flow(pl_module, self.example, final)
+        placement = plan(pl_module, self.weight, self.activation, self.rules, final, flow)
+        self.placement = self._in_run.agreed(replace(placement, unseen=why_none))
         apply(pl_module, self.placement, self.compress_saved)
         require_gradients(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over from the user's optimizers what concerns qparams; refuse what could not be exported."""
         self._in_run.start(trainer, pl_module, self.optimizer, self.lr_schedule, self.frozen_layers)
+        tell_account(self.placement)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up a checkpoint, settle the schedule and where the trajectory goes, and enter the phase."""

@@ -137,6 +137,18 @@ def training_loaders(trainer: L.Trainer) -> Any:
     return trainer.fit_loop._combined_loader
 
 
+def training_source(trainer: L.Trainer) -> Any:
+    """Where the training loop takes its loaders from: the user's own, or a hook; known before the loop begins."""
+    return trainer.fit_loop._data_source
+
+
+def request_loaders(source: Any) -> Any:
+    """The loaders of a source, made as Lightning makes them, so that it can make them anew for several ranks."""
+    from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
+
+    return _request_dataloader(source)
+
+
 def averaged_model(callback: L.Callback) -> nn.Module | None:
     """The copy that a callback of Lightning's averages weights into."""
     return getattr(callback, "_average_model", None)

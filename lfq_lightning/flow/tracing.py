@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, Dataset
 
 from lfq_lightning.flow.graph import Call, Flow, Origin, Owned, Site, Tensor
 from lfq_lightning.flow.operations import BY_FUNCTION, MOVES, Operation, channels_of
@@ -23,7 +24,13 @@ from lfq_lightning.private import FakeTensor, FakeTensorMode, tree_leaves, tree_
 Run = Callable[[nn.Module], Any]
 
 
-def trace(model: nn.Module, run: Run, source: str, untouched: tuple[Any, ...] = ()) -> Flow:
+def trace(
+    model: nn.Module,
+    run: Run,
+    source: str,
+    untouched: tuple[Any, ...] = (),
+    prepare: Callable[[nn.Module], None] | None = None,
+) -> Flow:
     """What one batch does in a model.
 
     The model is copied without its tensors, and the copy is run without values (`FakeTensorMode`), so that this takes
@@ -35,40 +42,45 @@ def trace(model: nn.Module, run: Run, source: str, untouched: tuple[Any, ...] = 
         run: runs the copy on the batch.
         source: what that is, in words.
         untouched: objects that the copy shares with the model, such as its Trainer.
+        prepare: changes the copy before it runs.
 
     Raises:
         Exception: what the model raises where the batch cannot be run; with notes of what was tried.
     """
-    copied = _shell(model, untouched)
     try:
+        copied = _copied(model, untouched, prepare, with_values=False)
         with _states_kept(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             return _run(copied, run, source, mode)
     except Exception as error:  # of any kind: the model's own code meets tensors without values
         reason = f"{type(error).__name__}: {error}"
-    copied = _shell(model, untouched)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
+        copied = _copied(model, untouched, prepare, with_values=True)
         with _states_kept():
             return _run(copied, run, source, None)
     except Exception as error:
         error.add_note(f"Without values it could not be run either: {reason:.300}")
         raise
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if not torch.equal(buffer, buffers[name]):
-                    buffer.copy_(buffers[name])
 
 
-def _shell(model: nn.Module, untouched: tuple[Any, ...]) -> nn.Module:
-    """A copy with the model's own tensors: what its code notes in Python is noted in the copy."""
+def _copied(
+    model: nn.Module, untouched: tuple[Any, ...], prepare: Callable[[nn.Module], None] | None, with_values: bool
+) -> nn.Module:
+    """A copy for what the model's code notes in Python, with the model's own tensors unless they are to have values."""
     known: dict[int, Any] = {id(each): each for each in untouched}
     for module in model.modules():
-        for value in (*module.__dict__.values(), *module._parameters.values(), *module._buffers.values()):
-            for leaf in tree_leaves(value) if isinstance(value, (list, tuple, dict, torch.Tensor)) else ():
-                if isinstance(leaf, torch.Tensor):
-                    known[id(leaf)] = leaf
-    return copy.deepcopy(model, known)
+        for value in module.__dict__.values():
+            if isinstance(value, (Dataset, DataLoader)):
+                known[id(value)] = value
+        for holder in (module.__dict__, module._parameters, module._buffers):
+            for tensor in tree_leaves(list(holder.values())):
+                if isinstance(tensor, torch.Tensor) and not with_values:
+                    known[id(tensor)] = tensor
+                elif isinstance(tensor, torch.Tensor) and not tensor.is_leaf:  # as old weight_norm leaves one
+                    known[id(tensor)] = tensor.detach().clone()
+    copied = copy.deepcopy(model, known)
+    if prepare is not None:
+        prepare(copied)
+    return copied
 
 
 @contextmanager

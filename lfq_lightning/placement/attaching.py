@@ -116,7 +116,7 @@ def flow_of(model: nn.Module, example: Any) -> Flow:
     """
     args, kwargs = example_of(model, example)
     with explained(f"{type(model).__name__} must take the example", example, "as `forward` does"):
-        return trace(model, lambda copied: copied(*args, **kwargs), "the example")
+        return trace(model, lambda copied: copied(*args, **kwargs), "the example", prepare=to_float)
 
 
 def apply(model: nn.Module, placement: Placement, compress_saved: bool = False) -> None:
@@ -134,8 +134,10 @@ def apply(model: nn.Module, placement: Placement, compress_saved: bool = False) 
     made: dict[Key, LearnableFakeQuantize] = {}
     for key, want in wanted.items():
         first = want.same_as or key
-        if key in kept and (first == key or kept.get(first, made.get(first)) is kept[key]):
-            made[key] = kept[key]
+        own = kept.get(key)
+        # What has a state of its own keeps it, although what it quantizes may be quantized elsewhere too.
+        if own is not None and (first == key or own is made.get(first) or own.learned or own.saw_data()):
+            made[key] = own
         else:
             made[key] = made[first] if first in made else want.make()
     leave_operations(model)

@@ -54,6 +54,7 @@ class MeetsOperations(nn.Module):
     are known by the call's name and by how many of that name came before it. What its submodules call is not looked at.
     """
 
+    of_float_type = True
     met_reads: tuple[Reads, ...] = ()
     met_operands: tuple[tuple[str, str], ...] = ()  # of a call, such as `add_1`, and of the operand, such as `other`
 

@@ -89,6 +89,7 @@ class Placement:
         elements: of parameters of two or more dimensions: how many are quantized, and how many there are.
         left_elements: how many are left in float, by dotted name.
         source: the batch by whose flow they were found, in words; empty where only layers of known types were sought.
+        unseen: why no batch was run, where one was sought.
     """
 
     layers: tuple[PlacedLayer, ...]
@@ -97,6 +98,7 @@ class Placement:
     elements: tuple[int, int] = (0, 0)
     left_elements: tuple[tuple[str, int], ...] = ()
     source: str = ""
+    unseen: str = ""
 
     def __post_init__(self) -> None:
         check_rows("layers", self.layers, PlacedLayer)
@@ -148,9 +150,10 @@ class Placement:
             f"weight parameters; {len(activations)} activations{_widths(activations)}."
         ]
         if not self.source:
+            reason = f" ({self.unseen})" if self.unseen else ""
             lines.append(
-                "No batch could be run to see what the model does: layers of known types are quantized, first and last "
-                "by their order. Give `example` to quantize every operation that reads a parameter."
+                f"No batch was run to see what the model does{reason}: layers of known types are quantized, first and "
+                "last by their order. Give `example` to quantize every operation that reads a parameter."
             )
         sizes = dict(self.left_elements)
         why = sorted(self._why().items(), key=lambda item: -sum(sizes.get(_plain(n), 0) for n in item[1]))

@@ -28,6 +28,7 @@ class QuantizedLayer(nn.Module):
     initialisers, weight tying, pruning). A call writes nothing to the layer, so that threads may share a model.
     """
 
+    of_float_type = True  # the class behind this one is that of the layer without quantization
     weight: Tensor
     weight_quantizer: LearnableFakeQuantize | None
     input_quantizer: LearnableFakeQuantize | None
@@ -89,7 +90,8 @@ def quantized_type(layer_type: type[nn.Module]) -> type[nn.Module]:
 def float_type(module: nn.Module) -> type[nn.Module]:
     """The type of a layer without quantization."""
     kinds = type(module).__mro__  # FSDP2 puts a class of its own in front
-    return kinds[kinds.index(QuantizedLayer) + 1] if isinstance(module, QuantizedLayer) else type(module)
+    mixed_in = next((place for place, kind in enumerate(kinds) if "of_float_type" in vars(kind)), None)
+    return type(module) if mixed_in is None else kinds[mixed_in + 1]
 
 
 def _rebuild(layer_type: type[nn.Module]) -> nn.Module:

@@ -11,9 +11,11 @@ from typing import Any
 import lightning as L
 
 from lfq_lightning.export.parity import Parity
+from lfq_lightning.flow.graph import Flow
 from lfq_lightning.gathering import set_gathering
+from lfq_lightning.placement import Placement
 from lfq_lightning.placement.points import Points, points
-from lfq_lightning.placement.quantized_layer import FrozenLayers, quantizers
+from lfq_lightning.placement.quantized_layer import FrozenLayers, qparams, quantizers
 from lfq_lightning.records.recorder import Recorder
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.training.exporting import FitExport
@@ -21,6 +23,7 @@ from lfq_lightning.training.phases import RunPhases, begin, settle_frozen_layers
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.stepping.qparams import ScheduleFactory
 from lfq_lightning.training.stepping.steps import Choice, Steps, arranged_qparams
+from lfq_lightning.training.trainer.example import NoFlow, find_flow
 from lfq_lightning.training.trainer.length import (
     Count,
     Had,
@@ -125,6 +128,9 @@ class Run:
         export: str | Path | None,
         before: Run | None,
     ) -> None:
+        self._trainer = trainer
+        self._flow: tuple[Flow | None, str] | None = None
+        self._flow_of: set[str] = set()
         self._schedule, self._anew, self._export = schedule, anew, FitExport(export)
         self._had: Had | None = None
         self.since: Count = (0, 0)
@@ -163,6 +169,33 @@ class Run:
         arrange(self._until_end, trainer, model)
         note_on_checkpoints(self._until_end, model)
         load_quantizers_whole(self._until_end, trainer, model)
+
+    def flow(self, model: L.LightningModule, example: Any, final: bool) -> tuple[Flow | None, str]:
+        """What the model does with a batch, or None and the reason; sought anew once the model has other parameters.
+
+        Args:
+            model: the module.
+            example: the user's, None to look for one, or False.
+            final: whether all layers are made.
+        """
+        if example is False:
+            return None, ""
+        present = {name for name, parameter in model.named_parameters() if parameter not in set(qparams(model))}
+        if self._flow is None or self._flow_of != present:
+            self._flow_of = present
+            try:
+                self._flow = find_flow(self._trainer, model, example, self._until_fit, final), ""
+            except NoFlow as reason:
+                self._flow = None, str(reason)
+        flow = self._flow
+        if flow[0] is None and not final:
+            self._flow = None  # there is another chance
+        return flow
+
+    def agreed(self, placement: Placement) -> Placement:
+        """The placement of rank zero: an example that was drawn at random may differ from rank to rank."""
+        made: Placement = self._trainer.strategy.broadcast(placement)
+        return made
 
     def start(
         self,

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from lfq_lightning.checking import check_flags, check_model, in_words
 from lfq_lightning.observers.passing import lasting
 from lfq_lightning.placement import PlacedLayer, Placement, apply
-from lfq_lightning.placement.quantized_layer import plain_name
-from lfq_lightning.private import converts_when_loading
+from lfq_lightning.private import converts_when_loading, plain_name
 from lfq_lightning.quantizer.saved import described
 from lfq_lightning.reading import read_checkpoint
 from lfq_lightning.running import explained

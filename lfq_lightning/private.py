@@ -68,6 +68,11 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return getattr(module, COMPILED, module)
 
 
+def plain_name(name: str) -> str:
+    """A module's name without what torch.compile puts into it."""
+    return name.replace(f"{COMPILED}.", "").removesuffix(f".{COMPILED}")
+
+
 def converts_when_loading(model: nn.Module) -> bool:
     """Whether a module changes state dicts before they are loaded."""
     return any(module._load_state_dict_pre_hooks for module in model.modules())

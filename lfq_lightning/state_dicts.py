@@ -11,7 +11,7 @@ from torch import nn
 from lfq_lightning.placement.meeting import input_name, operand_name
 from lfq_lightning.placement.paths import follow
 from lfq_lightning.placement.placed import PlacedLayer, PlacedOperand, Placement
-from lfq_lightning.placement.quantized_layer import plain_name
+from lfq_lightning.private import plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.quantizer.saved import NOTE, Description, described, role_in_name, site_in_model
 from lfq_lightning.spec import QuantSpec

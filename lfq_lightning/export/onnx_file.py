@@ -14,8 +14,7 @@ from torch import nn
 
 from lfq_lightning.export.integers import IntegerWeight
 from lfq_lightning.placement.points import points
-from lfq_lightning.placement.quantized_layer import plain_name
-from lfq_lightning.private import MODULES_OF_NODE
+from lfq_lightning.private import MODULES_OF_NODE, plain_name
 
 
 def codes_by_quantizer(proto: onnx.ModelProto, model: nn.Module) -> dict[str, list[str]]:

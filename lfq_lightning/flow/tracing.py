@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from lfq_lightning.flow.graph import Call, Flow, Origin, Owned, Site, Tensor
 from lfq_lightning.flow.operations import BY_FUNCTION, MOVES, Operation, channels_of
 from lfq_lightning.flow.spelling import SPELLED
-from lfq_lightning.private import FakeTensor, FakeTensorMode, tree_leaves, tree_map_only
+from lfq_lightning.private import FakeTensor, FakeTensorMode, plain_name, tree_leaves, tree_map_only
 
 Run = Callable[[nn.Module], Any]
 
@@ -49,13 +49,13 @@ def trace(
     """
     try:
         copied = _copied(model, untouched, prepare, with_values=False)
-        with _states_kept(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with states_kept(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             return _run(copied, run, source, mode)
     except Exception as error:  # of any kind: the model's own code meets tensors without values
         reason = f"{type(error).__name__}: {error}"
     try:
         copied = _copied(model, untouched, prepare, with_values=True)
-        with _states_kept():
+        with states_kept():
             return _run(copied, run, source, None)
     except Exception as error:
         error.add_note(f"Without values it could not be run either: {reason:.300}")
@@ -84,7 +84,8 @@ def _copied(
 
 
 @contextmanager
-def _states_kept() -> Iterator[None]:
+def states_kept() -> Iterator[None]:
+    """Within it random numbers may be drawn; afterwards every generator of the process is as it was."""
     python = random.getstate()
     with ExitStack() as stack:
         stack.callback(random.setstate, python)
@@ -102,7 +103,7 @@ def _states_kept() -> Iterator[None]:
 
 def _run(model: nn.Module, run: Run, source: str, without_values: FakeTensorMode | None) -> Flow:
     tracer = _Tracer(model, without_values)
-    with torch.enable_grad(), tracer:
+    with torch.compiler.set_stance("force_eager"), torch.enable_grad(), tracer:
         run(model)
     return tracer.flow(source)
 
@@ -138,8 +139,8 @@ class _Tracer(TorchFunctionMode):
         self._read: dict[Owned, str] = {}
         self._shapes: dict[Owned, Any] = {}
         self._frames = [_Frame(None)]
-        for name, module in model.named_modules():
-            self._names[module] = name
+        for path, module in model.named_modules():
+            name = self._names[module] = plain_name(path)
             for own, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in self._known:
                     self._known[id(parameter)] = _Known(origin="parameter", parameter=(name, own))

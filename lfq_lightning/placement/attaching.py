@@ -36,7 +36,6 @@ from lfq_lightning.placement.quantized_layer import (
     holders,
     keep_slow_path,
     let_fast_path,
-    plain_name,
     quantize_layer,
     quantized_layers,
     quantizers,
@@ -45,6 +44,7 @@ from lfq_lightning.placement.quantized_layer import (
     set_compressed,
     set_learning_alone,
 )
+from lfq_lightning.private import plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.quantizer.saved import Place, Role
 from lfq_lightning.rules import Rule

@@ -9,7 +9,8 @@ from torch.nn.utils import parametrize
 from torchmetrics import Metric
 
 from lfq_lightning.placement.computing import has_own_computation
-from lfq_lightning.placement.quantized_layer import INPUT, WEIGHT, QuantizedLayer, float_type, plain_name
+from lfq_lightning.placement.quantized_layer import INPUT, WEIGHT, QuantizedLayer, float_type
+from lfq_lightning.private import plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.rules import Rule
 from lfq_lightning.spec import QuantSpec
@@ -52,6 +53,11 @@ def candidates(model: nn.Module, rules: Iterable[Rule]) -> tuple[dict[str, nn.Mo
         elif reason:
             left[name] = reason
     return found, left, refused
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by their first dotted names."""
+    return {plain_name(path): module for path, module in model.named_modules()}
 
 
 def all_names(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lfq_lightning.flow.graph import Call, Flow, Owned, Site
 from lfq_lightning.flow.graph import Tensor as Read
-from lfq_lightning.placement.layers import computes_directly
+from lfq_lightning.placement.layers import computes_directly, modules_by_name
 
 Key = tuple[Owned, str] | tuple[Site, str]
 
@@ -81,8 +81,8 @@ class Found:
 
 def look_through(model: nn.Module, flow: Flow) -> Found:
     """Sort what one batch read into parameters, operands of their calls, and operands that are quantized on request."""
-    modules = dict(model.named_modules())
-    outside = _outside(model, flow)
+    modules = modules_by_name(model)
+    outside = _outside(modules, flow)
     parameters: dict[Owned, Parameter] = {}
     operands: dict[tuple[Site, str], Operand] = {}
     split = _split_by_input(flow)
@@ -191,24 +191,27 @@ def _before(flow: Flow, kept: Collection[int]) -> dict[int, frozenset[int]]:
     return before
 
 
-def _outside(model: nn.Module, flow: Flow) -> dict[int, str]:
+_FEW = 0.01
+
+
+def _outside(modules: Mapping[str, nn.Module], flow: Flow) -> dict[int, str]:
     """Calls that are no part of what is trained and used, with the reason."""
-    weighted = _with_weights(flow)
-    numbers = [number for number, has in enumerate(weighted) if has]
+    numbers = [number for number, has in enumerate(_with_weights(flow)) if has]
     before = _before(flow, numbers)
     outside: dict[int, str] = {}
     learning = {number for number in numbers if flow.calls[number].learns}
-    reaches_learning, _, reaches = _reach(numbers, before, learning)
-    trained = {number for number in numbers if _is_trained(model, flow.calls[number])}
     if learning:
+        reaches_learning = _reach(numbers, before, learning)[0]
         for number in numbers:
             if number not in learning and number not in reaches_learning:
                 outside[number] = "it runs without gradients, and what it gives reaches nothing that learns"
-    after_trained = _reach(numbers, before, trained)[1]
-    for number in numbers:
-        constant = number not in trained and number in learning and not reaches[number]
-        if constant and number in after_trained and _is_constant(model, flow.calls[number]):
-            outside[number] = "its weights are constants, behind all that learns"
+    frozen = {number for number in learning if not _is_trained(modules, flow.calls[number])}
+    _, after_trained, reaches = _reach(numbers, before, learning - frozen)
+    if all(number in after_trained and not reaches[number] for number in frozen):
+        # A detector's layer of constants. An adapter's base and a finetuned backbone are frozen elsewhere too.
+        sizes = {n: sum(p.numel() for p in _parameters_of(modules, flow.calls[n])) for n in learning}
+        if sum(sizes[number] for number in frozen) <= _FEW * sum(sizes.values()):
+            outside |= dict.fromkeys(frozen, "its weights are constants, behind all that learns")
     return outside
 
 
@@ -230,22 +233,15 @@ def _reach(
     return leads, follows, reaches
 
 
-def _parameters_of(model: nn.Module, call: Call) -> list[Tensor]:
-    return [
-        model.get_submodule(read.parameter[0])._parameters[read.parameter[1]]  # type: ignore[misc]
-        for read in call.reads
-        if read.parameter is not None
-    ]
+def _parameters_of(modules: Mapping[str, nn.Module], call: Call) -> list[Tensor]:
+    owned = (read.parameter for read in call.reads if read.parameter is not None)
+    found = (modules[owner]._parameters[name] for owner, name in owned)
+    return [parameter for parameter in found if parameter is not None]
 
 
-def _is_trained(model: nn.Module, call: Call) -> bool:
-    own = _parameters_of(model, call)
-    return any(p.requires_grad for p in own) or any(read.origin == "made" for read in call.reads)
-
-
-def _is_constant(model: nn.Module, call: Call) -> bool:
-    own = _parameters_of(model, call)
-    return bool(own) and not any(p.requires_grad for p in own)
+def _is_trained(modules: Mapping[str, nn.Module], call: Call) -> bool:
+    made = any(read.origin == "made" for read in call.reads)
+    return made or any(p.requires_grad for p in _parameters_of(modules, call))
 
 
 def _ends(flow: Flow, outside: Mapping[int, str]) -> tuple[set[int], set[int]]:

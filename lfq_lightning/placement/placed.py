@@ -10,6 +10,8 @@ from lfq_lightning.checking import check_rows
 from lfq_lightning.spec import QuantSpec
 from lfq_lightning.tables import Table
 
+ASKED_FOR = "it was asked for"
+
 
 @dataclass(frozen=True)
 class PlacedLayer:
@@ -117,6 +119,12 @@ class Placement:
         """The part of the elements of parameters of two or more dimensions that is quantized, from 0 to 1."""
         quantized, every = self.elements
         return quantized / every if every else 1.0
+
+    @property
+    def share_asked_for(self) -> float:
+        """The part that is in float because a rule or an argument says so."""
+        asked = {name for name, reason in self.left_in_float if reason == ASKED_FOR}
+        return sum(n for name, n in self.left_elements if name in asked) / max(self.elements[1], 1)
 
     def __str__(self) -> str:
         rows = []

@@ -20,11 +20,13 @@ from lfq_lightning.placement.layers import (
     computes_directly,
     input_channels,
     is_lazy,
+    modules_by_name,
 )
 from lfq_lightning.placement.meeting import input_name, operand_name
 from lfq_lightning.placement.operations import Found, Operand, Parameter, look_through
-from lfq_lightning.placement.placed import PlacedLayer, PlacedOperand, Placement
-from lfq_lightning.placement.quantized_layer import float_type, plain_name
+from lfq_lightning.placement.placed import ASKED_FOR, PlacedLayer, PlacedOperand, Placement
+from lfq_lightning.placement.quantized_layer import float_type
+from lfq_lightning.private import plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.rules import Rule, check_listed
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, weight_spec
@@ -144,7 +146,7 @@ def _items(
     if flow is None:
         return [_layer_item(name, layer, names) for name, layer in layers.items()], left, None
     found = look_through(model, flow)
-    modules = dict(model.named_modules())
+    modules = modules_by_name(model)
     items: list[_Item] = []
     for (owner, own), parameter in found.parameters.items():
         if owner in refused:
@@ -358,7 +360,7 @@ def _served(modules: Mapping[str, nn.Module], placement: Placement) -> set[int]:
 
 def _why_left(name: str, own: str, asked: bool, flow: Flow | None) -> str:
     if asked:
-        return "it was asked for"
+        return ASKED_FOR
     if flow is None:
         return "only layers of known types are quantized without an example batch"
     if name not in flow.called and (name, own) not in flow.read:

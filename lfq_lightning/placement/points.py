@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lfq_lightning.placement.quantized_layer import plain_name, whole
+from lfq_lightning.placement.quantized_layer import whole
+from lfq_lightning.private import plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.quantizer.saved import Role, site_in_model
 

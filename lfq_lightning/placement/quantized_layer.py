@@ -13,7 +13,7 @@ from lfq_lightning.checking import check_model
 from lfq_lightning.placement.compressing import Quantized, Saved, compressed
 from lfq_lightning.placement.computing import Compute, computation
 from lfq_lightning.placement.sharing import quantized_once
-from lfq_lightning.private import COMPILED, is_compiled
+from lfq_lightning.private import is_compiled, plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 FrozenLayers = Literal["keep", "learn"]
@@ -187,11 +187,6 @@ def check_compressible(model: nn.Module, compress: bool) -> None:
             "`compress_saved` goes with eager execution. Found a model compiled by torch.compile, which decides by "
             "itself what is kept for backward: leave one of the two out."
         )
-
-
-def plain_name(name: str) -> str:
-    """A module's name without what torch.compile puts into it."""
-    return name.replace(f"{COMPILED}.", "").removesuffix(f".{COMPILED}")
 
 
 def quantizers(model: nn.Module) -> dict[str, LearnableFakeQuantize]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lfq_lightning.placement.quantized_layer import plain_name
+from lfq_lightning.private import plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.state_dicts import descriptions, other_names, stored_quantizer, without_quantizers
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lfq_lightning.flow.graph import Flow
-from lfq_lightning.flow.tracing import trace
+from lfq_lightning.flow.tracing import states_kept, trace
 from lfq_lightning.placement import Placement, to_float
 from lfq_lightning.private import request_loaders, training_source, tree_map_only
 from lfq_lightning.running import example_of, explained, inputs_of
@@ -50,7 +50,8 @@ def find_flow(trainer: L.Trainer, model: L.LightningModule, example: Any, wrappe
     reasons: list[str] = []
     if trainer.state.fn == "fit":
         try:
-            batch = _first_batch(trainer, model, wrappers, complete)
+            with states_kept():
+                batch = _first_batch(trainer, model, wrappers, complete)
         except Exception as error:  # of any kind: it is the user's code that makes it
             reasons.append(f"no training batch could be made ({_shown(error)})")
         else:
@@ -59,7 +60,7 @@ def find_flow(trainer: L.Trainer, model: L.LightningModule, example: Any, wrappe
                     if run is None:
                         return _through_forward(trainer, model, inputs_of(model, batch), source)
                     with _without_loggers(trainer):
-                        return trace(model, run, source, _untouched(trainer), to_float)
+                        return trace(model, run, source, _untouched(trainer), _prepare)
                 except Exception as error:
                     reasons.append(f"{source} did not run ({_shown(error)})")
     if model.example_input_array is not None:
@@ -77,7 +78,7 @@ def tell_account(placement: Placement | None) -> None:
         return
     for line in placement.account:
         rank_zero_info(line)
-    if placement.elements[1] and placement.share < 0.5:
+    if placement.elements[1] and placement.share + placement.share_asked_for < 0.5:
         rank_zero_warn(
             f"Most of a model's weights should be quantized. Found {placement.share:.1%} of them: print the callback's "
             "`placement` for all that is in float, and why."
@@ -91,7 +92,7 @@ def _shown(error: Exception) -> str:
 
 def _through_forward(trainer: L.Trainer, model: nn.Module, inputs: tuple[Any, Any], source: str) -> Flow:
     args, kwargs = inputs
-    return trace(model, lambda copied: copied(*args, **kwargs), source, _untouched(trainer), to_float)
+    return trace(model, lambda copied: copied(*args, **kwargs), source, _untouched(trainer), _prepare)
 
 
 def _untouched(trainer: L.Trainer) -> tuple[Any, ...]:
@@ -123,6 +124,14 @@ def _training_step(batch: Any) -> Callable[[nn.Module], Any]:
         return copied.training_step(given)
 
     return run
+
+
+def _prepare(copied: nn.Module) -> None:
+    """The float model, and of one that was compiled as a whole its own methods again."""
+    to_float(copied)
+    if getattr(copied, "_compiler_ctx", None) is not None:
+        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            copied.__dict__.pop(name, None)
 
 
 def _still(copied: L.LightningModule) -> None:
@@ -211,10 +220,7 @@ def _of_any(loaders: Any) -> Any:
     inner = getattr(loaders, "iterables", None)
     if inner is not None:
         return _of_any(inner)  # a CombinedLoader
-    batches = iter(loaders)
-    if batches is loaders:
-        raise NoFlow("the training data can be read only once")
-    return next(batches)
+    raise NoFlow(f"a {type(loaders).__name__} cannot be read without being used up")
 
 
 def _has_loaders(loaders: Sequence[Any]) -> bool:

@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from lfq_lightning.observers.passing import is_passing
 from lfq_lightning.placement.points import points
-from lfq_lightning.placement.quantized_layer import plain_name, quantizers
-from lfq_lightning.private import ddp_options, tensor_parallel_size
+from lfq_lightning.placement.quantized_layer import quantizers
+from lfq_lightning.private import ddp_options, plain_name, tensor_parallel_size
 from lfq_lightning.training.wrapping import Wrappers
 
 _STATE = "state_dict"

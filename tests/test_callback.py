@@ -341,8 +341,10 @@ def test_a_layer_that_is_never_used_is_named_and_ends_no_run(tmp_path: Path) -> 
             super().__init__()
             self.spare = torch.nn.Linear(3, 3)
 
+    _, _, callback = fit(tmp_path / "flow", Unused())
+    assert dict(callback.placement.left_in_float)["spare"] == "it has no part in the training step"
     with pytest.warns(UserWarning, match=r"spare\.input_quantizer never saw data"):
-        model, _, _ = fit(tmp_path, Unused())
+        model, _, _ = fit(tmp_path, Unused(), callback=qat(example=False))
     assert model.spare.input_quantizer.phase == "observe"
     assert model.head.input_quantizer.phase == "learn"
     fit(tmp_path, Unused(), callback=qat(rules=[lfq.Rule("spare", weight=None, activation=None)]))

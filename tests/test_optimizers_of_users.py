@@ -544,7 +544,8 @@ def test_momentum_moves_no_frozen_qparam_where_missing_gradients_are_zeros(tmp_p
             return Adam(self.parameters(), lr=1e-3)
 
     schedule = lfq.PhaseSchedule(observe=0, estimate=0, learn=1, freeze=2)
-    fit(tmp_path, ByHand(), callback=qat(optimizer="user", schedule=schedule), limit_val_batches=0)
+    callback = qat(optimizer="user", schedule=schedule, example=False)  # else a step is run without values first
+    fit(tmp_path, ByHand(), callback=callback, limit_val_batches=0)
     assert len(set(scales[BATCHES : 2 * BATCHES])) == BATCHES
     assert len(set(scales[2 * BATCHES - 1 :])) == 1
 

@@ -267,3 +267,12 @@ def _moves() -> Iterator[Any]:
 
 
 MOVES = frozenset(_moves())
+
+# What takes no more than shape and kind from its first argument.
+_MAKING = "zeros ones empty full rand randn randint"
+FACTORIES = frozenset(
+    function
+    for name in _MAKING.split()
+    for function in (getattr(torch.Tensor, f"new_{name}", None), getattr(torch, f"{name}_like"))
+    if function is not None
+)

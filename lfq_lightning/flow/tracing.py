@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
 from lfq_lightning.flow.graph import Call, Flow, Origin, Owned, Site, Tensor
-from lfq_lightning.flow.operations import BY_FUNCTION, MOVES, Operation, channels_of
+from lfq_lightning.flow.operations import BY_FUNCTION, FACTORIES, MOVES, Operation, channels_of
 from lfq_lightning.flow.spelling import SPELLED
 from lfq_lightning.private import FakeTensor, FakeTensorMode, plain_name, tree_leaves, tree_map_only
 
@@ -149,14 +149,19 @@ class _Tracer(TorchFunctionMode):
             module.register_forward_pre_hook(self._enter, prepend=True)
             module.register_forward_hook(self._leave, always_call=True)
 
+    def __deepcopy__(self, memo: Any) -> _Tracer:
+        return self  # a model that copies itself copies its hooks, which still belong here
+
     def flow(self, source: str) -> Flow:
+        """What was seen."""
         within = {name: tuple(inner) for name, inner in self._within.items()}
         return Flow(tuple(self._calls), tuple(self._called), within, dict(self._read), source)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        name, caller = self._names[module], self._frames[-1].name
-        self._called[name] = None
-        if caller is not None:
+        name, caller = self._names.get(module), self._frames[-1].name
+        if name is not None:
+            self._called[name] = None
+        if caller is not None and name is not None:
             self._within.setdefault(caller, {})[name] = None
         self._frames.append(_Frame(name))
 
@@ -187,7 +192,7 @@ class _Tracer(TorchFunctionMode):
         after = frozenset[int]().union(*(each.after for each in known))
         if call is not None and self._calls[call].kind != "activation":
             after = frozenset([call])
-        new = known[0] if moved else _Known(after, _origin(known))
+        new = known[0] if moved else _Known(after, "constant" if func in FACTORIES else _origin(known))
         for tensor in made:
             self._note(tensor, new)
         if given and not moved and (result is None or _is_in_place(func)):

@@ -285,6 +285,8 @@ def _placed_operand(item: _Item, shared: dict[object, str]) -> PlacedOperand:
     assert operand is not None
     (spec,) = item.specs.values()
     assert spec is not None
+    if operand.weight and operand.size is None and spec.granularity == "per_channel":
+        spec = spec.replace(granularity="per_tensor")  # no index of a dimension has outputs of its own
     site, role = operand.site, "weight" if operand.weight else "operand"
     name = ".".join(filter(None, (site.module, operand_name(site.call, operand.name))))
     shares = "" if operand.weight else _shared(shared, item.tensors, spec, name)

@@ -91,6 +91,9 @@ class Row:
         self._device = values[0].device
         self._proxies = values[0].new_zeros(sum(self._sizes))
         self._nothing = torch.zeros_like(self._proxies).split(self._sizes)
+        # Made once with their parts: a step would take longer to cut them than to compute them.
+        self._gradients, self._moved = torch.zeros_like(self._proxies), torch.zeros_like(self._proxies)
+        self._gradient_parts, self._moved_parts = (t.split(self._sizes) for t in (self._gradients, self._moved))
         self._one = torch.ones((), device=self._device)
         self._ranges: list[tuple[int, int]] = []
         for slot, part in zip(slots, self._proxies.split(self._sizes), strict=True):
@@ -125,7 +128,8 @@ class Row:
         if scaler is not None:
             learned /= scaler.scale(self._one)
         self._proxies.copy_(proxies)
-        for slot, moves, part in zip(self.slots, moving, learned.split(self._sizes), strict=True):
+        self._gradients.copy_(learned)
+        for slot, moves, part in zip(self.slots, moving, self._gradient_parts, strict=True):
             slot.proxy.grad = part if moves else None
         return _Taken(moving, qparams, values, units, proxies, held == gradients)
 
@@ -137,8 +141,8 @@ class Row:
             moved = moved.clamp(self._lowest, self._highest)
         else:
             moved = torch.minimum(torch.maximum(moved, values / 2), values * 2).clamp(min=_EPS)
-        parts = torch.where(taken.sound & moved.isfinite(), moved, values).split(self._sizes)
-        copy_each_(list(compress(taken.qparams, taken.moving)), list(compress(parts, taken.moving)))
+        torch.where(taken.sound & moved.isfinite(), moved, values, out=self._moved)
+        copy_each_(list(compress(taken.qparams, taken.moving)), list(compress(self._moved_parts, taken.moving)))
 
     def _units(self) -> Tensor:
         """What the qparams are measured in: the scales they began to learn with, or their ranges of codes."""

@@ -148,19 +148,24 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scales", ["one scale", "per row", "per column", "groups of 128"])
 def test_the_bandwidth_of_the_tables_is_that_of_the_results(scales: str, dtype: str) -> None:
-    shares = {}
-    for folder in (RESULTS / "cuda/first", RESULTS / "cuda"):
-        for row in rows(folder, f"cuda_bandwidth_{scales.replace(' ', '_')}_{dtype}"):
-            both = f"{row['forward_share']:.2f} / {row['backward_share']:.2f}"
-            shares.setdefault(row["elements"], []).append(both)
-    cells = [" → ".join(shares[elements]) for elements in ("2^18", "2^22", "2^26")]
-    assert f"| {scales} | {dtype} | {' | '.join(cells)} |" in MEASURED.read_text()
+    for gpu in (["h100"], ["h200/first", "h200"]):
+        shares: dict[str, list[str]] = {}
+        for folder in gpu:
+            for row in rows(RESULTS / "cuda" / folder, f"cuda_bandwidth_{scales.replace(' ', '_')}_{dtype}"):
+                both = f"{row['forward_share']:.2f} / {row['backward_share']:.2f}"
+                shares.setdefault(row["elements"], []).append(both)
+        cells = [" → ".join(shares[elements]) for elements in ("2^18", "2^22", "2^26")]
+        assert f"| {scales} | {dtype} | {' | '.join(cells)} |" in MEASURED.read_text()
 
 
-@pytest.mark.parametrize("path", sorted((RESULTS / "cuda").glob("cuda_step_*.json")), ids=lambda path: path.stem)
+STEPS = sorted((RESULTS / "cuda").glob("*/cuda_step_*.json"))
+
+
+@pytest.mark.parametrize("path", STEPS, ids=lambda path: f"{path.parent.name} {path.stem}")
 def test_the_steps_of_the_tables_are_those_of_the_results(path: Path) -> None:
     found = rows(path.parent, path.stem)
     taken = [f"{row['ms']:.1f} ms" + (f" ({row['ratio']:.2f})" if row["ratio"] != 1 else "") for row in found]
     memory = ", ".join(f"{row['peak_MB']:.0f}" for row in found)
-    [line] = [line for line in MEASURED.read_text().splitlines() if line.endswith(f"| {memory} |")]
-    assert line.split(" | ")[1 : 1 + len(taken)] == taken
+    lines = [line.split(" | ") for line in MEASURED.read_text().splitlines() if line.endswith(f"| {memory} |")]
+    [line] = [line for line in lines if line[1] == path.parent.name.upper()]
+    assert line[2 : 2 + len(taken)] == taken

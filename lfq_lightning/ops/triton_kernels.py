@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from triton import knobs
 
 _EPS = tl.constexpr(1.1920928955078125e-07)  # float32 machine epsilon
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 _TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds half to even
+
+# Before Triton 3.6 its division takes subnormal numbers for zero, and gives zero for them.
+_OLD = tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 6)
+_FLUSHES = tl.constexpr(_OLD and not knobs.runtime.interpret and torch.version.hip is None)
 
 NARROW, WIDE = tl.int32, tl.int64  # of offsets
 
@@ -29,6 +35,16 @@ def _round_half_even(v):
 
 
 @triton.jit
+def _divided(v, s):
+    if _FLUSHES:
+        return tl.inline_asm_elementwise(
+            "div.rn.f32 $0, $1, $2;", "=f,f,f", [v, s], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.div_rn(v, s)
+
+
+@triton.jit
 def _used(scale, zero_point, quant_min, quant_max):
     """The scale, above zero, and the range of codes less the integer zero point; a NaN of either is in the scale."""
     z = _round_half_even(_clamp(zero_point, quant_min, quant_max))
@@ -39,7 +55,7 @@ def _used(scale, zero_point, quant_min, quant_max):
 @triton.jit
 def _quantized(v, s, low, high):
     # Rounding is monotone and the limits are integers, so clamping first gives the same integer.
-    return _round_half_even(_clamp(tl.div_rn(v, s), low, high)) * s
+    return _round_half_even(_clamp(_divided(v, s), low, high)) * s
 
 
 @triton.jit
@@ -48,7 +64,7 @@ def _terms(x, g, s, low, high, SATURATION: tl.constexpr):
 
     An x that is not finite never passes: its code is out of range, or NaN.
     """
-    u = tl.div_rn(x, s)
+    u = _divided(x, s)
     if SATURATION == "lsq":
         c = _round_half_even(_clamp(u, low, high))
         passes = (u > low) & (u < high)

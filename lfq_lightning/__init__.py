@@ -1,27 +1,20 @@
 """Quantization-aware training with learned scales and zero points, as a Lightning callback."""
 
-from lfq_lightning.analysis.bits import load_rules, propose_bits, save_rules
-from lfq_lightning.analysis.sensitivity import Sensitivity, sensitivity
+from lfq_lightning.analysis import Sensitivity, load_rules, propose_bits, save_rules, sensitivity
 from lfq_lightning.calibration import calibrate
 from lfq_lightning.callback import QuantizationAwareTraining
 from lfq_lightning.checkpoint import load_from_checkpoint, load_state_dict
 from lfq_lightning.export import export_onnx, export_pt2, freeze
 from lfq_lightning.ops import backends, fake_quantize
 from lfq_lightning.phases import project_, set_phase
-from lfq_lightning.placement import Placement, attach, detach
-from lfq_lightning.placement.quantized_layer import quantizers
+from lfq_lightning.placement import Placement, attach, detach, quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.records.plot import plot_trajectories
-from lfq_lightning.records.summary import Summary, summarize
+from lfq_lightning.records import Summary, plot_trajectories, summarize
 from lfq_lightning.report import write_report
 from lfq_lightning.rules import Rule
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.spec import QuantSpec
-from lfq_lightning.techniques.batch_norm_statistics import BatchNormStatistics
-from lfq_lightning.techniques.bit_annealing import BitAnnealing
-from lfq_lightning.techniques.distillation import Distillation
-from lfq_lightning.techniques.oscillation_control import OscillationControl
-from lfq_lightning.techniques.while_learning import while_learning
+from lfq_lightning.techniques import BatchNormStatistics, BitAnnealing, Distillation, OscillationControl, while_learning
 
 __all__ = [
     "BatchNormStatistics",

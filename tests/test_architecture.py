@@ -83,6 +83,29 @@ def test_no_import_leads_back() -> None:
     TopologicalSorter({name_of(path): imports(path) for path in FILES}).prepare()  # or CycleError, with the way
 
 
+def listed(path: Path) -> list[str] | None:
+    """The public face of a folder: `__all__` of its `__init__.py`, in its order."""
+    for node in ast.parse(path.read_text()).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(target, ast.Name) and target.id == "__all__":
+            return ast.literal_eval(node.value)
+    return None
+
+
+def test_every_folder_lists_its_public_face_and_the_package_takes_nothing_else_of_it() -> None:
+    faces = {name_of(path): listed(path) for path in FILES if path.name == "__init__.py"}
+    folders = {name: face for name, face in faces.items() if not name.startswith(("conf", "plugins"))}
+    assert all(face is not None for face in folders.values()), folders
+    public = [
+        node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.ImportFrom)
+    ]
+    taken = {alias.name: node.module.removeprefix("lfq_lightning.") for node in public for alias in node.names}
+    assert sorted(taken) == sorted(folders["__init__"])
+    for name, room in taken.items():
+        assert "." not in room, f"{name} comes from a file inside a folder, {room}"
+        assert name in folders.get(room, [name]), f"{room} does not list {name}"
+
+
 def test_the_schedule_and_the_trajectory_need_no_torch() -> None:
     code = "import sys, runpy; [runpy.run_path(p) for p in sys.argv[1:]]; assert 'torch' not in sys.modules"
     files = [str(PACKAGE / "schedule.py"), str(PACKAGE / "records" / "trajectory.py")]

@@ -1,1 +1,17 @@
 """Optional defences for low bits: each a callback of its own that finds its quantizers in the model."""
+
+from lfq_lightning.techniques.batch_norm import reestimate_batch_norm
+from lfq_lightning.techniques.batch_norm_statistics import BatchNormStatistics
+from lfq_lightning.techniques.bit_annealing import BitAnnealing
+from lfq_lightning.techniques.distillation import Distillation
+from lfq_lightning.techniques.oscillation_control import OscillationControl
+from lfq_lightning.techniques.while_learning import while_learning
+
+__all__ = [
+    "BatchNormStatistics",
+    "BitAnnealing",
+    "Distillation",
+    "OscillationControl",
+    "reestimate_batch_norm",
+    "while_learning",
+]

@@ -181,6 +181,35 @@ def test_nothing_waits_for_the_device(granularity: dict[str, int]) -> None:
     lfq.fake_quantize(*inputs, quant_min=-8, quant_max=7, **granularity).sum().backward()
 
 
+def test_a_kept_launch_serves_other_tensors_that_are_aligned() -> None:
+    from lfq_lightning.ops import triton
+
+    many, scale, zero_point = torch.randn(40_000), torch.full((1,), 0.1), torch.zeros(1)
+    for start in (0, 4, 1, 8, 2):  # 4 bytes each: every fourth is aligned
+        x = many[start : start + 30_000]
+        on_gpu = many.cuda()[start : start + 30_000]
+        found = lfq.fake_quantize(on_gpu, scale.cuda(), zero_point.cuda(), quant_min=-8, quant_max=7)
+        assert_bit_equal(found.cpu(), lfq.fake_quantize(x, scale, zero_point, quant_min=-8, quant_max=7))
+    plan = triton._plan(on_gpu.shape, on_gpu.stride(), on_gpu.dtype, on_gpu.get_device(), None, None, 1)
+    assert plan.forward._launch is not None, "this Triton launches kernels in another way: see private_triton"
+
+
+def test_whoever_hooks_launches_is_told_of_a_kept_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    x, scale, zero_point = torch.randn(1000).cuda(), torch.full((1,), 0.1).cuda(), torch.zeros(1).cuda()
+    told: list[object] = []
+    for _ in range(2):
+        lfq.fake_quantize(x, scale, zero_point, quant_min=-8, quant_max=7)
+    chain = knobs.runtime.launch_enter_hook
+    if chain is None:  # Triton before 3.6 has one hook, or none
+        monkeypatch.setattr(knobs.runtime, "launch_enter_hook", told.append)
+    else:
+        monkeypatch.setattr(chain, "calls", [told.append])
+    lfq.fake_quantize(x, scale, zero_point, quant_min=-8, quant_max=7)
+    assert len(told) == 1
+
+
 def test_a_stream_that_is_not_the_default_sees_what_was_queued_on_it() -> None:
     scale, zero_point = torch.ones(1, device="cuda"), torch.zeros(1, device="cuda")
     stream = torch.cuda.Stream()

@@ -19,7 +19,7 @@ from tests.samples import INTERPRETED, LAYOUTS, SATURATIONS, Case, cases, on, sc
 if not INTERPRETED:
     pytest.skip("needs Triton and TRITON_INTERPRET=1", allow_module_level=True)
 
-from lfq_lightning.ops import native, triton, triton_tiles
+from lfq_lightning.ops import native, triton, triton_launch, triton_tiles
 
 # Every way to find the scales, and both ways to cut: runs, short runs, groups with and without a rest, columns.
 GRANULARITIES = [
@@ -134,6 +134,25 @@ def test_dense_tensors_are_not_copied(layout: str, granularity: dict[str, int]) 
     with mock.patch.object(Tensor, "copy_", no_copy):
         _, qparams = triton.forward(*given)
         gradients(triton, given[0], torch.empty_like(given[0]).fill_(1.0), qparams, *given[3:])
+
+
+def test_a_kept_launch_is_taken_for_aligned_tensors_unless_launches_are_hooked(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"NEED_SCALE": True, "NEED_ZERO_POINT": False, "CHANNELS": 1, "BLOCK": 16}
+    launch = triton.Launch(triton.kernels.add_up_kernel, 1, (1, 10, 1), options, device=-1)
+    kept: list[tuple[Any, ...]] = []
+    launch._launch = lambda *arguments: kept.append(arguments)
+    sums, total = torch.arange(14.0), torch.zeros(1)
+
+    launch((sums[1:], sums, sums, total, total), 0.5)
+    assert total.item() == 0.5 * sum(range(1, 11))
+    assert not kept
+    launch((sums[4:], sums, sums, total, total), 0.5)
+    addresses = [each.data_ptr() for each in (sums[4:], sums, sums, total, total)]
+    assert kept == [(*addresses, 0.5, 1, 10, 1, True, False, 1, 16)]  # in the order of the kernel's arguments
+    monkeypatch.setattr(triton_launch, "launches_are_hooked", lambda: True)
+    launch((sums[4:], sums, sums, total, total), 0.5)
+    assert total.item() == 0.5 * sum(range(4, 14))
+    assert len(kept) == 1
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------

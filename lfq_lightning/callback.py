@@ -155,6 +155,7 @@ class QuantizationAwareTraining(AtRest):
         """Take over from the user's optimizers what concerns qparams; refuse what could not be exported."""
         self._in_run.start(trainer, pl_module, self.optimizer, self.lr_schedule, self.frozen_layers)
         tell_account(self.placement)
+        self._in_run.watch_for_absent(pl_module, self.placement)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up a checkpoint, settle the schedule and where the trajectory goes, and enter the phase."""

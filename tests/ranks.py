@@ -269,7 +269,13 @@ DDP: dict[str, Callable[[Path], Any]] = {
     ),
     "frozen body": lambda d: frozen_body(d, "keep"),
     "frozen body learns": lambda d: frozen_body(d, "learn"),
-    "branches": lambda d: run(d, Branches, strategy=DDPStrategy(find_unused_parameters=True), callbacks=[Equal()]),
+    "branches": lambda d: run(
+        d,
+        Branches,
+        strategy=DDPStrategy(find_unused_parameters=True),
+        callbacks=[Equal()],
+        callback=qat(rules=[lfq.Rule("lone*"), lfq.Rule("later")]),  # no batch before the run need reach them
+    ),
     "from zero": lambda d: from_zero(d, 2),
     "unused": unused,
     "averaged": lambda d: run(d, callbacks=[EMAWeightAveraging(decay=0.5)]),
@@ -365,6 +371,7 @@ def every_argument(directory: Path) -> None:
         record_every_n_steps=1,
         on_collapse="reinit",
         frozen_layers="learn",
+        example=None,
         write_files=True,
         export="model.onnx",
     )

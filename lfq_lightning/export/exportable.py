@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lfq_lightning.placement.points import points
+from lfq_lightning.placement.quantized_layer import QuantizedLayer
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 MOST_BITS = 8
@@ -50,6 +51,10 @@ def _copied(model: nn.Module, known: dict[int, Any]) -> nn.Module:
             f"A quantizer must have a scale before it is exported. Found none set for {', '.join(blind[:5])}: train, "
             "or call `lfq_lightning.calibrate`."
         )
+    for module in model.modules():
+        for value in module.__dict__.values():  # as old weight_norm leaves one, which deepcopy refuses
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                known[id(value)] = value.detach().clone()
     copied = copy.deepcopy(model, known).eval().requires_grad_(False)
     if late:
         _drop_late(copied)
@@ -60,8 +65,8 @@ def _drop_late(model: nn.Module) -> None:
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, LearnableFakeQuantize) and module.late:
             parent, _, name = path.rpartition(".")
-            # A user calls their own; a layer knows that it may have none.
-            setattr(model.get_submodule(parent), name, nn.Identity() if module.site is None else None)
+            # A user calls their own; whoever else asks for one knows that there may be none.
+            model.get_submodule(parent)._modules[name] = nn.Identity() if module.site is None else None
 
 
 def check_exportable(model: nn.Module) -> None:
@@ -74,9 +79,10 @@ def check_exportable(model: nn.Module) -> None:
             if quantizer.group_size is not None:
                 reasons.append(f"{name!r} has groups, which only the weight of a layer can have there")
             continue
-        if layer.weight.dtype is not torch.float32:
-            reasons.append(f"{point.site!r} computes in {layer.weight.dtype}, where the formats hold float32")
-        if point.role == "weight" and quantizer.axis not in (None, 0, 1):
+        parameter = point.parameter
+        if parameter is not None and parameter.dtype is not torch.float32:
+            reasons.append(f"{point.site!r} computes in {parameter.dtype}, where the formats hold float32")
+        if isinstance(layer, QuantizedLayer) and point.role == "weight" and quantizer.axis not in (None, 0, 1):
             reasons.append(f"the weight of {point.site!r} has a scale for each index of dimension {quantizer.axis}")
     if reasons:
         raise ValueError(

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from lfq_lightning.checking import check_model
 from lfq_lightning.export.exportable import own_copy
 from lfq_lightning.placement.layers import TRANSPOSED
-from lfq_lightning.placement.quantized_layer import quantized_layers, replace_placed, restore_layer, whole
+from lfq_lightning.placement.meeting import weight_name
+from lfq_lightning.placement.points import points
+from lfq_lightning.placement.quantized_layer import (
+    QuantizedLayer,
+    keep_slow_path,
+    quantized_layers,
+    replace_placed,
+    restore_layer,
+    whole,
+)
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
 
@@ -20,8 +29,10 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Layers are of their float types again. Each computes by its child `constant`, a layer whose weight holds the
     fake-quantized values, behind plain operations (a `torch.fx.GraphModule`) that fake-quantize its input; `weight` is
-    the float weight, as whoever reads it beside the layer (a tied output projection) needs it. The copy goes through
-    `torch.export`, `torch.jit.trace` and pickle. It computes in eval mode whatever the model's phase was.
+    the float weight, as whoever reads it beside the layer (a tied output projection) needs it. Where a module's own
+    code reads a parameter by a function, as attention does, the parameter itself has its quantized values; if inputs
+    are quantized there too, the module needs this package to run. The copy goes through `torch.export`,
+    `torch.jit.trace` and pickle. It computes in eval mode whatever the model's phase was.
 
     Args:
         model: a model with quantizers whose qparams are set; it is not changed.
@@ -44,8 +55,11 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     check_model(model)
     frozen = own_copy(model)
+    read_elsewhere = _write_weights(frozen)
     weights: dict[int, nn.Parameter] = {}  # layers that share a quantizer share its weight
     for name, layer in quantized_layers(frozen).items():
+        if layer in read_elsewhere:
+            continue
         weight, activation = layer.weight_quantizer, layer.input_quantizer
         used = layer.weight
         if weight is not None:
@@ -59,8 +73,46 @@ def freeze(model: nn.Module) -> nn.Module:
             constant = _after(_InputQuantizer(activation), constant, name)
         layer.add_module("constant", constant)
         layer.__dict__["forward"] = constant  # nn.Module calls what the instance has, before what its type has
+    _keep_constants(frozen)
+    for module in frozen.modules():
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
+            keep_slow_path(module)  # the fused path would read weights past the quantized inputs
     replace_placed(frozen, _constant)
     return frozen
+
+
+def _write_weights(frozen: nn.Module) -> set[nn.Module]:
+    """Where the code of a module reads a parameter by a function, the parameter itself takes its quantized values.
+
+    Returns:
+        The modules that have such parameters.
+    """
+    owners: set[nn.Module] = set()
+    written: dict[int, nn.Parameter] = {}
+    for point in points(frozen).values():
+        place, owner = point.quantizer.place, point.owner
+        if not point.has_parameter or owner is None or not place.readers:
+            continue
+        owners.add(owner)
+        before = point.parameter
+        assert before is not None
+        after = nn.Parameter(point.quantizer.quantized(point.whole_parameter()).detach(), requires_grad=False)
+        written[id(before)] = after
+        del owner._modules[weight_name(place.parameter)]
+        if isinstance(owner, QuantizedLayer):
+            owner._modules[weight_name(place.parameter)] = None
+    for module in frozen.modules():  # tied parameters stay tied
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in written:
+                module._parameters[name] = written[id(parameter)]
+    return owners
+
+
+def _keep_constants(frozen: nn.Module) -> None:
+    """Constants in place of what else quantizes operands and outputs in the code of modules."""
+    made = {point.quantizer: Constant(point.quantizer) for point in points(frozen).values() if point.owner is not None}
+    for module in frozen.modules():
+        module._modules.update({name: made[child] for name, child in module._modules.items() if child in made})
 
 
 def _constant(name: str, quantizer: LearnableFakeQuantize) -> nn.Module:
@@ -98,6 +150,23 @@ def _after(quantize: nn.Module, layer: nn.Module, name: str) -> nn.Module:
     quantized = graph.call_module("quantize_input", (first,))
     graph.output(graph.call_module("layer", (quantized, *others)))
     return torch.fx.GraphModule({"quantize_input": torch.fx.symbolic_trace(quantize), "layer": layer}, graph).eval()
+
+
+class Constant(nn.Module):
+    """Stands for a quantizer that a module's own code meets."""
+
+    def __init__(self, quantizer: LearnableFakeQuantize) -> None:
+        super().__init__()
+        self.quantize = _InputQuantizer(quantizer)
+
+    def forward(self, x: Tensor, learn: bool = True) -> Tensor:
+        """X on the grid."""
+        made: Tensor = self.quantize(x)
+        return made
+
+    def in_graph(self, x: Tensor) -> Tensor:
+        """Nothing more."""
+        return x
 
 
 class _InputQuantizer(nn.Module):

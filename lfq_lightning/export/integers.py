@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from lfq_lightning.export.exportable import check_exportable, own_copy
 from lfq_lightning.ops import spread
 from lfq_lightning.placement.layers import QUANTIZABLE
+from lfq_lightning.placement.points import points
 from lfq_lightning.placement.quantized_layer import (
-    INPUT,
-    WEIGHT,
     float_type,
     quantized_layers,
     replace_placed,
-    whole,
 )
 from lfq_lightning.private import quantized_decomposed
 from lfq_lightning.quantizer import LearnableFakeQuantize
@@ -220,16 +218,16 @@ def to_integers(model: nn.Module, signed: bool = False) -> None:
         ValueError: if quantizers have settings that integer formats do not hold.
     """
     check_exportable(model)
-    weights: dict[int, IntegerWeight] = {}  # layers that share a weight share its integers
     for layer in quantized_layers(model).values():
         layer.saved = None
-        weight, activation = layer.weight_quantizer, layer.input_quantizer
-        if weight is not None:
-            if id(weight) not in weights:
-                weights[id(weight)] = IntegerWeight(weight, whole(layer.weight))
-            setattr(layer, WEIGHT, weights[id(weight)])
-        if activation is not None:
-            setattr(layer, INPUT, IntegerInput(activation, signed))
+    made: dict[nn.Module, nn.Module] = {}  # whoever shares a quantizer shares its integers
+    for point in points(model).values():
+        if point.has_parameter:
+            made[point.quantizer] = IntegerWeight(point.quantizer, point.whole_parameter())
+        elif point.owner is not None:
+            made[point.quantizer] = IntegerInput(point.quantizer, signed and point.role != "weight")
+    for module in model.modules():
+        module._modules.update({name: made[child] for name, child in module._modules.items() if child in made})
     replace_placed(model, lambda _, quantizer: IntegerInput(quantizer, signed))
 
 

@@ -89,6 +89,12 @@ def export_onnx(
     if on_mismatch not in ("raise", "warn"):
         raise ValueError(f'`on_mismatch` must be "raise" or "warn". Found {on_mismatch!r}.')
     check_dynamic_axes(dynamic_axes)
+    bags = [name for name, module in model.named_modules() if isinstance(module, nn.EmbeddingBag)]
+    if bags:
+        raise ValueError(
+            "ONNX has no operation for bags of embeddings, and torch's exporter writes a file that no runtime takes. "
+            f"Found {', '.join(bags)}: use `export_pt2`, or an Embedding and a sum."
+        )
     reference = sharing_copy(model).cpu()
     require_onnx()
     import onnx

@@ -43,7 +43,7 @@ class Tensor:
         parameter: which parameter it is, or a part or a turn of; None for what is computed.
         origin: "parameter" for one, or a part or a turn of one; "made" for what is computed from parameters without the
             batch; "constant" for what comes from neither; "batch" for the rest.
-        part: which part of the parameter, by offset and shape; None for anything else.
+        part: which part of the parameter, by offset and count of elements; None for anything else.
         channels: the parameter's dimension with one output each, or, of what is made of parameters, the tensor's own.
         features: the dimension of an activation's features, counted from the last.
     """
@@ -53,7 +53,7 @@ class Tensor:
     shape: tuple[int, ...]
     parameter: Owned | None = None
     origin: Origin = "batch"
-    part: tuple[int, tuple[int, ...]] | None = None
+    part: tuple[int, int] | None = None
     channels: int | None = None
     features: int = -1
 

@@ -269,10 +269,15 @@ def _moves() -> Iterator[Any]:
 MOVES = frozenset(_moves())
 
 # What takes no more than shape and kind from its first argument.
-_MAKING = "zeros ones empty full rand randn randint"
 FACTORIES = frozenset(
     function
-    for name in _MAKING.split()
-    for function in (getattr(torch.Tensor, f"new_{name}", None), getattr(torch, f"{name}_like"))
-    if function is not None
+    for name in ("zeros", "ones", "empty", "full")
+    for function in (getattr(torch.Tensor, f"new_{name}"), getattr(torch, f"{name}_like"))
+)
+
+# What draws anew for each batch, by name: in place, alike or of a given size.
+DRAWN = frozenset(
+    f"{name}{ending}"
+    for name in ("rand", "randn", "randint", "randperm", "random", "uniform", "normal", "bernoulli", "multinomial")
+    for ending in ("", "_", "_like")
 )

@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
 from lfq_lightning.flow.graph import Call, Flow, Origin, Owned, Site, Tensor
-from lfq_lightning.flow.operations import BY_FUNCTION, FACTORIES, MOVES, Operation, channels_of
+from lfq_lightning.flow.operations import BY_FUNCTION, DRAWN, FACTORIES, MOVES, Operation, channels_of
 from lfq_lightning.flow.spelling import SPELLED
-from lfq_lightning.private import FakeTensor, FakeTensorMode, plain_name, tree_leaves, tree_map_only
+from lfq_lightning.private import FakeTensor, FakeTensorMode, plain_name, tree_leaves, tree_map_only, version_of
 
 Run = Callable[[nn.Module], Any]
 
@@ -139,6 +139,7 @@ class _Tracer(TorchFunctionMode):
         self._read: dict[Owned, str] = {}
         self._shapes: dict[Owned, Any] = {}
         self._frames = [_Frame(None)]
+        self._identities: dict[tuple[int, int], int] = {}
         for path, module in model.named_modules():
             name = self._names[module] = plain_name(path)
             for own, parameter in module.named_parameters(recurse=False):
@@ -192,7 +193,7 @@ class _Tracer(TorchFunctionMode):
         after = frozenset[int]().union(*(each.after for each in known))
         if call is not None and self._calls[call].kind != "activation":
             after = frozenset([call])
-        new = known[0] if moved else _Known(after, "constant" if func in FACTORIES else _origin(known))
+        new = known[0] if moved else _Known(after, _origin(func, known))
         for tensor in made:
             self._note(tensor, new)
         if given and not moved and (result is None or _is_in_place(func)):
@@ -224,10 +225,12 @@ class _Tracer(TorchFunctionMode):
         if known.origin in ("parameter", "made"):
             channels = channels_of(operation, read, args)
         if known.parameter is not None:
-            part = (int(value.storage_offset()), tuple(value.shape))
+            part = int(value.storage_offset()), value.numel()
             channels = self._in_parameter(known.parameter, value, channels)
         features = read.operand.features
-        return Tensor(read.name, id(value), tuple(value.shape), known.parameter, known.origin, part, channels, features)
+        # What was changed in place since is another tensor.
+        identity = self._identities.setdefault((id(value), version_of(value)), len(self._identities))
+        return Tensor(read.name, identity, tuple(value.shape), known.parameter, known.origin, part, channels, features)
 
     def _in_parameter(self, parameter: Owned, value: torch.Tensor, channels: int | None) -> int | None:
         """The parameter's own dimension that a dimension of its view is: the one of the same stride."""
@@ -278,8 +281,12 @@ class _Tracer(TorchFunctionMode):
         return _Known(found)
 
 
-def _origin(known: list[_Known]) -> Origin:
-    """Where what is computed comes from."""
+def _origin(function: Any, known: list[_Known]) -> Origin:
+    """Where what a function gives comes from."""
+    if function in FACTORIES:
+        return "constant"
+    if getattr(function, "__name__", "") in DRAWN:
+        return "batch"
     origins = {each.origin for each in known}
     return "batch" if "batch" in origins else "made" if origins - {"constant"} else "constant"
 

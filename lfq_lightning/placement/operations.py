@@ -104,7 +104,11 @@ def look_through(model: nn.Module, flow: Flow) -> Found:
             one = met
         for position, read in enumerate(others):
             whole = one is not None and len(weights) == 1 and position == 0
-            if whole and one is not None and (one.module, one.name) not in split:
+            if (
+                whole
+                and one is not None
+                and (call.site.module not in one.readers or (one.module, one.name) not in split)
+            ):
                 one.inputs.append(read.identity)
                 one.features, one.channels_of_input = read.features, _size(read)
                 one.takes_input = one.takes_input or call.kind == "product"

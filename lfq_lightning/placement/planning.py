@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from lfq_lightning.checking import check_model
 from lfq_lightning.flow.graph import Flow
@@ -32,6 +32,8 @@ from lfq_lightning.rules import Rule, check_listed
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, weight_spec
 
 Kind = Literal["weight", "activation"]
+
+NO_PART = "it has no part in "
 
 
 @dataclass
@@ -65,12 +67,10 @@ class _Item:
         return tuple(self.parameter.inputs) if self.parameter is not None else ()
 
     @property
-    def weight(self) -> Tensor | None:
-        """The parameter itself, or what stands in its place in a layer."""
-        if self.parameter is None:
-            return None
-        found: Tensor = getattr(self.module, self.parameter.name)
-        return found
+    def tie(self) -> int:
+        """Equal for layers that have one parameter for their weight; one that is computed is nobody else's."""
+        own = None if self.parameter is None else self.module._parameters.get(self.parameter.name)
+        return id(self) if own is None else id(own)
 
 
 def plan(
@@ -106,7 +106,7 @@ def plan(
     chosen = [item for item in items if _decided(item, rules, names, defaults)]
     ends = _at_ends(chosen, found)
     # Layers that are tied to the first or the last have its weight, and so its bits.
-    end_weights = {id(item.weight) for item in ends if "weight" not in item.ruled and item.parameter is not None}
+    end_weights = {item.tie for item in ends if "weight" not in item.ruled and item.parameter is not None}
     layers: list[PlacedLayer] = []
     operands: list[PlacedOperand] = []
     weights: dict[int, PlacedLayer] = {}
@@ -114,7 +114,7 @@ def plan(
     for item in sorted(chosen, key=lambda item: item.parameter is None):  # what is shared stands at a layer, if at any
         at_end = item in ends
         for kind in item.specs:
-            tied = kind == "weight" and item.parameter is not None and id(item.weight) in end_weights
+            tied = kind == "weight" and item.parameter is not None and item.tie in end_weights
             if kind not in item.ruled and (at_end or tied):
                 item.specs[kind] = _at_least_8_bits(item.specs[kind])
         if item.parameter is None:
@@ -126,7 +126,7 @@ def plan(
         placed = _placed_layer(item, shared)
         layers.append(placed)
         if placed.weight is not None:
-            _check_tied(weights.setdefault(id(item.weight), placed), placed)
+            _check_tied(weights.setdefault(item.tie, placed), placed)
     operands += [PlacedOperand(name, "", "output", "output", spec) for name, spec in outputs.items() if spec]
     if final and not layers and not operands:
         warnings.warn(
@@ -176,7 +176,7 @@ def _items(
         ):
             items.append(_layer_item(name, layer, names))
         else:
-            left[name] = outside.get(name, f"it has no part in {flow.source}")
+            left[name] = outside.get(name, NO_PART + flow.source)
     order = {module: place for place, module in enumerate(model.modules())}
     items.sort(key=lambda item: order[item.module])
     return items, left, found
@@ -366,7 +366,7 @@ def _why_left(name: str, own: str, asked: bool, flow: Flow | None) -> str:
     if flow is None:
         return "only layers of known types are quantized without an example batch"
     if name not in flow.called and (name, own) not in flow.read:
-        return f"it has no part in {flow.source}"
+        return NO_PART + flow.source
     if (name, own) not in flow.read:
         return "no function of torch that could be met reads it"
     return f"`{flow.read[name, own]}` reads it, which is no sum of products"

@@ -25,10 +25,10 @@ def quantized_once(quantizer: Any, x: Tensor, learn: bool) -> Tensor:
     """The quantizer's output for x; in eager execution the tensor that it gave to the reader before, if x is the same.
 
     Whatever changed since, x or its quantized values in place, the scale or the phase, x is quantized anew. A compiler
-    sees every reader, and merges what is equal.
+    sees every reader, and merges what is equal; in inference mode nobody knows what changed.
     """
     place = getattr(quantizer, "place", None)  # what stands in for a quantizer in an export has none
-    if place is None or not place.also or torch.compiler.is_compiling():
+    if place is None or not place.also or torch.compiler.is_compiling() or x.is_inference():
         y: Tensor = quantizer(x, learn)
         return y
     made = _last.get(quantizer)

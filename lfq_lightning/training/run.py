@@ -23,7 +23,7 @@ from lfq_lightning.training.phases import RunPhases, begin, settle_frozen_layers
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.stepping.qparams import ScheduleFactory
 from lfq_lightning.training.stepping.steps import Choice, Steps, arranged_qparams
-from lfq_lightning.training.trainer.example import NoFlow, find_flow
+from lfq_lightning.training.trainer.example import NoFlow, find_flow, tell_when_met
 from lfq_lightning.training.trainer.length import (
     Count,
     Had,
@@ -214,6 +214,11 @@ class Run:
         self.steps.follow(trainer, model, optimizer, lr_schedule)
         settle_frozen_layers(model, trainer.optimizers, frozen_layers)
         begin(model, anew=not self.steps.take_up(self.restored) and self._anew)
+
+    def watch_for_absent(self, model: L.LightningModule, placement: Placement | None) -> None:
+        """Say so where a layer runs that had no part in the batch by which the model was quantized."""
+        for handle in tell_when_met(model, placement):
+            self._ending.callback(handle.remove)
 
     def train(
         self, trainer: L.Trainer, model: L.LightningModule, every: int | None, write_files: bool, on_collapse: Reaction

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from lfq_lightning.flow.graph import Flow
 from lfq_lightning.flow.tracing import states_kept, trace
 from lfq_lightning.placement import Placement, to_float
+from lfq_lightning.placement.layers import QUANTIZABLE, TABLES, modules_by_name
+from lfq_lightning.placement.planning import NO_PART
 from lfq_lightning.private import request_loaders, training_source, tree_map_only
 from lfq_lightning.running import example_of, explained, inputs_of
 from lfq_lightning.training.wrapping import Wrappers
@@ -83,6 +85,34 @@ def tell_account(placement: Placement | None) -> None:
             f"Most of a model's weights should be quantized. Found {placement.share:.1%} of them: print the callback's "
             "`placement` for all that is in float, and why."
         )
+
+
+def tell_when_met(model: nn.Module, placement: Placement | None) -> list[Any]:
+    """Say it, once, of each layer in float that had no part in the batch, when it is met after all.
+
+    Returns:
+        Handles that take the hooks off again.
+    """
+    source = "" if placement is None else placement.source
+    absent = {name for name, reason in (placement.left_in_float if placement else ()) if reason == NO_PART + source}
+    handles: list[Any] = []
+    for name, module in modules_by_name(model).items():
+        if name in absent and isinstance(module, (*QUANTIZABLE, *TABLES)):
+            handles.append(module.register_forward_pre_hook(_Met(name, source)))
+    return handles
+
+
+class _Met:
+    def __init__(self, name: str, source: str) -> None:
+        self.name, self.source, self.said = name, source, False
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not self.said:
+            self.said = True
+            rank_zero_warn(
+                f"{self.name!r} had no part in {self.source} by which the model was quantized, and runs now: it stays "
+                "in float. Name it in a Rule to quantize it, or give an `example` that it has a part in."
+            )
 
 
 def _shown(error: Exception) -> str:

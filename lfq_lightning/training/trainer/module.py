@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from lfq_lightning.checkpoint import check_loadable
+from lfq_lightning.checkpoint import attach_as_saved, check_loadable
 from lfq_lightning.placement.quantized_layer import quantized_layers, quantizers, restore_layer
 from lfq_lightning.quantizer.saved import NOTE
 from lfq_lightning.state_dicts import descriptions, fit_to
@@ -52,6 +52,8 @@ def meet_quantizers(
 
     def on_load_checkpoint(original: Any, checkpoint: dict[str, Any]) -> None:
         original(checkpoint)
+        if model.trainer.state.fn != "fit" and isinstance(checkpoint.get("state_dict"), Mapping):
+            _quantize_as_saved(model, checkpoint["state_dict"])
         for key in ("state_dict", "current_model_state"):
             if key in checkpoint:
                 checkpoint[key] = fit_to(model, checkpoint[key])
@@ -61,6 +63,14 @@ def meet_quantizers(
     wrappers.around(model, "configure_model", configure_model)
     wrappers.within(model, "configure_optimizers", arranged)
     wrappers.around(model, "on_load_checkpoint", on_load_checkpoint)
+
+
+def _quantize_as_saved(model: L.LightningModule, state_dict: Mapping[str, Any]) -> None:
+    """Outside of a fit no batch shows what the model does: what the checkpoint holds says where it is quantized."""
+    saved = descriptions(state_dict)
+    fresh = not any(q.learned or q.saw_data() for q in quantizers(model).values() if q.site is not None)
+    if fresh and any(description.site is not None for description in saved.values()):
+        attach_as_saved(model, saved, strict=False)
 
 
 def note_on_checkpoints(wrappers: Wrappers, model: L.LightningModule) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import lfq_lightning as lfq
+from lfq_lightning.analysis import SensitivityRow
 from lfq_lightning.export.parity import OutputParity, Parity, QuantizerParity
 from lfq_lightning.records.comparison import Comparison, Method
 from lfq_lightning.tables import aligned, shortened
@@ -52,7 +53,7 @@ def printed(capsys: pytest.CaptureFixture[str], table: Any) -> list[str]:
 def tables() -> dict[str, Callable[[], Any]]:
     model = Deep()
     placement = lfq.attach(model, weight=4, activation=4)
-    rows = tuple(lfq.analysis.sensitivity.SensitivityRow((name,), 4, 12345, 0.123456, 0.0123, None) for name in NAMES)
+    rows = tuple(SensitivityRow((name,), 4, 12345, 0.123456, 0.0123, None) for name in NAMES)
     ways = [Method(f"model.width={n} optimizer=adamw schedule=cosine weight=4", 1e6, (0.9, 0.8)) for n in range(3)]
     output = OutputParity(0.001, 0.5, 1e-6, 1.0)
     codes = tuple(QuantizerParity(f"{name}.input_quantizer", 1000, 1.0, 0) for name in NAMES)

@@ -116,7 +116,7 @@ def plan(
         for kind in item.specs:
             tied = kind == "weight" and item.parameter is not None and item.tie in end_weights
             if kind not in item.ruled and (at_end or tied):
-                item.specs[kind] = _at_least_8_bits(item.specs[kind])
+                item.specs[kind] = at_least_8_bits(item.specs[kind])
         if item.parameter is None:
             operands.append(_placed_operand(item, shared))
             continue
@@ -246,7 +246,8 @@ def _at_ends(chosen: list[_Item], found: Found | None) -> list[_Item]:
     return [item for item in chosen if not ends.isdisjoint(item.calls)]
 
 
-def _at_least_8_bits(spec: QuantSpec | None) -> QuantSpec | None:
+def at_least_8_bits(spec: QuantSpec | None) -> QuantSpec | None:
+    """What the first and the last layer have instead, unless a rule speaks of them."""
     if spec is None or spec.bits >= 8 or spec.quant_min is not None:
         return spec
     return spec.replace(bits=8)

@@ -14,9 +14,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lfq_lightning.checkpoint import attach_as_saved, check_loadable
+from lfq_lightning.placement.planning import at_least_8_bits
 from lfq_lightning.placement.quantized_layer import quantized_layers, quantizers, restore_layer
 from lfq_lightning.quantizer.saved import NOTE
-from lfq_lightning.state_dicts import descriptions, fit_to
+from lfq_lightning.state_dicts import descriptions, fit_to, spec_of
 from lfq_lightning.training.hiding import any_parameter, hidden, hidden_qparams
 from lfq_lightning.training.trainer.strategy import shards
 from lfq_lightning.training.wrapping import Wrappers
@@ -66,10 +67,17 @@ def meet_quantizers(
 
 
 def _quantize_as_saved(model: L.LightningModule, state_dict: Mapping[str, Any]) -> None:
-    """Outside of a fit no batch shows what the model does: what the checkpoint holds says where it is quantized."""
+    """Outside of a fit no batch shows what the model does: what the checkpoint holds says where it is quantized.
+
+    A checkpoint of other bits than the callback asks for is left for `fit_to` to refuse.
+    """
     saved = descriptions(state_dict)
-    fresh = not any(q.learned or q.saw_data() for q in quantizers(model).values() if q.site is not None)
-    if fresh and any(description.site is not None for description in saved.values()):
+    placed = {name: quantizer for name, quantizer in quantizers(model).items() if quantizer.site is not None}
+    if any(quantizer.learned or quantizer.saw_data() for quantizer in placed.values()):
+        return
+    both = [(placed[name].spec, spec_of(name, saved[name])) for name in placed.keys() & saved.keys()]
+    agree = all(own == other or at_least_8_bits(own) == other or own == at_least_8_bits(other) for own, other in both)
+    if agree and any(description.site is not None for description in saved.values()):
         attach_as_saved(model, saved, strict=False)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ pytest.importorskip("matplotlib")
 
 PHASES = ["observe"] * 3 + ["estimate"] * 3 + ["learn"] * 12 + ["freeze"] * 3
 PNG = b"\x89PNG\r\n"
+ONE = ["fc.weight_quantizer"]
+MANY = 26  # of thirteen layers, one more than have a colour of their own
 
 
 def names(count: int) -> list[str]:
@@ -43,69 +47,85 @@ def write(directory: Path, rows: list[TrajectoryRow]) -> Path:
     return directory
 
 
-def drawn_lines(directory: Path) -> set[str]:
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
+    """The picture of a run with so many quantizers, as SVG."""
+
+    @cache
+    def svg(count: int) -> str:
+        return draw(write(tmp_path_factory.mktemp("run"), run(names(count))))
+
+    return svg
+
+
+def draw(directory: Path) -> str:
+    return plot_trajectories(directory, directory / "picture.svg").read_text()
+
+
+def lines(svg: str) -> set[str]:
     """Names of the lines of a picture, `<quantizer>.<quantity>`."""
-    svg = plot_trajectories(directory, directory / "picture.svg").read_text()
     return set(re.findall(r'<g id="([^"]*quantizer\.\w+)"', svg))
 
 
-def drawn_words(directory: Path) -> list[str]:
+def words(svg: str) -> list[str]:
     # Letters are drawn as outlines; each text stands beside them in a comment.
-    svg = plot_trajectories(directory, directory / "picture.svg").read_text()
     return re.findall(r"<!-- (.*?) -->", svg)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 25, 60])
+@pytest.mark.parametrize("count", [1, MANY])
 def test_any_number_of_quantizers_gives_a_picture_beside_the_trajectory(tmp_path: Path, count: int) -> None:
     picture = plot_trajectories(write(tmp_path, run(names(count))))
     assert picture == tmp_path / "trajectories.png"
     assert picture.read_bytes().startswith(PNG)
 
 
-@pytest.mark.parametrize("count", [5, 25])
-def test_every_quantizer_has_its_line_in_every_panel_that_it_belongs_to(tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize("count", [4, MANY])
+def test_every_quantizer_has_its_line_in_every_panel_that_it_belongs_to(
+    drawn: Callable[[int], str], count: int
+) -> None:
     expected = {f"{name}.{q}" for name in names(count) for q in ("scale", "movement", "saturation")}
     expected |= {f"{name}.zero_point" for name in names(count) if "input" in name}
-    assert drawn_lines(write(tmp_path, run(names(count)))) == expected
+    assert lines(drawn(count)) == expected
 
 
 def test_zero_points_that_stay_zero_take_no_panel(tmp_path: Path) -> None:
-    words = drawn_words(write(tmp_path, run(["fc.weight_quantizer"])))
-    assert "scale" in words and "weights" in words
-    assert "zero point" not in words and "activations" not in words
+    found = words(draw(write(tmp_path, run(ONE))))
+    assert "scale" in found and "weights" in found
+    assert "zero point" not in found and "activations" not in found
 
 
-def test_weights_and_activations_have_panels_of_their_own_and_share_colours(tmp_path: Path) -> None:
-    words = drawn_words(write(tmp_path, run(names(4))))
-    assert (words.count("weights"), words.count("activations"), words.count("scale")) == (1, 1, 2)
-    assert (words.count("block0"), words.count("block1")) == (1, 1)
-    assert "all zero points are 0" in words
+def test_weights_and_activations_have_panels_of_their_own_and_share_colours(drawn: Callable[[int], str]) -> None:
+    found = words(drawn(4))
+    assert (found.count("weights"), found.count("activations"), found.count("scale")) == (1, 1, 2)
+    assert (found.count("block0"), found.count("block1")) == (1, 1)
+    assert "all zero points are 0" in found
 
 
-def test_many_layers_are_explained_by_a_colour_bar_and_the_outermost_lines_are_named(tmp_path: Path) -> None:
-    words = drawn_words(write(tmp_path, run(names(60))))
-    explained = [word for word in words if word.startswith("block")]
+def test_many_layers_are_explained_by_a_colour_bar_and_the_outermost_lines_are_named(
+    drawn: Callable[[int], str],
+) -> None:
+    explained = [word for word in words(drawn(MANY)) if word.startswith("block")]
     # Beside the bar ten; in each of seven panels the highest, and in the four of scales the lowest too.
     assert len(explained) == 10 + 7 + 4
-    assert {"block0", "block29"} <= set(explained)
+    assert {"block0", "block12"} <= set(explained)
 
 
 def test_what_all_names_begin_with_is_left_out(tmp_path: Path) -> None:
     quantizers = [f"model.net.{layer}.weight_quantizer" for layer in ("stem.conv", "head")]
-    words = drawn_words(write(tmp_path, run(quantizers)))
-    assert {"stem.conv", "head"} <= set(words)
-    assert not any("model" in word for word in words)
+    found = words(draw(write(tmp_path, run(quantizers))))
+    assert {"stem.conv", "head"} <= set(found)
+    assert not any("model" in word for word in found)
 
 
 def test_the_phases_of_the_run_and_no_others_are_named_above_each_column(tmp_path: Path) -> None:
     rows = run(names(2), phases=["observe", "observe", "estimate", "learn", "learn"])
     assert phases_of(rows) == [("observe", 1, 3), ("estimate", 3, 4), ("learn", 4, 5)]
-    words = drawn_words(write(tmp_path, rows))
-    assert [words.count(phase) for phase in ("observe", "estimate", "learn", "freeze")] == [2, 2, 2, 0]
+    found = words(draw(write(tmp_path, rows)))
+    assert [found.count(phase) for phase in ("observe", "estimate", "learn", "freeze")] == [2, 2, 2, 0]
 
 
 def test_a_scale_that_is_not_in_use_does_not_change_the_picture(tmp_path: Path) -> None:
-    rows = run(names(2))
+    rows = run(ONE)
     unset = [replace(r, scale_mean=1e6, zero_point_max=99.0) if r.phase == "observe" else r for r in rows]
     one, other = (plot_trajectories(write(tmp_path / str(i), r)) for i, r in enumerate([rows, unset]))
     assert one.read_bytes() == other.read_bytes()
@@ -128,14 +148,14 @@ def test_saturation_is_drawn_through_the_steps_at_which_it_was_measured() -> Non
 
 
 def test_the_suffix_decides_the_format_and_missing_directories_are_made(tmp_path: Path) -> None:
-    write(tmp_path, run(names(2)))
+    write(tmp_path, run(ONE))
     assert plot_trajectories(tmp_path, tmp_path / "new" / "a.png").read_bytes().startswith(PNG)
     assert b"<svg" in plot_trajectories(str(tmp_path), str(tmp_path / "a.svg")).read_bytes()
     assert plot_trajectories(tmp_path, tmp_path / "plain").read_bytes().startswith(PNG)
 
 
 def test_the_file_itself_may_be_named_instead_of_its_directory(tmp_path: Path) -> None:
-    kept = write(tmp_path, run(names(2))).joinpath("trajectory.csv").rename(tmp_path / "best.csv")
+    kept = write(tmp_path, run(ONE)).joinpath("trajectory.csv").rename(tmp_path / "best.csv")
     assert plot_trajectories(kept) == tmp_path / "trajectories.png"
 
 
@@ -150,14 +170,14 @@ def test_unusual_names_are_drawn(tmp_path: Path, quantizer: str) -> None:
 
 @pytest.mark.parametrize("scale", [0.0, math.nan, math.inf, 1e-30])
 def test_a_collapsed_or_diverged_scale_does_not_prevent_the_picture(tmp_path: Path, scale: float) -> None:
-    rows = run(names(2))
+    rows = run(ONE)
     rows[-1] = replace(rows[-1], scale_mean=scale, scale_min=scale)
     rows[16] = replace(rows[16], scale_mean=scale, scale_min=scale)
     assert plot_trajectories(write(tmp_path, rows)).exists()
 
 
 def test_one_recorded_step_is_enough(tmp_path: Path) -> None:
-    assert plot_trajectories(write(tmp_path, run(names(2), ["learn"]))).exists()
+    assert plot_trajectories(write(tmp_path, run(ONE, ["learn"]))).exists()
 
 
 def test_global_state_of_matplotlib_is_left_alone(tmp_path: Path) -> None:
@@ -165,7 +185,7 @@ def test_global_state_of_matplotlib_is_left_alone(tmp_path: Path) -> None:
     from matplotlib import pyplot
 
     settings, figures = dict(matplotlib.rcParams), pyplot.get_fignums()
-    plot_trajectories(write(tmp_path, run(names(5))))
+    plot_trajectories(write(tmp_path, run(ONE)))
     assert dict(matplotlib.rcParams) == settings
     assert pyplot.get_fignums() == figures
 
@@ -188,8 +208,8 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_one_run_below_a_directory_is_drawn_and_several_are_named(tmp_path: Path) -> None:
-    write(tmp_path / "job/quantized", run(names(2)))
+    write(tmp_path / "job/quantized", run(ONE))
     assert plot_trajectories(tmp_path / "job") == tmp_path / "job/quantized/trajectories.png"
-    write(tmp_path / "job/again", run(names(2)))
+    write(tmp_path / "job/again", run(ONE))
     with pytest.raises(ValueError, match=r"Found 2 in .*: choose one of .*again"):
         plot_trajectories(tmp_path / "job")

@@ -1,7 +1,8 @@
 """The short set of tests with older and newer versions of Python, torch and Lightning: what the lower bounds rest on.
 
 python -m tests.versions                    # every row, in an environment of its own; goes on where it was
-python -m tests.versions --row 3.12 --again # this Python's row anew, in the environment that it has
+python -m tests.versions --torch 2.11.0 --again # this row anew, in the environment that it has
+python -m tests.versions --python 3.11      # the rows of this Python alone
 python -m tests.versions --report           # the table of what has run
 
 Each row needs its `python3.X` on the PATH, and has its environment, the tests' output and their result in `.versions/`.
@@ -45,6 +46,8 @@ class Row(NamedTuple):
 
 ROWS = (
     Row("3.11", "2.8.0", "2.6.0", ("numpy<2.4",)),
+    Row("3.11", "2.10.0", "2.6.1", ("numpy<2.4",)),
+    Row("3.11", "2.14.1", "2.6.6"),
     Row("3.12", "2.11.0", "2.6.6", ("numpy<2.4",)),
     Row("3.13", "2.13.0", "2.6.6"),
 )
@@ -119,11 +122,12 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     """Run what has no result yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", choices=[row.python for row in ROWS], help="the row of this Python alone")
+    parser.add_argument("--python", choices=sorted({row.python for row in ROWS}), help="the rows of this Python alone")
+    parser.add_argument("--torch", choices=[row.torch for row in ROWS], help="the row of this torch alone")
     parser.add_argument("--again", action="store_true", help="also where there is a result")
     parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
-    rows = [row for row in ROWS if arguments.row in (None, row.python)]
+    rows = [row for row in ROWS if arguments.python in (None, row.python) and arguments.torch in (None, row.torch)]
     for row in rows:
         if not arguments.report and (arguments.again or not (row.folder / "result.json").exists()):
             print("running", row.folder.name, file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import socket
 import sys
 import time
@@ -289,6 +290,21 @@ DDP: dict[str, Callable[[Path], Any]] = {
 ENDED = {"apart": apart, "raised": raised}
 
 
+class Dies(L.Callback):
+    """Kills one rank in the middle of a run."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+# Each in processes of its own, which it ends.
+DYING = {f"rank {rank} dies": partial(run, callbacks=[Dies(rank)]) for rank in (0, 1)}
+
+
 def parallel(**options: Any) -> ModelParallelStrategy:
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **options)
 
@@ -416,6 +432,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     out = Path(sys.argv[1])
     kinds = {"ddp": DDP | ENDED, "fsdp": FSDP, "techniques": TECHNIQUES, "everything": {"everything": every_argument}}
+    kinds |= {name: {name: scenario} for name, scenario in DYING.items()}
     for name, scenario in kinds[sys.argv[2]].items():
         (out / name).mkdir(exist_ok=True)
         try:

@@ -24,7 +24,9 @@ def run(example: str, *arguments: str, directory: Path, timeout: int = 280) -> s
 
 
 def test_the_main_job_trains_to_four_bits_and_writes_what_it_says(tmp_path: Path) -> None:
-    printed = run("train.py", f"hydra.run.dir={tmp_path}", directory=tmp_path)
+    # Less than half of the experiment's epochs reach what is asked here.
+    short = ["float.trainer.max_epochs=8", "quantized.trainer.max_epochs=8"]
+    printed = run("train.py", *short, f"hydra.run.dir={tmp_path}", directory=tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     accuracy = {stage: next(v for k, v in m.items() if "accuracy" in k) for stage, m in metrics.items()}
     assert accuracy["quantized"] >= 0.97
@@ -116,6 +118,6 @@ def test_every_example_is_short_and_says_how_it_is_run() -> None:
 
 
 def test_the_export_example_ends_with_files_that_agree(tmp_path: Path) -> None:
-    assert "same largest output" in run("export.py", "5", directory=tmp_path)
+    assert "same largest output" in run("export.py", "3", directory=tmp_path)
     written = {path.name for path in tmp_path.rglob("*") if path.suffix in (".onnx", ".pt2")}
     assert written == {"digits.onnx", "by_hand.onnx", "digits.pt2"}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ import torch
 from torch import Tensor
 
 import lfq_lightning as lfq
-from tests.processes import Program, run_python
+from tests.processes import run_python
+from tests.ranks import start_two
 from tests.runs import Net, every_epoch, fit, images, loader, qat, trainer
 
 ROOT = Path(__file__).parents[1]
@@ -212,34 +211,10 @@ def lfq_free(state: dict[str, Any]) -> dict[str, Any]:
 
 # ---- ranks --------------------------------------------------------------------------------------------------------
 
-DYING = """
-import os, signal, sys, warnings
-from pathlib import Path
-import lightning as L, torch
-from tests.runs import Net, fit
-
-warnings.simplefilter("ignore")
-out, dying = Path(sys.argv[1]), int(sys.argv[2])
-
-class Dies(L.Callback):
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        (out / f"pid{trainer.global_rank}").write_text(str(os.getpid()))
-        if trainer.global_rank == dying and trainer.global_step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-fit(out, callbacks=[Dies()], devices=2, strategy="ddp")
-"""
-
 
 @pytest.mark.parametrize("dying", [1, 0])
 def test_when_one_rank_dies_the_other_ends_with_an_error(tmp_path: Path, dying: int) -> None:
-    (tmp_path / "script.py").write_text(DYING)
-    environment, errors = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, tmp_path / "errors"
-    command = [tmp_path / "script.py", tmp_path, str(dying)]
-    assert Program(command, errors, errors, environment=environment).wait(120) != 0
-    survivor = int((tmp_path / f"pid{1 - dying}").read_text())
-    until = time.monotonic() + 60
-    while Path(f"/proc/{survivor}").exists() and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not Path(f"/proc/{survivor}").exists()
-    assert "Error" in errors.read_text()
+    failed = start_two(tmp_path, f"rank {dying} dies", timeout=60)
+    assert failed[f"rank {dying}"].startswith("ended with -9,")
+    assert failed[f"rank {1 - dying}"].startswith("ended with 1,")  # by itself: it was not ended for waiting
+    assert "Error" in failed[f"rank {dying} dies"]

@@ -246,7 +246,7 @@ def test_the_batch_size_finder_leaves_quantizers_as_they_were(tmp_path: Path, ou
     finder = BatchSizeFinder(steps_per_trial=1, max_trials=2)
     both = [qat(), finder] if ours_first else [finder, qat()]
     L.seed_everything(3, verbose=False)
-    trainer(tmp_path, both, limit_val_batches=0).fit(model)
+    trainer(tmp_path, both, limit_val_batches=0, limit_train_batches=4).fit(model)
     assert model.batch_size == 4
     assert_learned(model)
 

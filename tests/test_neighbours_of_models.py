@@ -41,16 +41,6 @@ class InnerCompiled(Net):
         return self.head(torch.relu(self.body(x)).flatten(1))
 
 
-class Quiet(Net):
-    """The net without `self.log`, which Dynamo cannot read."""
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self(batch[0])
-
-
 class InnerPlain(InnerCompiled):
     compiled = False
 
@@ -74,16 +64,6 @@ def test_checkpoints_of_compiled_and_plain_modules_load_into_each_other(
     assert made.current_epoch == 4
     lfq.load_state_dict(other, model.state_dict())
     assert torch.equal(other.eval()(X), model.eval()(X))
-
-
-def test_a_compiled_lightning_module_trains_under_its_own_names(tmp_path: Path) -> None:
-    compiled = torch.compile(Quiet(), backend="eager")
-    model, made, callback = fit(tmp_path, compiled)
-    assert_learned(made.lightning_module)
-    assert not any("_orig_mod" in name for name in names_in(tmp_path, model, callback))
-    made.save_checkpoint(tmp_path / "x.ckpt")
-    again = lfq.load_from_checkpoint(Net, tmp_path / "x.ckpt")
-    assert torch.equal(again.eval()(X), made.lightning_module.eval()(X))
 
 
 # ---- layers -------------------------------------------------------------------------------------------------------

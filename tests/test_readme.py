@@ -41,7 +41,7 @@ class MyModule(Net):
 
 class Data(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(images(16), batch_size=8)
+        return DataLoader(images(8), batch_size=8)
 
     val_dataloader = test_dataloader = train_dataloader
 

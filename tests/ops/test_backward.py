@@ -102,8 +102,9 @@ def test_blocks_and_their_remainders_give_the_definition(shape: tuple[int, ...],
         x = values.to(dtype)
         dy = upstream(x)
         expected = oracle.backward(dy, x, *qparams, **arguments)
-        slow = dtype in (torch.float64, torch.bfloat16)  # in Triton's interpreter
-        for backend, layout in itertools.product(FAST_BACKENDS if slow else BACKENDS, BLOCK_LAYOUTS):
+        # Triton's interpreter is slow, and how blocks are cut hangs on neither.
+        interpreted = dtype is torch.float32 or (dtype, saturation) == (torch.float16, "lsq")
+        for backend, layout in itertools.product(BACKENDS if interpreted else FAST_BACKENDS, BLOCK_LAYOUTS):
             with case(backend=backend, dtype=dtype, saturation=saturation, layout=layout):
                 assert_gradients_are(expected, backend, dy, LAYOUTS[layout](x), *qparams, **arguments)
 

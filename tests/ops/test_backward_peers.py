@@ -37,7 +37,7 @@ def away_from_ties(x: Tensor, scale: Tensor) -> Tensor:
 
 
 @each_backend
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(
     codes=st.sampled_from([(-8, 7), (0, 15), (-128, 127), (0, 255), (-2, 1)]),
     scale=st.floats(2.0**-10, 10.0, width=16),
@@ -74,7 +74,7 @@ def test_inclusive_saturation_equals_the_seed(
 
 
 @each_backend
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(
     codes=st.sampled_from([(-8, 7), (0, 15), (-128, 127), (0, 255)]),
     axis=st.sampled_from([None, 0, 1, 2]),

@@ -227,18 +227,11 @@ def test_a_nan_qparam_is_not_hidden(backend: str, which: str) -> None:
 
 
 @each_backend
-@settings(max_examples=200)
-@given(
-    k=st.integers(-140, 140),
-    scale=st.floats(EPS, 2.0**100, width=32),
-    zero_point=st.integers(-128, 127),
-    away=st.integers(-1, 1),
-)
-def test_ties_round_half_to_even_and_their_neighbours_do_not(
-    backend: str, k: int, scale: float, zero_point: int, away: int
-) -> None:
-    tie = torch.tensor([(k + 0.5) * scale])
-    x = tie if away == 0 else torch.nextafter(tie, torch.full((1,), away * torch.inf))
+@settings(max_examples=40)
+@given(scale=st.floats(EPS, 2.0**100, width=32), zero_point=st.integers(-128, 127))
+def test_ties_round_half_to_even_and_their_neighbours_do_not(backend: str, scale: float, zero_point: int) -> None:
+    ties = (torch.arange(-140, 141) + 0.5).mul(scale)[torch.randperm(281)[:40]]
+    x = torch.cat([ties, *(torch.nextafter(ties, torch.full_like(ties, end)) for end in (-torch.inf, torch.inf))])
     grid = Grid(-128, 127, scale, float(zero_point))
     assert_bit_equal(fake_quantized(backend, x, grid), by_oracle(x, grid))
 

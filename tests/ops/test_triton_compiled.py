@@ -34,14 +34,17 @@ GRANULARITIES = {
 }
 PROCESSORS = {80: "float32", 90: "bfloat16", 100: "bfloat16"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-# Which elements lie together does not hang on the processor: each granularity is compiled once for each.
-CASES = [(capability, name, dtype, "lsq") for capability, dtype in PROCESSORS.items() for name in GRANULARITIES]
+# Which elements lie together does not hang on the processor: two granularities are compiled for each of them, and the
+# others for the one in between.
+CASES = [(90, name, PROCESSORS[90], "lsq") for name in GRANULARITIES]
+CASES += [(other, name, PROCESSORS[other], "lsq") for other in (80, 100) for name in ("one scale", "1000 columns")]
 CASES += [(90, "per row", "float16", "exclusive"), (90, "per row", "float64", "inclusive")]
 WORDS = ("div.rn.f32", "div.full", "fma.rn.f32", "ftz")
 
 
 def report() -> None:
-    """Print what each launch of each case has become, as JSON."""
+    """Print as JSON which launches share a kernel, and then what each launch of each case has become."""
+    print(json.dumps(shared_kernels()))
     for capability, name, dtype, saturation in CASES:
         *granularity, _ = GRANULARITIES[name]
         sums_too = (capability, name) == (90, "768 columns")  # the second stage is the same for all
@@ -55,8 +58,8 @@ def report() -> None:
             print(json.dumps({**case, "kernel": launch.name, "large": sorted(of), "met": met, **count}))
 
 
-def report_kernels() -> None:
-    """Print which of several launches of one kernel share a compiled kernel, and whether that can be launched anew."""
+def shared_kernels() -> list[bool]:
+    """Whether a compiled kernel can be launched anew, and which of several launches share the first one's."""
     x = torch.empty(64)
     settings = {"CHANNELS": 1, "BLOCK": 16, "NEED_SCALE": True, "NEED_ZERO_POINT": True, "num_warps": 4}
     launch = Launch(kernels.add_up_kernel, 1, (1, 16, 1), settings, device=-1)
@@ -65,13 +68,15 @@ def report_kernels() -> None:
             launch((tensor, *[x] * 4), number)
     first, *others = (each.compiled for each in found)
     lasting = first.metadata.target.backend == "cuda" and first.packed_metadata is not None
-    print(json.dumps([lasting, *(other is first for other in others)]))
+    return [lasting, *(other is first for other in others)]
 
 
-def printed(function: str, cache: Path) -> list[Any]:
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    cache = tmp_path_factory.mktemp("triton")
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
     found = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import {function}; {function}()"],
+        [sys.executable, "-c", f"from {__name__} import report; report()"],
         env=environment,
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -82,9 +87,9 @@ def printed(function: str, cache: Path) -> list[Any]:
     return [json.loads(line) for line in found.stdout.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return printed("report", tmp_path_factory.mktemp("triton"))
+@pytest.fixture
+def compiled(printed: list[Any]) -> list[dict[str, Any]]:
+    return printed[1:]
 
 
 def test_float32_is_divided_as_ieee_and_nothing_is_contracted_or_flushed(compiled: list[dict[str, Any]]) -> None:
@@ -107,8 +112,8 @@ def test_as_many_bytes_move_at_once_as_the_granularity_allows(compiled: list[dic
     assert not narrow
 
 
-def test_triton_compiles_another_kernel_for_other_alignments_alone(tmp_path: Path) -> None:
-    lasting, numbers_and_aligned, unaligned, unaligned_otherwise = printed("report_kernels", tmp_path)[0]
+def test_triton_compiles_another_kernel_for_other_alignments_alone(printed: list[Any]) -> None:
+    lasting, numbers_and_aligned, unaligned, unaligned_otherwise = printed[0]
     assert lasting
     assert numbers_and_aligned
     assert not unaligned

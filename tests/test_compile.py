@@ -18,6 +18,8 @@ import lfq_lightning as lfq
 from lfq_lightning.gathering import Gathered, gathering, set_gathering
 from lfq_lightning.placement.points import points
 from lfq_lightning.records.trajectory import read_trajectory
+from tests.operation_networks import ACTIVATIONS, WEIGHTS
+from tests.operation_networks import attached as attached_for
 from tests.runs import Net, fit, images, qat
 
 X = images().tensors[0]
@@ -171,3 +173,25 @@ def test_a_length_that_depends_on_data_is_observed_without_a_graph_break(observe
     for name, one in lfq.quantizers(model).items():
         found, expected = one.calculate_qparams(), lfq.quantizers(eager)[name].calculate_qparams()
         torch.testing.assert_close(found, expected, msg=name)
+
+
+# ---- operations ---------------------------------------------------------------------------------------------------
+
+EVERY_PRODUCT = lfq.Rule("*/scaled*", activation=8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rules"),
+    [("slices", []), ("experts", []), ("residual", [lfq.Rule("/*", activation=8)]), ("attention", [EVERY_PRODUCT])],
+)
+def test_compiled_operations_compute_and_learn_what_eager_ones_do(kind: str, rules: Any) -> None:
+    case = {**WEIGHTS, **ACTIVATIONS}[kind]
+    model = attached_for(case, weight=4, activation=8, rules=rules)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    found, expected = compiled(*case.inputs), model(*case.inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for output in (found, expected):
+        output.square().sum().backward()
+    other = lfq.quantizers(compiled)
+    for name, quantizer in lfq.quantizers(model).items():
+        torch.testing.assert_close(other[name].scale.grad, quantizer.scale.grad, rtol=1e-3, atol=1e-5)

@@ -43,6 +43,7 @@ class Tensor:
         parameter: which parameter it is, or a part or a turn of; None for what is computed.
         origin: "parameter" for one, or a part or a turn of one; "made" for what is computed from parameters without the
             batch; "constant" for what comes from neither; "batch" for the rest.
+        made_of: of what is computed from parameters without the batch, these.
         part: which part of the parameter, by offset and count of elements; None for anything else.
         channels: the parameter's dimension with one output each, or, of what is made of parameters, the tensor's own.
         features: the dimension of an activation's features, counted from the last.
@@ -53,6 +54,7 @@ class Tensor:
     shape: tuple[int, ...]
     parameter: Owned | None = None
     origin: Origin = "batch"
+    made_of: frozenset[Owned] = frozenset()
     part: tuple[int, int] | None = None
     channels: int | None = None
     features: int = -1
@@ -95,7 +97,8 @@ class Flow:
         calls: in order.
         called: the modules that ran, by dotted name, in order.
         within: for each module that makes calls of its own, the modules that it calls.
-        read: parameters that something read, with the name of the function that did so first.
+        read: parameters that something read, with the name of the function that did so first; `Name.apply` for the
+            autograd Function of that name.
         source: what was run, in words.
     """
 

@@ -268,8 +268,8 @@ def _moves() -> Iterator[Any]:
 
 MOVES = frozenset(_moves())
 
-# What takes no more than shape and kind from its first argument.
-FACTORIES = frozenset(
+# What takes no more than shape and kind from its arguments.
+FACTORIES = frozenset((torch.zeros, torch.ones, torch.empty)) | frozenset(
     function
     for name in ("zeros", "ones", "empty", "full")
     for function in (getattr(torch.Tensor, f"new_{name}"), getattr(torch, f"{name}_like"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import warnings
 from collections import Counter
@@ -115,6 +116,7 @@ class _Known:
     after: frozenset[int] = frozenset()
     origin: Origin = "batch"
     parameter: Owned | None = None
+    made_of: frozenset[Owned] = frozenset()
 
 
 @dataclass
@@ -179,8 +181,13 @@ class _Tracer(TorchFunctionMode):
                 return SPELLED[func](*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         known = [self._of(tensor) for tensor in given]  # before the call may change one in place
-        operation = BY_FUNCTION.get(func)
-        call = None if operation is None else self._count(operation, args, kwargs)
+        operation, custom = BY_FUNCTION.get(func), _custom_function()
+        call = None
+        if operation is not None:
+            number = self._frames[-1].counted[operation.name]
+            self._frames[-1].counted[operation.name] += 1
+            if custom is None:
+                call = self._count(operation, number, args, kwargs)
         if self._without_values is not None:  # which would change what has values in place
             args, kwargs = tree_map_only(torch.Tensor, self._valueless, (args, kwargs))
         result = func(*args, **kwargs)
@@ -189,11 +196,11 @@ class _Tracer(TorchFunctionMode):
         if call is None and not moved and made:
             for each in known:
                 if each.parameter is not None:
-                    self._read.setdefault(each.parameter, getattr(func, "__name__", str(func)))
+                    self._read.setdefault(each.parameter, custom or str(getattr(func, "__name__", func)))
         after = frozenset[int]().union(*(each.after for each in known))
         if call is not None and self._calls[call].kind != "activation":
             after = frozenset([call])
-        new = known[0] if moved else _Known(after, _origin(func, known))
+        new = known[0] if moved else _result(func, known, after)
         for tensor in made:
             self._note(tensor, new)
         if given and not moved and (result is None or _is_in_place(func)):
@@ -202,11 +209,9 @@ class _Tracer(TorchFunctionMode):
                     self._note(changed, new)
         return result
 
-    def _count(self, operation: Operation, args: Any, kwargs: Any) -> int | None:
-        """Note a call, unless it computes with parameters alone; its number."""
+    def _count(self, operation: Operation, number: int, args: Any, kwargs: Any) -> int | None:
+        """Note a call, unless it computes with parameters alone; its place among all calls."""
         frame = self._frames[-1]
-        number = frame.counted[operation.name]
-        frame.counted[operation.name] += 1
         reads, after = [], frozenset[int]()
         for read in operation.reads(args, kwargs):
             known = self._of(read.value)
@@ -230,7 +235,8 @@ class _Tracer(TorchFunctionMode):
         features = read.operand.features
         # What was changed in place since is another tensor.
         identity = self._identities.setdefault((id(value), version_of(value)), len(self._identities))
-        return Tensor(read.name, identity, tuple(value.shape), known.parameter, known.origin, part, channels, features)
+        whence = known.parameter, known.origin, known.made_of
+        return Tensor(read.name, identity, tuple(value.shape), *whence, part, channels, features)
 
     def _in_parameter(self, parameter: Owned, value: torch.Tensor, channels: int | None) -> int | None:
         """The parameter's own dimension that a dimension of its view is: the one of the same stride."""
@@ -281,6 +287,15 @@ class _Tracer(TorchFunctionMode):
         return _Known(found)
 
 
+def _result(function: Any, known: list[_Known], after: frozenset[int]) -> _Known:
+    """What is known of what a function gives."""
+    origin = _origin(function, known)
+    if origin != "made":
+        return _Known(after, origin)
+    parameters = (frozenset([each.parameter]) if each.parameter else each.made_of for each in known)
+    return _Known(after, origin, None, frozenset[Owned]().union(*parameters))
+
+
 def _origin(function: Any, known: list[_Known]) -> Origin:
     """Where what a function gives comes from."""
     if function in FACTORIES:
@@ -289,6 +304,19 @@ def _origin(function: Any, known: list[_Known]) -> Origin:
         return "batch"
     origins = {each.origin for each in known}
     return "batch" if "batch" in origins else "made" if origins - {"constant"} else "constant"
+
+
+_APPLIED = inspect.unwrap(vars(torch.autograd.Function)["apply"].__func__).__code__
+
+
+def _custom_function() -> str | None:
+    """The name of the autograd Function in whose `forward` this is called, which runs without gradients."""
+    frame = None if torch.is_grad_enabled() else inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _APPLIED:
+            return f"{frame.f_locals['cls'].__name__}.apply"
+        frame = frame.f_back
+    return None
 
 
 def _is_in_place(function: Any) -> bool:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, wraps
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -121,6 +122,32 @@ def leave_submodule(module: nn.Module, args: Any, output: Any) -> None:
         running[-1].depth -= 1
 
 
+# Methods of tensors that are written in Python. Dynamo knows them by name alone, traces a call of one, but not what is
+# in it.
+_IN_PYTHON = {name: value for name, value in vars(Tensor).items() if isinstance(value, FunctionType)}
+_OPERATIONS_IN_PYTHON = {name: BY_FUNCTION[value] for name, value in _IN_PYTHON.items() if value in BY_FUNCTION}
+_MOVES_IN_PYTHON = frozenset(name for name, value in _IN_PYTHON.items() if value in MOVES)
+
+
+def _is_traced_by_name(function: Any) -> bool:
+    return torch.compiler.is_compiling() and function.__name__ in _IN_PYTHON
+
+
+def _operation(function: Any) -> Operation | None:
+    by_name = _is_traced_by_name(function)
+    return _OPERATIONS_IN_PYTHON.get(function.__name__) if by_name else BY_FUNCTION.get(function)
+
+
+def _moves(function: Any) -> bool:
+    return function.__name__ in _MOVES_IN_PYTHON if _is_traced_by_name(function) else function in MOVES
+
+
+def _called(function: Any, args: Any, kwargs: Any) -> Any:
+    if _is_traced_by_name(function) and isinstance(args[0], Tensor):
+        return getattr(args[0], function.__name__)(*args[1:], **kwargs)
+    return function(*args, **kwargs)
+
+
 class _Meeting(TorchFunctionMode):
     """One forward of one module."""
 
@@ -136,22 +163,22 @@ class _Meeting(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.depth:
-            return func(*args, **kwargs)
+            return _called(func, args, kwargs)
         if func in SPELLED:
             with self:
                 return SPELLED[func](*args, **kwargs)
-        operation = BY_FUNCTION.get(func)
+        operation = _operation(func)
         if operation is not None:
             args, kwargs = self._met(operation, args, kwargs)
-            return func(*args, **kwargs)
-        if func in MOVES and args and self._parameters:
+            return _called(func, args, kwargs)
+        if self._parameters and args and _moves(func):
             reads = self._reads(args[0])
             if reads is not None:
-                result = func(self._quantized(args[0], reads), *args[1:], **kwargs)
+                result = _called(func, (self._quantized(args[0], reads), *args[1:]), kwargs)
                 several = result if isinstance(result, (list, tuple)) else (result,)
                 self._made += [(each, reads) for each in several if isinstance(each, Tensor)]
                 return result
-        return func(*args, **kwargs)
+        return _called(func, args, kwargs)
 
     def _reads(self, value: Any) -> Reads | None:
         for parameter, reads in self._parameters:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lfq_lightning.checking import check_model
-from lfq_lightning.flow.graph import Flow
+from lfq_lightning.flow.graph import Flow, Owned
 from lfq_lightning.flow.operations import BY_NAME
 from lfq_lightning.placement.layers import (
     all_names,
@@ -177,6 +177,8 @@ def _items(
             items.append(_layer_item(name, layer, names))
         else:
             left[name] = outside.get(name, NO_PART + flow.source)
+    for name, reason in outside.items():
+        left.setdefault(name, reason)
     order = {module: place for place, module in enumerate(model.modules())}
     items.sort(key=lambda item: order[item.module])
     return items, left, found
@@ -324,14 +326,15 @@ def _left(
 ) -> tuple[dict[str, str], dict[str, int], tuple[int, int]]:
     """Every module with a parameter of two or more dimensions that no quantizer serves; and counts of elements."""
     modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
-    served = _served(modules, placement)
+    served = _served(modules, placement, flow)
     asked = {name for name, module in modules.items() if computes_directly(module)}
     inside = {
         inner for module in model.modules() if isinstance(module, LearnableFakeQuantize) for inner in module.modules()
     }
     counted: set[int] = set()
     quantized = every = 0
-    reasons, sizes = dict(left), dict[str, int]()
+    reasons = {name: why for name, why in left.items() if not _serves_all(served, modules[name])}
+    sizes: dict[str, int] = {}
     for name, module in modules.items():
         for own, parameter in module._parameters.items():
             if parameter is None or module in inside or id(parameter) in counted or is_lazy(module):
@@ -348,7 +351,13 @@ def _left(
     return reasons, sizes, (quantized, every)
 
 
-def _served(modules: Mapping[str, nn.Module], placement: Placement) -> set[int]:
+def _served(modules: Mapping[str, nn.Module], placement: Placement, flow: Flow | None) -> set[int]:
+    """The parameters that are quantized, or that what is quantized is made of."""
+    made_of: dict[tuple[str, str, str], frozenset[Owned]] = {
+        (call.site.module, call.site.call, read.name): read.made_of
+        for call in (flow.calls if flow is not None else ())
+        for read in call.reads
+    }
     served: set[int] = set()
     for layer in placement.layers:
         if layer.weight is not None:
@@ -357,8 +366,14 @@ def _served(modules: Mapping[str, nn.Module], placement: Placement) -> set[int]:
             served.update([id(own)] if own is not None else map(id, modules[layer.name].parameters()))
     for operand in placement.operands:
         if operand.role == "weight":
-            served.update(id(p) for p in modules[operand.module].parameters(recurse=False))
+            parameters = made_of.get((operand.module, operand.call, operand.operand), frozenset())
+            served.update(id(modules[owner]._parameters[own]) for owner, own in parameters)
     return served
+
+
+def _serves_all(served: set[int], module: nn.Module) -> bool:
+    own = [id(p) for p in module._parameters.values() if p is not None and p.ndim > 1]
+    return bool(own) and served.issuperset(own)
 
 
 def _why_left(name: str, own: str, asked: bool, flow: Flow | None) -> str:
@@ -370,7 +385,10 @@ def _why_left(name: str, own: str, asked: bool, flow: Flow | None) -> str:
         return NO_PART + flow.source
     if (name, own) not in flow.read:
         return "no function of torch that could be met reads it"
-    return f"`{flow.read[name, own]}` reads it, which is no sum of products"
+    reader = flow.read[name, own]
+    if reader.endswith(".apply"):
+        return f"the autograd Function `{reader.removesuffix('.apply')}` takes it, and computes by itself"
+    return f"`{reader}` reads it, which is no sum of products"
 
 
 # ---- rules ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.observers import Observer, Statistics
-from lfq_lightning.quantizer.saved import Role
+from lfq_lightning.quantizer.saved import Place, Role
 from lfq_lightning.spec import QuantSpec
 
 _GROWN = 1.25
@@ -36,6 +36,7 @@ class Observing(nn.Module):
     spec: QuantSpec | None
     role: Role | None
     site: str | None
+    place: Place
     quant_min: int
     quant_max: int
     fake_quant_enabled: bool
@@ -180,8 +181,8 @@ class Observing(nn.Module):
             if self.batch_statistics is not None:
                 statistics = self.observer.merge(self.batch_statistics, statistics)
             self.batch_statistics = statistics
-        elif self.gathering and self.site is None:
-            # A weight that the user hands in is the same on every rank; other libraries' observers cannot be merged.
+        elif self.gathering and (self.site is None or self.place.call):
+            # A weight that is made in forward is the same on every rank; other libraries' observers cannot be merged.
             self._observe_alone(x)
 
     def _observe_alone(self, x: Tensor) -> None:

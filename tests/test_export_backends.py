@@ -113,13 +113,14 @@ READERS: dict[str, tuple[nn.Module, Tensor, list[lfq.Rule]]] = {
 @pytest.mark.parametrize("reader", READERS)
 def test_a_frozen_model_equals_the_model_whoever_reads_a_weight_and_however_layers_are_called(reader: str) -> None:
     model, x, rules = READERS[reader]
-    lfq.attach(model, 4, 4, rules=rules)
+    example = x if reader == "function" else None  # which shows that a function reads the weight
+    lfq.attach(model, 4, 4, rules=rules, example=example)
     lfq.calibrate(model, [x])
     frozen = lfq.freeze(model)
     assert_bit_equal(frozen(x), model.eval()(x).detach())
     assert_bit_equal(torch.export.export(frozen, (x,)).module()(x), frozen(x))
     if reader == "tied":
-        assert frozen.embedding.constant.weight is frozen.head.constant.layer.weight
+        assert frozen.embedding.weight is frozen.head.weight
 
 
 def test_a_pickled_frozen_model_runs_in_a_process_without_this_package(tmp_path: Path) -> None:

@@ -80,7 +80,9 @@ def run_and_compare(
             own = integers[point.name]
             wanted = _centred(point.quantizer, point.whole_parameter()) * own.signs.int().numpy()
             alike = [stored[name] for name, weight in integers.items() if name in stored and _are_one(weight, own)]
-            tally.setdefault(point.name, Codes()).take_in([wanted], [codes() for codes in alike[:1]])
+            tally.setdefault(point.name, Codes()).take_in(
+                [wanted], [codes().reshape(wanted.shape) for codes in alike[:1]]
+            )
     rows = tuple(tally[name].row(name) for name in found if name in tally)
     quantum = _quantum(reference)
     ends = unoptimized.parity(quantum, count), optimized.parity(quantum, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,7 +85,10 @@ def program_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         ValueError: if it cannot trace the model.
     """
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        with warnings.catch_warnings():
+            # What a hook or a recurrent layer puts together anew in every forward, as it does in float.
+            warnings.filterwarnings("ignore", "The tensor attribute")
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     except Exception as error:  # of torch's, of many types; and the model's own
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise ValueError(

@@ -77,6 +77,27 @@ def pack(proto: onnx.ModelProto, weights: Mapping[str, IntegerWeight], opset: in
     proto.graph.initializer.extend(kept_ones)
 
 
+def flatten_stacks(proto: onnx.ModelProto) -> None:
+    """Store weights that are several matrices, with a scale for each column, as one matrix, which is shaped again.
+
+    ONNX Runtime would take the product of several matrices at once as one of integers, and fails on such scales.
+    """
+    stored = {initializer.name: initializer for initializer in proto.graph.initializer}
+    products = {name for node in proto.graph.node if node.op_type == "MatMul" for name in node.input}
+    for place, node in reversed(list(enumerate(proto.graph.node))):
+        if node.op_type != "DequantizeLinear" or node.input[0] not in stored or node.output[0] not in products:
+            continue
+        codes, given = stored[node.input[0]], node.output[0]
+        shape, axes = list(codes.dims), [attribute for attribute in node.attribute if attribute.name == "axis"]
+        if len(shape) < 3 or not axes or axes[0].i % len(shape) != len(shape) - 1:
+            continue
+        codes.dims[:] = [math.prod(shape[:-1]), shape[-1]]
+        axes[0].i = 1
+        node.output[0], size = f"{given}_flat", f"{given}_shape"
+        proto.graph.initializer.append(numpy_helper.from_array(np.array(shape), size))
+        proto.graph.node.insert(place + 1, onnx.helper.make_node("Reshape", [node.output[0], size], [given]))
+
+
 def _nibbles(values: np.ndarray) -> bytes:
     """Two values a byte, the first in the low half, as ONNX packs them."""
     halves = np.append(values.flatten(), np.zeros(values.size % 2, values.dtype)).view(np.uint8) & 0xF

@@ -100,7 +100,7 @@ def export_onnx(
     import onnx
 
     from lfq_lightning.export.comparing import run_and_compare
-    from lfq_lightning.export.onnx_file import codes_by_quantizer, float_bytes, pack
+    from lfq_lightning.export.onnx_file import codes_by_quantizer, flatten_stacks, float_bytes, pack
 
     integers = sharing_copy(reference)
     args, kwargs = on_cpu(arguments(model, example_inputs))
@@ -111,6 +111,7 @@ def export_onnx(
     proto = _exported(integers, args, kwargs, dynamic_axes, opset)
     modules = integers.named_modules(remove_duplicate=False)  # one that is shared may be stored under any of its names
     weights = {name: module for name, module in modules if isinstance(module, IntegerWeight)}
+    flatten_stacks(proto)
     pack(proto, weights, opset)
     watched = codes_by_quantizer(proto, reference)
     proto = _bare(proto)

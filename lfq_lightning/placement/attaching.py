@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lfq_lightning.checking import check_choice, check_flags, check_model
 from lfq_lightning.flow.graph import Flow
 from lfq_lightning.flow.tracing import trace
-from lfq_lightning.placement.layers import QUANTIZABLE, TRANSPOSED, computes_directly, input_channels
+from lfq_lightning.placement.layers import QUANTIZABLE, TABLES, TRANSPOSED, computes_directly, input_channels
 from lfq_lightning.placement.meeting import (
     OUTPUT,
     input_name,
@@ -321,13 +321,16 @@ def _put(modules: Mapping[str, nn.Module], placement: Placement, made: Mapping[K
             child = operand_name(operand.call, operand.operand)
             module.add_module(child, made[module, child])
             meet_operations(module, (), [(operand.call, operand.operand)])
-    for holder in {holder: None for holder, _ in made}:
-        keep_slow_path(holder)
+    holding = {holder for holder, _ in made}
+    for module in dict.fromkeys(modules.values()):
+        encodes = isinstance(module, nn.TransformerEncoder) and not holding.isdisjoint(module.modules())
+        if encodes or module in holding:
+            keep_slow_path(module)
 
 
 def _is_layers(module: nn.Module, placed: PlacedLayer) -> bool:
     """Whether what is placed is the weight of a layer that is handed it, and its input."""
-    return placed.parameter == "weight" and isinstance(module, QUANTIZABLE)
+    return placed.parameter == "weight" and isinstance(module, QUANTIZABLE) and not isinstance(module, TABLES)
 
 
 def _weight_quantizer(module: nn.Module, placed: PlacedLayer) -> LearnableFakeQuantize:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, wraps
 from types import FunctionType
@@ -282,11 +282,20 @@ def quantize_output(module: nn.Module) -> None:
         module.__dict__["_hook_of_output"] = module.register_forward_hook(QuantizedOutput(), prepend=True)
 
 
-def leave_operations(model: nn.Module) -> None:
-    """Take off all that `meet_operations` and `quantize_output` have put on a model's modules, but the quantizers."""
+def leave_operations(model: nn.Module, keep: Collection[nn.Module] = ()) -> None:
+    """Take off all that `meet_operations` and `quantize_output` have put on a model's modules, but the quantizers.
+
+    Args:
+        model: any module.
+        keep: modules that go on meeting operations, and quantizing what they give.
+    """
+    watched = {inner for module in keep for inner in module.modules() if inner is not module}
     for module in model.modules():
-        for handle in module.__dict__.pop(_HOOKS, ()):
-            handle.remove()
+        if module not in watched:
+            for handle in module.__dict__.pop(_HOOKS, ()):
+                handle.remove()
+        if module in keep:
+            continue
         if "_hook_of_output" in module.__dict__:
             module.__dict__.pop("_hook_of_output").remove()
         if isinstance(module, MeetsOperations):

@@ -128,7 +128,10 @@ def quantize_layer(
 
 def keep_slow_path(module: nn.Module) -> None:
     """Have torch compute a module, and what holds it, by the calls that can be met."""
-    if "_slow_path_hook" not in module.__dict__:
+    if isinstance(module, nn.TransformerEncoder):  # which hands nested tensors on to layers that are fused
+        module.__dict__.setdefault("_used_nested_tensor", module.__dict__.get("use_nested_tensor"))
+        module.use_nested_tensor = False
+    elif "_slow_path_hook" not in module.__dict__:
         module.__dict__["_slow_path_hook"] = module.register_forward_pre_hook(KeepSlowPath())
 
 
@@ -136,6 +139,8 @@ def let_fast_path(module: nn.Module) -> None:
     """Undo `keep_slow_path`."""
     if "_slow_path_hook" in module.__dict__:
         module.__dict__.pop("_slow_path_hook").remove()
+    if "_used_nested_tensor" in module.__dict__:
+        module.__dict__["use_nested_tensor"] = module.__dict__.pop("_used_nested_tensor")
 
 
 def restore_layer(layer: nn.Module) -> None:

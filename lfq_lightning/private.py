@@ -25,6 +25,9 @@ __all__ = ["FakeTensor", "FakeTensorMode"]  # what torch.export runs a model by,
 __all__ += ["tree_leaves", "tree_map", "tree_map_only"]  # nested inputs as torch.export itself takes them apart
 __all__ += ["TensorWeakRef"]  # knows when autograd still holds a tensor that Python has let go
 
+# What `torch.nn.functional.grouped_mm` calls, and models call by themselves where torch has no public name yet.
+GROUPED_PRODUCT: Callable[..., Tensor] | None = getattr(torch, "_grouped_mm", None)
+
 # ---- torch: tensors and autograd ------------------------------------------------------------------------------------
 
 # Whether vmap, grad and their like are at work, and on which tensors; torch asks itself so. Called for each operation.

@@ -82,6 +82,24 @@ class Experts(nn.Module):
         return torch.einsum("end,ne->nd", torch.bmm(hidden, self.down), self.gate(x).softmax(-1))
 
 
+class GroupedExperts(nn.Module):
+    """Tokens in order of their expert, and one product for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(2, 8, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.grouped_mm(x, self.up.transpose(1, 2), offs=torch.tensor([3, 4], dtype=torch.int32))
+
+
+class Positions(nn.Embedding):
+    """A table with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.embedding(torch.arange(x.shape[1]) + 1, self.weight)
+
+
 class ByEinsum(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -197,6 +215,7 @@ WEIGHTS: dict[str, Case] = {
     "inputs first": Case(InputsFirst, [_rows]),
     "graph": Case(Graph, [_rows]),
     "experts": Case(Experts, [_rows]),
+    "positions": Case(_of(lambda: Positions(9, 8)), [_tokens]),
     "einsum": Case(ByEinsum, [_rows]),
     "own convolution": Case(OwnConvolution, [_image]),
     "bilinear": Case(OfTwoInputs, [_rows]),
@@ -214,6 +233,9 @@ WEIGHTS: dict[str, Case] = {
     "packed sequences": Case(Packed, [_tokens]),
     "cells": Case(Cells, [_tokens]),
 }
+
+if hasattr(F, "grouped_mm"):
+    WEIGHTS["grouped experts"] = Case(GroupedExperts, [_tokens.flatten(0, 1)[:4].repeat(1, 2)])
 
 # The weight is made in forward, from other parameters.
 MADE: dict[str, Case] = {

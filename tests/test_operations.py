@@ -156,6 +156,17 @@ def test_detach_copies_and_states_are_exact(kind: str) -> None:
     assert_bit_equal(outputs(model, case), before)
 
 
+@pytest.mark.parametrize("kind", ALL)
+def test_attaching_again_changes_nothing(kind: str) -> None:
+    case = ALL[kind]
+    torch.manual_seed(0)
+    model = case.make()
+    first = lfq.attach(model, example=tuple(case.inputs), **settings_of(kind))
+    placed = lfq.quantizers(model)
+    assert lfq.attach(model, example=tuple(case.inputs), **settings_of(kind)) == first
+    assert lfq.quantizers(model) == placed
+
+
 # ---- where it runs --------------------------------------------------------------------------------------------------
 
 

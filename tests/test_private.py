@@ -68,6 +68,13 @@ def test_lists_of_tensors_are_computed_in_one_call() -> None:
     assert [x.tolist() for x in (*lows, *highs)] == [[7, 7], [8, 8, 8], [1, 1], [3, 3, 3]]
 
 
+def test_products_of_groups_of_rows_are_computed() -> None:
+    if private.GROUPED_PRODUCT is None:
+        pytest.skip("this torch has none")
+    x, weights, ends = torch.ones(4, 16), torch.ones(2, 16, 8), torch.tensor([3, 4], dtype=torch.int32)
+    assert torch.equal(private.GROUPED_PRODUCT(x, weights, offs=ends), torch.full((4, 8), 16.0))
+
+
 def test_a_change_in_place_makes_a_new_version() -> None:
     x = torch.ones(2)
     before = private.version_of(x)

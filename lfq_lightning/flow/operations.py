@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lfq_lightning.private import GROUPED_PRODUCT
+
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
 Kind = Literal["product", "table", "activation"]
@@ -184,6 +186,12 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     _product("mm", _LEFT, Operand("mat2", 1, "mat2", channels=-1), functions=[torch.mm, _T.mm]),
     _product("bmm", _LEFT, Operand("mat2", 1, "mat2", channels=-1), functions=[torch.bmm, _T.bmm]),
+    _product(
+        "grouped_mm",
+        Operand("input", 0, "mat_a"),
+        Operand("mat2", 1, "mat_b", channels=-1),
+        functions=[f for f in (getattr(F, "grouped_mm", None), GROUPED_PRODUCT) if f is not None],
+    ),
     _product("mv", _LEFT, Operand("vec", 1, "vec"), functions=[torch.mv, _T.mv]),
     *(
         _product(

@@ -193,8 +193,8 @@ class _Tracer(TorchFunctionMode):
         result = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         moved = func in MOVES and known and known[0].parameter is not None
-        if call is None and not moved and made:
-            for each in known:
+        if not moved and made:
+            for each in known:  # an operand is noted by now
                 if each.parameter is not None:
                     self._read.setdefault(each.parameter, custom or str(getattr(func, "__name__", func)))
         after = frozenset[int]().union(*(each.after for each in known))

@@ -70,7 +70,7 @@ def all_names(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 def _reason_for_ever(module: nn.Module) -> str | None:
     """Why a module's weights cannot be quantized, whatever reads them."""
-    taken = [name for name in (WEIGHT, INPUT) if name in module._modules]
+    taken = [name for name in (WEIGHT, INPUT) if name in module._modules and not is_quantized(module, name)]
     if taken and isinstance(module, QUANTIZABLE) and not isinstance(module, QuantizedLayer):
         return f"it has a `{taken[0]}` of its own; give that another name"
     if isinstance(module, TABLES) and module.max_norm is not None:
@@ -119,7 +119,7 @@ def check_quantizable(
     assert isinstance(tensor, Tensor)
     if not tensor.is_floating_point():
         raise ValueError(f"A weight must be floating to be quantized. Found {tensor.dtype} in {name!r}: exclude it.")
-    if hasattr(tensor, "device_mesh") and not is_quantized(layer, own):
+    if hasattr(tensor, "device_mesh") and not is_quantized(layer, f"{own}_quantizer"):
         raise ValueError(
             f"Quantizers are attached before parameters are sharded. Found a DTensor in {name!r}: make layers in "
             "`__init__` or `setup` and call `fully_shard` in `configure_model`, or call `lfq_lightning.attach` first."
@@ -141,9 +141,9 @@ def check_quantizable(
         )
 
 
-def is_quantized(module: nn.Module, own: str = "weight") -> bool:
-    """Whether `attach` has put a quantizer on this parameter of a module."""
-    quantizer = module._modules.get(f"{own}_quantizer")
+def is_quantized(module: nn.Module, child: str) -> bool:
+    """Whether `attach` has put a quantizer on a module, under this name."""
+    quantizer = module._modules.get(child)
     return isinstance(quantizer, LearnableFakeQuantize) and quantizer.site is not None
 
 

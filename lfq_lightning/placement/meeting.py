@@ -73,6 +73,8 @@ def meeting_type(module_type: type[nn.Module]) -> type[nn.Module]:
         with _meeting(self):
             return module_type.forward(self, *args, **kwargs)
 
+    if issubclass(module_type, nn.RNNBase):
+        forward = torch.compiler.disable(forward)  # Dynamo leaves torch's own to eager execution as well
     members = {"__module__": __name__, "forward": forward}
     return type(f"Quantized{module_type.__name__}", (MeetsOperations, module_type), members)
 

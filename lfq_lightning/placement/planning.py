@@ -388,7 +388,7 @@ def _why_left(name: str, own: str, asked: bool, flow: Flow | None) -> str:
     reader = flow.read[name, own]
     if reader.endswith(".apply"):
         return f"the autograd Function `{reader.removesuffix('.apply')}` takes it, and computes by itself"
-    return f"`{reader}` reads it, which is no sum of products"
+    return f"`{reader}` reads it, and no sum of products"
 
 
 # ---- rules ----------------------------------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 import lfq_lightning as lfq
+from tests.operation_networks import MADE, WEIGHTS, Residual
 from tests.runs import Net, images, loader
 
 X, Y = images().tensors
@@ -178,3 +180,51 @@ def test_ranges_must_be_known() -> None:
     lfq.attach(model)
     with pytest.raises(ValueError, match="must know their ranges"):
         lfq.sensitivity(model, loader(), LOSS, higher_is_better=False)
+
+
+# ---- operations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
+@pytest.mark.parametrize("kind", [*WEIGHTS, *MADE])
+def test_every_weight_that_an_operation_reads_is_a_unit_with_a_rule_of_its_own(kind: str) -> None:
+    case = {**WEIGHTS, **MADE}[kind]
+    torch.manual_seed(0)
+    model, inputs = case.make(), tuple(case.inputs)
+    keys = list(model.state_dict())
+
+    def forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+        return model(*batch), model(*batch)
+
+    def size(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs * torch.linspace(0, 1, outputs.numel()).view_as(outputs)).sum()
+
+    lfq.attach(model, weight=8, activation=None, example=inputs)
+    found = lfq.sensitivity(model, [inputs], size, bits=(2, 8), higher_is_better=False, forward=forward)
+    weights = {q for q in lfq.quantizers(model).values() if q.role == "weight"}
+    assert len(found.rows) == 2 * len(weights) > 0
+    assert all(row.weight_bytes > 0 for row in found.rows)
+    assert all(row.metric != found.float_metric for row in found.rows if row.bits == 2)
+    rules = lfq.propose_bits(found, sum(row.weight_bytes for row in found.rows if row.bits == 2))
+    lfq.detach(model)
+    assert list(model.state_dict()) == keys
+    placement = lfq.attach(model, weight=8, activation=None, rules=rules, example=inputs)
+    assert placement.share > 0.9
+    assert {q.bitwidth for q in lfq.quantizers(model).values() if q.role == "weight"} == {2}
+
+
+def test_a_call_is_a_unit_with_all_its_operands_and_an_output_is_one() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), torch.randn(4, 6)
+    residual = Residual()
+    rules = [lfq.Rule("/add", activation=4), lfq.Rule("head", output=4)]
+    image = torch.randn(2, 2, 6, 6)
+    lfq.attach(residual, rules=rules, example=image)
+    lfq.calibrate(residual, [image])
+    found = lfq.sensitivity(residual, [(image, image)], lambda y, _: y.square().mean(), higher_is_better=False)
+    rows = {row.layers: row for row in found.rows}
+    assert set(rows) == {("stem",), ("body",), ("head",), ("/add",), ("head output",)}
+    assert rows["/add",].bits is None
+    assert rows["/add",].drop != 0
+    assert rows["head output",].drop != 0
+    lost = lfq.sensitivity(model, [(x, x)], F.mse_loss, bits=(4,), higher_is_better=False)
+    assert [row.layers for row in lost.rows] == [("0",), ("1",)]

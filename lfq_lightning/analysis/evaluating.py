@@ -84,9 +84,14 @@ def evaluation(model: nn.Module, dataloader: Iterable[Any], metric: MetricLike, 
     return evaluate
 
 
-def _by_batches(model: nn.Module, dataloader: Iterable[Any], metric: Any, forward: Forward | None) -> Evaluation:
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are."""
     first = next((p for p in model.parameters()), None)
-    device = torch.device("cpu") if first is None else first.device
+    return torch.device("cpu") if first is None else first.device
+
+
+def _by_batches(model: nn.Module, dataloader: Iterable[Any], metric: Any, forward: Forward | None) -> Evaluation:
+    device = device_of(model)
     copied = metric.clone().to(device) if isinstance(metric, Metric) else None
 
     def run() -> float:

@@ -1,4 +1,4 @@
-"""How much a metric loses when one layer alone is quantized."""
+"""How much a metric loses when one layer or operation alone is quantized."""
 
 from __future__ import annotations
 
@@ -7,34 +7,28 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 
-from lfq_lightning.analysis.evaluating import Forward, MetricLike, evaluation, is_higher_better
+from lfq_lightning.analysis.evaluating import Forward, MetricLike, device_of, evaluation, is_higher_better
+from lfq_lightning.analysis.units import Unit, seeing_weights, units
 from lfq_lightning.checking import check_flags, check_model, check_number, check_rows, in_words
+from lfq_lightning.flow.tracing import states_kept
 from lfq_lightning.placement import attach, detach
-from lfq_lightning.placement.points import points
-from lfq_lightning.placement.quantized_layer import (
-    WEIGHT,
-    QuantizedLayer,
-    quantized_layers,
-    quantizers,
-    quantizers_of,
-    whole,
-)
+from lfq_lightning.placement.quantized_layer import quantizers
 from lfq_lightning.quantizer import LearnableFakeQuantize
-from lfq_lightning.records.summary import packed_bytes
 from lfq_lightning.spec import QuantSpec
 from lfq_lightning.tables import Table
 
 
 @dataclass(frozen=True)
 class SensitivityRow:
-    """One layer, or several that share a weight, quantized alone.
+    """One layer, several that share a weight, or one call in a module's code, quantized alone.
 
     Args:
-        layers: dotted names.
+        layers: dotted names, as rules match them; a call's is that of its module and the operation ("layer1.0/add").
         bits: of the weight; None where only inputs are quantized.
-        weight_bytes: of the weight, packed, with its scales.
+        weight_bytes: of the weight, packed, with its scales; 0 where there is none.
         metric: of the model with this layer quantized and all else in float.
         drop: what the metric lost against float, whichever direction is better; negative if it gained.
         spec: of the weight, as plain values.
@@ -83,7 +77,7 @@ def sensitivity(
     higher_is_better: bool | None = None,
     forward: Forward | None = None,
 ) -> Sensitivity:
-    """Measure what each layer loses alone: that layer quantized, every other one in float.
+    """Measure what each layer and operation loses alone: that one quantized, every other in float.
 
     The model is run over all batches once in float and once for each layer (and width), in eval mode and with the same
     random numbers each time. Afterwards it is as it was, also if an error ends the measurement.
@@ -122,44 +116,33 @@ def sensitivity(
     widths = None if bits is None else sorted({QuantSpec(bits=width).bits for width in bits}, reverse=True)
     if widths == []:
         raise ValueError("`bits` must name at least one width. Found none: use (2, 3, 4, 8), or leave it out.")
-    with _attached(model, needed=widths is not None), _restored(model):
+    known = forward is None and not isinstance(metric, str)  # by `forward` or a step of their own, nothing is known
+    with _attached(model, widths is not None, dataloader if known else ()), _restored(model):
         _check_ranges(model, widths)
         for quantizer in quantizers(model).values():
             quantizer.phase = "off"
-        in_float = evaluate()
+        found = units(model)
+        with seeing_weights(found):
+            in_float = evaluate()
         rows = []
-        for names, layers in _groups(model):
-            for spec, width in _choices(names, layers[0], widths):
-                with _quantized(layers, spec):
-                    value = evaluate()
-                    size = _bytes(layers[0])
+        for unit in found:
+            for spec, width in _choices(unit, widths):
+                with unit.quantized(spec):
+                    value, size = evaluate(), unit.weight_bytes()
                 drop = in_float - value if better else value - in_float
-                rows.append(SensitivityRow(names, width, size, value, drop, None if spec is None else spec.to_dict()))
-        for point in (point for point in points(model).values() if point.owner is None and widths is None):
-            point.quantizer.phase = "freeze"
-            value = evaluate()
-            point.quantizer.phase = "off"
-            drop = in_float - value if better else value - in_float
-            rows.append(SensitivityRow((point.name,), None, 0, value, drop, None))
+                plain = None if spec is None else spec.to_dict()
+                rows.append(SensitivityRow(unit.names, width, size, value, drop, plain))
     return Sensitivity(in_float, better, tuple(rows))
 
 
-def _groups(model: nn.Module) -> list[tuple[tuple[str, ...], list[QuantizedLayer]]]:
-    """Layers by the weight that they hold: tied ones have one quantizer and change together."""
-    found: dict[int, dict[str, QuantizedLayer]] = {}
-    for name, layer in quantized_layers(model).items():
-        found.setdefault(id(layer.weight), {})[name] = layer
-    return [(tuple(group), list(group.values())) for group in found.values()]
-
-
-def _choices(
-    names: tuple[str, ...], layer: QuantizedLayer, widths: Sequence[int] | None
-) -> list[tuple[QuantSpec | None, int | None]]:
-    """The specifications to try for a layer's weight, None for its own."""
-    quantizer = layer.weight_quantizer
+def _choices(unit: Unit, widths: Sequence[int] | None) -> list[tuple[QuantSpec | None, int | None]]:
+    """The specifications to try for a unit's weight, None for its own."""
+    quantizer = unit.weight
     if widths is None:
         return [(None, None if quantizer is None else quantizer.bitwidth)]
-    return [] if quantizer is None else [(_with_bits(names, quantizer, width), width) for width in widths]
+    if quantizer is None or unit.parameter is None:
+        return []
+    return [(_with_bits(unit.names, quantizer, width), width) for width in widths]
 
 
 def _with_bits(names: tuple[str, ...], quantizer: LearnableFakeQuantize, bits: int) -> QuantSpec:
@@ -176,44 +159,18 @@ def _with_bits(names: tuple[str, ...], quantizer: LearnableFakeQuantize, bits: i
 
 
 @contextmanager
-def _quantized(layers: Sequence[QuantizedLayer], spec: QuantSpec | None) -> Iterator[None]:
-    """Within it these layers are quantized: by their own quantizers, or the weight alone by a specification."""
-    if spec is None:
-        own = [quantizer for layer in layers for quantizer in quantizers_of(layer)]
-        for quantizer in own:
-            quantizer.phase = "freeze"
-        try:
-            yield
-        finally:
-            for quantizer in own:
-                quantizer.phase = "off"
-        return
-    weight, before = whole(layers[0].weight), layers[0].weight_quantizer
-    assert before is not None
-    channels = None if spec.granularity == "per_tensor" else before.scale.numel()
-    made = LearnableFakeQuantize.from_spec(spec, channels, weight=True, axis=before.axis, device=weight.device)
-    made.estimate_from(weight)
-    made.phase = "freeze"
-    for layer in layers:
-        layer._modules[WEIGHT] = made
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._modules[WEIGHT] = before
-
-
-def _bytes(layer: QuantizedLayer) -> int:
-    quantizer = layer.weight_quantizer
-    return 4 * layer.weight.numel() if quantizer is None else packed_bytes(layer.weight, quantizer)
-
-
-@contextmanager
-def _attached(model: nn.Module, needed: bool) -> Iterator[None]:
+def _attached(model: nn.Module, needed: bool, batches: Iterable[Any]) -> Iterator[None]:
     """Within it a float model has quantizers on its weights, if they are needed."""
     ours = needed and not quantizers(model)
     if ours:
-        attach(model, weight=8, activation=None)
+        with states_kept():
+            batch = next(iter(batches), None)
+        attach(
+            model,
+            weight=8,
+            activation=None,
+            example=None if batch is None else move_data_to_device(batch, device_of(model)),
+        )
     try:
         yield
     finally:

@@ -13,6 +13,11 @@ from lfq_lightning.tables import Table
 ASKED_FOR = "it was asked for"
 
 
+def label_of(module: str, parameter: str) -> str:
+    """By which a parameter is known: the module's name alone where it is its weight."""
+    return module if module and parameter == "weight" else ".".join(filter(None, (module, parameter)))
+
+
 @dataclass(frozen=True)
 class PlacedLayer:
     """A layer, or a parameter that operations read, and its specifications; None is float.
@@ -44,7 +49,7 @@ class PlacedLayer:
     @property
     def label(self) -> str:
         """By which it is shown."""
-        return self.name if self.parameter == "weight" else ".".join(filter(None, (self.name, self.parameter)))
+        return label_of(self.name, self.parameter)
 
 
 @dataclass(frozen=True)

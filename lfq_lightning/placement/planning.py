@@ -24,7 +24,7 @@ from lfq_lightning.placement.layers import (
 )
 from lfq_lightning.placement.meeting import input_name, operand_name
 from lfq_lightning.placement.operations import Found, Operand, Parameter, look_through
-from lfq_lightning.placement.placed import ASKED_FOR, PlacedLayer, PlacedOperand, Placement
+from lfq_lightning.placement.placed import ASKED_FOR, PlacedLayer, PlacedOperand, Placement, label_of
 from lfq_lightning.placement.quantized_layer import float_type
 from lfq_lightning.private import plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
@@ -151,7 +151,7 @@ def _items(
     for (owner, own), parameter in found.parameters.items():
         if owner in refused:
             continue
-        label = owner if own == "weight" else ".".join(filter(None, (owner, own)))
+        label = label_of(owner, own)
         known = dict.fromkeys([*names[modules[owner]], label, *(str(flow.calls[n].site) for n in parameter.calls)])
         items.append(_Item(label, list(known), modules[owner], parameter, calls=parameter.calls))
         left.pop(owner, None)

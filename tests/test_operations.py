@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import lfq_lightning as lfq
@@ -279,3 +280,33 @@ def test_a_weight_that_a_custom_function_takes_is_named_as_left_in_float() -> No
     ((name, reason),) = placement.left_in_float
     assert (name, reason) == ("", "the autograd Function `Swallow` takes it, and computes by itself")
     assert f"In float (50.0%), as {reason}: (model)." in placement.account
+
+
+class Bias(nn.Module):
+    """A table of coordinates, the same for every batch, goes through a layer: what it gives is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.table = nn.Linear(6, 6), nn.Linear(2, 6)
+        self.register_buffer("coordinates", torch.randn(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.table(self.coordinates)
+
+
+def test_what_is_computed_from_constants_alone_is_named_and_left() -> None:
+    placement = lfq.attach(Bias(), example=torch.randn(3, 6))
+    assert placement.left_in_float == (("table", "what it computes is the same for every batch"),)
+
+
+def test_looking_at_a_weight_that_is_computed_changes_nothing() -> None:
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 4))).train()
+    before = copy.deepcopy(model.state_dict())
+    lfq.attach(model, example=torch.randn(3, 6))
+    lfq.set_phase(model, "observe")
+    lfq.set_phase(model, "estimate")
+    lfq.summarize(model)
+    after = model.state_dict()
+    for name, value in before.items():
+        assert_bit_equal(after[name], value)
+    assert all(module.training for module in model.modules())

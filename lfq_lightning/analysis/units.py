@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lfq_lightning.placement.meeting import OUTPUT, input_name, operand_name, weight_name
 from lfq_lightning.placement.points import points
-from lfq_lightning.placement.quantized_layer import whole
+from lfq_lightning.placement.quantized_layer import tensor_of, whole
 from lfq_lightning.private import plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.records.summary import packed_bytes
@@ -105,7 +105,7 @@ def units(model: nn.Module) -> list[Unit]:
         holder = modules[layer.name]
         quantizer = holder._modules.get(weight_name(layer.parameter))
         unit = add((holder, layer.parameter) if quantizer is None else quantizer, layer.label)
-        unit.parameter = getattr(holder, layer.parameter)
+        unit.parameter = tensor_of(holder, layer.parameter)
         take(unit, holder, weight_name(layer.parameter), weight=True)
         take(unit, holder, input_name(layer.parameter), weight=False)
     for operand in placement.operands:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lfq_lightning.checking import check_choice, check_flags, check_model
 from lfq_lightning.flow.graph import Flow
@@ -43,6 +43,7 @@ from lfq_lightning.placement.quantized_layer import (
     restore_layer,
     set_compressed,
     set_learning_alone,
+    tensor_of,
 )
 from lfq_lightning.private import plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
@@ -334,8 +335,8 @@ def _is_layers(module: nn.Module, placed: PlacedLayer) -> bool:
 
 
 def _weight_quantizer(module: nn.Module, placed: PlacedLayer) -> LearnableFakeQuantize:
-    spec, weight = placed.weight, getattr(module, placed.parameter)
-    assert isinstance(weight, Tensor) and spec is not None
+    spec, weight = placed.weight, tensor_of(module, placed.parameter)
+    assert spec is not None
     axis = spec.axis
     if axis is None:
         axis = placed.axis if placed.axis is not None else int(isinstance(module, TRANSPOSED))
@@ -349,7 +350,7 @@ def _weight_quantizer(module: nn.Module, placed: PlacedLayer) -> LearnableFakeQu
 
 
 def _activation_quantizer(module: nn.Module, placed: PlacedLayer) -> LearnableFakeQuantize:
-    spec, weight = placed.activation, getattr(module, placed.parameter)
+    spec, weight = placed.activation, tensor_of(module, placed.parameter)
     assert spec is not None
     size, axis = placed.inputs, placed.features
     if _is_layers(module, placed):

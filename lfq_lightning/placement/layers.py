@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 from torchmetrics import Metric
 
 from lfq_lightning.placement.computing import has_own_computation
-from lfq_lightning.placement.quantized_layer import INPUT, WEIGHT, QuantizedLayer, float_type
+from lfq_lightning.placement.quantized_layer import INPUT, WEIGHT, QuantizedLayer, float_type, tensor_of
 from lfq_lightning.private import plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.rules import Rule
@@ -103,7 +103,8 @@ def computes_directly(module: nn.Module) -> bool:
 
 def is_lazy(module: nn.Module) -> bool:
     """Whether the layer waits for a first batch to know its shapes."""
-    return isinstance(module, QUANTIZABLE) and isinstance(module.weight, nn.parameter.UninitializedParameter)
+    lazy = nn.parameter.UninitializedParameter
+    return isinstance(module, QUANTIZABLE) and isinstance(module._parameters.get("weight"), lazy)
 
 
 def check_quantizable(
@@ -115,8 +116,7 @@ def check_quantizable(
             f"Shapes must be known when quantizers are attached. Found the lazy layer {name!r} without a weight: run "
             "one batch through the model first."
         )
-    tensor = getattr(layer, own)
-    assert isinstance(tensor, Tensor)
+    tensor = tensor_of(layer, own)
     if not tensor.is_floating_point():
         raise ValueError(f"A weight must be floating to be quantized. Found {tensor.dtype} in {name!r}: exclude it.")
     if hasattr(tensor, "device_mesh") and not is_quantized(layer, f"{own}_quantizer"):
@@ -155,5 +155,4 @@ def input_channels(layer: nn.Module) -> tuple[int, int]:
     """
     if isinstance(layer, nn.Linear):
         return layer.in_features, -1
-    assert isinstance(layer.weight, Tensor)
-    return int(layer.in_channels), 1 - layer.weight.ndim  # type: ignore[arg-type]
+    return int(layer.in_channels), 1 - tensor_of(layer, "weight").ndim  # type: ignore[arg-type]

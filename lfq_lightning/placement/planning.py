@@ -34,6 +34,7 @@ from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, weight_spec
 Kind = Literal["weight", "activation"]
 
 NO_PART = "it has no part in "
+THE_SAME = "what it computes is the same for every batch"
 
 
 @dataclass
@@ -176,7 +177,8 @@ def _items(
         ):
             items.append(_layer_item(name, layer, names))
         else:
-            left[name] = outside.get(name, NO_PART + flow.source)
+            why = THE_SAME if name in flow.called else NO_PART + flow.source
+            left[name] = outside.get(name, why)
     for name, reason in outside.items():
         left.setdefault(name, reason)
     order = {module: place for place, module in enumerate(model.modules())}
@@ -383,6 +385,9 @@ def _why_left(name: str, own: str, asked: bool, flow: Flow | None) -> str:
         return "only layers of known types are quantized without an example batch"
     if name not in flow.called and (name, own) not in flow.read:
         return NO_PART + flow.source
+    operation = BY_NAME.get(flow.read.get((name, own), ""))
+    if operation is not None and operation.kind != "activation":
+        return THE_SAME
     if (name, own) not in flow.read:
         return "no function of torch that could be met reads it"
     reader = flow.read[name, own]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lfq_lightning.placement.quantized_layer import whole
+from lfq_lightning.placement.quantized_layer import is_trained, tensor_of, whole
 from lfq_lightning.private import plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.quantizer.saved import Role, site_in_model
@@ -42,7 +42,11 @@ class Point:
     @property
     def parameter(self) -> Tensor | None:
         """What is quantized, where that is the owner's own."""
-        return getattr(self.owner, self.quantizer.place.parameter) if self.has_parameter else None
+        return (
+            tensor_of(self.owner, self.quantizer.place.parameter)
+            if self.owner is not None and self.has_parameter
+            else None
+        )
 
     @property
     def learns(self) -> bool:
@@ -50,8 +54,7 @@ class Point:
         owner, place = self.owner, self.quantizer.place
         if owner is None or place.call or self.quantizer.role == "output" or owner.__dict__.get("learns_alone"):
             return True
-        parameter = owner._parameters.get(place.parameter)  # nn.Module's way takes ten times as long
-        return bool((getattr(owner, place.parameter) if parameter is None else parameter).requires_grad)
+        return is_trained(owner, place.parameter)
 
     @property
     def followed(self) -> list[nn.Parameter]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
 
 from lfq_lightning.checking import check_model
 from lfq_lightning.placement.compressing import Quantized, Saved, compressed
@@ -65,8 +66,7 @@ class QuantizedLayer(nn.Module):
     @property
     def learns(self) -> bool:
         """Whether the phase may let scales and zero points learn."""
-        weight = self._parameters.get("weight")  # asked for each of thousands: nn.Module's way takes ten times as long
-        return self.learns_alone or (self.weight if weight is None else weight).requires_grad
+        return self.learns_alone or is_trained(self, "weight")
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (float_type(self),), self.__dict__
@@ -110,6 +110,33 @@ class KeepSlowPath:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         return None
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """A module's parameter, or what it computes in its place; looking at it changes nothing, as a forward pass may."""
+    own = module._parameters.get(name)
+    if own is not None:
+        return own
+    computing = module.parametrizations.modules() if parametrize.is_parametrized(module, name) else ()  # type: ignore[union-attr]
+    modes = {each: each.training for each in computing}
+    for each in modes:
+        each.training = False  # spectral_norm comes nearer to the norm with each look at the weight
+    try:
+        found: Tensor = getattr(module, name)
+        return found
+    finally:
+        for each, mode in modes.items():
+            each.training = mode
+
+
+def is_trained(module: nn.Module, name: str) -> bool:
+    """Whether a parameter, or any of those that it is computed from, has gradients."""
+    own = module._parameters.get(name)  # asked for each of thousands: nn.Module's way takes ten times as long
+    if own is not None:
+        return own.requires_grad
+    inner = (child for child in module.children() if not isinstance(child, LearnableFakeQuantize))
+    sources = (*module.parameters(recurse=False), *(p for child in inner for p in child.parameters()))
+    return any(p.requires_grad for p in sources)
 
 
 def quantize_layer(

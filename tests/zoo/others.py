@@ -236,7 +236,14 @@ class Diffusion(nn.Module):
 
 CASES = [
     Case("PyG GCN", lambda: GraphNetwork("GCNConv"), _graph, batched=True),
-    Case("PyG GAT", lambda: GraphNetwork("GATConv"), _graph, batched=True),
+    Case(
+        "PyG GAT",
+        lambda: GraphNetwork("GATConv"),
+        _graph,
+        batched=True,
+        share=0.8,
+        why="attention's vectors are multiplied element by element",
+    ),
     Case("peft LoRA on GPT-2", _lora, lambda: {"input_ids": tokens()}),
     Case("torch Transformer", Seq2Seq, lambda: {"source": tokens(), "target": tokens(8)}),
     Case("torch LSTM", lambda: Recurrent("LSTM"), lambda: {"words": tokens()}),

@@ -6,6 +6,7 @@ Each entry says why no public name will do, and has a test that fails when it mo
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -116,6 +117,18 @@ def quantized_decomposed() -> Any:
 
 
 MODULES_OF_NODE = "pkg.torch.onnx.name_scopes"  # the exporter's note on an ONNX node of the modules that it comes from
+
+_PART_OF_LIST = re.compile(r"slice\((\w+), \S+, (\w+)\)\.(\d+)")
+
+
+def whole_name(scope: str) -> str:
+    """The dotted name of a module in a note, which calls what a part of a list has by its place in that part."""
+
+    def place(found: re.Match[str]) -> str:
+        start, step = (0 if n == "None" else int(n) for n in found.group(1, 2))
+        return str(start + (step or 1) * int(found.group(3)))
+
+    return _PART_OF_LIST.sub(place, scope)
 
 
 def session_failure() -> type[Exception]:

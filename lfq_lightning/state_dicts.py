@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lfq_lightning.placement.meeting import input_name, operand_name
+from lfq_lightning.placement.meeting import input_name, operand_name, weight_name
 from lfq_lightning.placement.paths import follow
 from lfq_lightning.placement.placed import PlacedLayer, PlacedOperand, Placement
 from lfq_lightning.private import plain_name
@@ -90,7 +90,8 @@ def other_names(saved: Descriptions) -> dict[str, str]:
             continue
         holder = site_in_model(name, description.site)
         for path, parameter, call, operand in description.place.also:
-            child = operand_name(call, operand) if call else input_name(parameter)
+            name_of = weight_name if description.role == "weight" else input_name
+            child = operand_name(call, operand) if call else name_of(parameter)
             found[".".join(filter(None, (follow(holder, path), child)))] = name
     return found
 
@@ -131,6 +132,8 @@ def placement_of(saved: Descriptions) -> Placement:
             if call:
                 more = PlacedOperand(other, call, operand, "operand", spec, place.features, place.size, name)
                 operands.append(more)
+            elif role == "weight":
+                layer(other, parameter, weight=spec, axis=description.axis)
             else:
                 layer(other, parameter, activation=spec, **features, shares=name)
     made = (PlacedLayer(holder, "", parameter=own, **settings) for (holder, own), settings in layers.items())

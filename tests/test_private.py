@@ -161,6 +161,27 @@ def test_the_exporter_notes_which_module_a_node_comes_from() -> None:
     assert ast.literal_eval(notes["Tanh"][private.MODULES_OF_NODE])[:-1] == ["", "1", "1.0"]
 
 
+class LastTwo(nn.Module):
+    """Runs a part of its list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.all[1:]:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_the_note_on_a_layer_in_a_part_of_a_list_names_the_layer() -> None:
+    program = torch.onnx.export(LastTwo(), (torch.randn(2, 4),), dynamo=True, verbose=False)
+    notes = [{n.key: n.value for n in node.metadata_props} for node in program.model_proto.graph.node]
+    scopes = [ast.literal_eval(note[private.MODULES_OF_NODE]) for note in notes]
+    assert {private.whole_name(scope) for each in scopes for scope in each} >= {"all.1", "all.2"}
+
+
 def test_a_session_that_cannot_be_made_fails_as_it_did() -> None:
     product = onnx.helper.make_node("MatMul", ["x", "x"], ["y"])  # of matrices that do not fit each other
     x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2, 3]) for name in "xy")

@@ -14,7 +14,7 @@ from torch import nn
 
 from lfq_lightning.export.integers import IntegerWeight
 from lfq_lightning.placement.points import points
-from lfq_lightning.private import MODULES_OF_NODE, plain_name
+from lfq_lightning.private import MODULES_OF_NODE, plain_name, whole_name
 
 
 def codes_by_quantizer(proto: onnx.ModelProto, model: nn.Module) -> dict[str, list[str]]:
@@ -31,7 +31,7 @@ def codes_by_quantizer(proto: onnx.ModelProto, model: nn.Module) -> dict[str, li
     for node in proto.graph.node:
         if node.op_type == "QuantizeLinear":
             notes = {note.key: note.value for note in node.metadata_props}
-            scopes = ast.literal_eval(notes[MODULES_OF_NODE])
+            scopes = [whole_name(scope) for scope in ast.literal_eval(notes[MODULES_OF_NODE])]
             name = next(names[scope] for scope in reversed(scopes) if scope in names)
             found.setdefault(name, []).append(node.output[0])
     return found

@@ -188,9 +188,7 @@ class _Want:
         """What the quantizer stands before, from the first of the modules that hold it."""
         readers = tuple(path_between(self.name, reader) for reader in self.readers)
         also = tuple(
-            (path_between(self.name, o.name), "" if o.call else o.parameter, o.call, o.operand)
-            for o in others
-            if o.role != "weight"
+            (path_between(self.name, o.name), "" if o.call else o.parameter, o.call, o.operand) for o in others
         )
         return Place(self.parameter, readers, self.call, self.operand, self.features, self.size, also)
 

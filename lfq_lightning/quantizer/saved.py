@@ -31,8 +31,8 @@ class Place:
         operand: the operand's name.
         features: of an activation, the dimension of its features, counted from the last.
         size: how many these are; None where the layer knows.
-        also: other places that read the same tensor: for each, the path to the module that holds the quantizer too, the
-            parameter that it meets there, call and operand; what does not apply is empty.
+        also: other places that read the same tensor or have the same parameter: for each, the path to the module that
+            holds the quantizer too, the parameter there, call and operand; what does not apply is empty.
     """
 
     parameter: str = "weight"

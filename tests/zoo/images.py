@@ -57,6 +57,6 @@ CASES = [
         why="a network gives the bias of each relative position, which is the same for every batch",
     ),
     _case("mobilevit_xxs", 64),
-    _case("gmlp_s16_224", settings={"img_size": 32, "embed_dim": 48, "num_blocks": 2}),
+    _case("poolformer_s12", 64),
     _case("levit_128s", 224, {"embed_dim": (32, 48, 64), "num_heads": (2, 3, 4), "depth": (1, 1, 1)}),
 ]

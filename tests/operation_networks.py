@@ -24,6 +24,29 @@ class ReadByParent(nn.Module):
         return F.linear(x, self.qkv.weight, self.qkv.bias)
 
 
+class BiasApart(nn.Module):
+    """Weight and bias of a layer are read one by one, as Mamba does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.step = nn.Linear(6, 6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softplus(self.step.weight @ self.first(x).t() + self.step.bias[:, None])
+
+
+class NormAfterTwo(nn.Module):
+    """A layer's weight is read by a function too, so that no norm may be folded into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.norm.running_mean = torch.linspace(-1, 1, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.layer(x)) + F.linear(x, self.layer.weight)
+
+
 class TiedDecoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -210,6 +233,8 @@ _rows, _tokens, _image = (torch.randn(size, generator=_drawn) for size in ((3, 6
 
 WEIGHTS: dict[str, Case] = {
     "read by its parent": Case(ReadByParent, [_rows]),
+    "bias apart": Case(BiasApart, [_rows]),
+    "norm after two": Case(NormAfterTwo, [_rows]),
     "tied with a transpose": Case(TiedDecoder, [_rows]),
     "slices": Case(Sliced, [_rows]),
     "inputs first": Case(InputsFirst, [_rows]),

@@ -34,7 +34,16 @@ def test_a_frozen_copy_computes_what_the_trained_network_does_without_any_of_thi
 
 
 # Each exporter's work takes a second: those that differ in what the file must hold.
-FILES = ("read by its parent", "tied with a transpose", "slices", "experts", "einsum", "own convolution")
+FILES = (
+    "read by its parent",
+    "bias apart",
+    "norm after two",
+    "tied with a transpose",
+    "slices",
+    "experts",
+    "einsum",
+    "own convolution",
+)
 FILES += ("cross-attention", "transformer", "lstm", "standardized", "weight norm of old", "spectral norm of old")
 FILES += ("operands of residual", "operands of attention")
 

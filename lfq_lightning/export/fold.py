@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.export.integers import IntegerInput, IntegerWeight
+from lfq_lightning.export.integers import IntegerInput, IntegerWeight, own_layers
 from lfq_lightning.placement.layers import QUANTIZABLE, TRANSPOSED
-from lfq_lightning.placement.quantized_layer import WEIGHT, QuantizedLayer, float_type, quantized_layers
+from lfq_lightning.placement.quantized_layer import WEIGHT, QuantizedLayer, float_type
 from lfq_lightning.private import BatchNorm, tree_leaves
 from lfq_lightning.running import explained
 
@@ -31,17 +31,18 @@ def fold_batch_norm(
         example_kwargs: its keyword inputs.
     """
     folded = []
+    own = own_layers(model)
     for layer_name, norm_name in _pairs(model, example_inputs, example_kwargs or {}):
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
         assert isinstance(layer, QuantizedLayer)
         assert isinstance(norm, BatchNorm)
-        if _fold(layer, norm):
+        if layer_name in own and _fold(layer, norm):
             # In place: the module may be registered under several names, or be called from a list.
             for held in (*dict(norm.named_parameters(recurse=False)), *dict(norm.named_buffers(recurse=False))):
                 delattr(norm, held)
             norm.__class__ = nn.Identity  # type: ignore[assignment]
             folded.append(norm_name)
-    for layer in quantized_layers(model).values():
+    for layer in own_layers(model).values():
         _silence(layer)
     return folded
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from lfq_lightning.export.exportable import check_exportable, own_copy
 from lfq_lightning.ops import spread
 from lfq_lightning.placement.layers import QUANTIZABLE
+from lfq_lightning.placement.meeting import meeting_modules
 from lfq_lightning.placement.points import points
 from lfq_lightning.placement.quantized_layer import (
+    QuantizedLayer,
     float_type,
     quantized_layers,
     replace_placed,
@@ -249,9 +251,15 @@ class Bias(nn.Module):
         return output - self.negative
 
 
+def own_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers whose weight and bias no other module's code reads, so that they may change together."""
+    read = {reads.owner for module in meeting_modules(model).values() for reads in module.met_reads}
+    return {name: layer for name, layer in quantized_layers(model).items() if layer not in read}
+
+
 def keep_biases_exact(model: nn.Module) -> None:
     """Take the biases of layers with narrow weights and quantized inputs out of the layers, in place."""
-    for layer in quantized_layers(model).values():
+    for layer in own_layers(model).values():
         weight, bias = layer.weight_quantizer, getattr(layer, "bias", None)
         plain = float_type(layer) in QUANTIZABLE and isinstance(layer.input_quantizer, IntegerInput)
         if plain and isinstance(weight, IntegerWeight) and weight.narrow and isinstance(bias, Tensor):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lfq_lightning.flow.operations import BY_FUNCTION, MOVES, Operation
+from lfq_lightning.flow.operations import BY_FUNCTION, BY_NAME, MOVES, Operation
 from lfq_lightning.flow.spelling import SPELLED
 from lfq_lightning.placement.sharing import quantized_once
 
@@ -127,7 +127,8 @@ def leave_submodule(module: nn.Module, args: Any, output: Any) -> None:
 # Methods of tensors that are written in Python. Dynamo knows them by name alone, traces a call of one, but not what is
 # in it.
 _IN_PYTHON = {name: value for name, value in vars(Tensor).items() if isinstance(value, FunctionType)}
-_OPERATIONS_IN_PYTHON = {name: BY_FUNCTION[value] for name, value in _IN_PYTHON.items() if value in BY_FUNCTION}
+_BY_NAME_ALONE = {name: BY_FUNCTION[value] for name, value in _IN_PYTHON.items() if value in BY_FUNCTION}
+_BY_NAME_ALONE["grouped_mm_fallback"] = BY_NAME["grouped_mm"]  # transformers' own, where compiled in float32
 _MOVES_IN_PYTHON = frozenset(name for name, value in _IN_PYTHON.items() if value in MOVES)
 
 
@@ -136,8 +137,9 @@ def _is_traced_by_name(function: Any) -> bool:
 
 
 def _operation(function: Any) -> Operation | None:
-    by_name = _is_traced_by_name(function)
-    return _OPERATIONS_IN_PYTHON.get(function.__name__) if by_name else BY_FUNCTION.get(function)
+    if torch.compiler.is_compiling() and function.__name__ in _BY_NAME_ALONE:
+        return _BY_NAME_ALONE[function.__name__]
+    return BY_FUNCTION.get(function)
 
 
 def _moves(function: Any) -> bool:

@@ -42,7 +42,7 @@ def test_the_main_job_trains_to_four_bits_and_writes_what_it_says(tmp_path: Path
         "trajectories.png",
         "last_epoch.ckpt",
         "metrics.json",
-        "same largest output",
+        "of the largest output",
     ):
         assert word in printed
     assert (tmp_path / "quantized.onnx").stat().st_size < 30_000
@@ -118,6 +118,6 @@ def test_every_example_is_short_and_says_how_it_is_run() -> None:
 
 
 def test_the_export_example_ends_with_files_that_agree(tmp_path: Path) -> None:
-    assert "same largest output" in run("export.py", "3", directory=tmp_path)
+    assert "of the largest output" in run("export.py", "3", directory=tmp_path)
     written = {path.name for path in tmp_path.rglob("*") if path.suffix in (".onnx", ".pt2")}
     assert written == {"digits.onnx", "by_hand.onnx", "digits.pt2"}

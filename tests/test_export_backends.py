@@ -223,7 +223,7 @@ def test_onnx_runtime_computes_in_integers(tmp_path: Path, network: str, kernels
     """Layers whose output goes to the next quantizer; those that end in an addition, a mean or the output are float."""
     model, x = trained(network, 8, 8), inputs(network, 100)
     parity = lfq.export_onnx(model, x, tmp_path / "m.onnx")
-    assert parity.optimized.top1 == 1
+    assert parity.optimized.noise < 0.01
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     onnxruntime.InferenceSession(tmp_path / "m.onnx", options, providers=["CPUExecutionProvider"])

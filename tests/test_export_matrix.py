@@ -43,13 +43,13 @@ def test_onnx_runtime_gives_the_answers_of_a_trained_network(tmp_path: Path, net
     parity = lfq.export_onnx(model, x[:4], tmp_path / "m.onnx", batches=[x])
     assert parity.inputs == 1004
     assert len(parity.quantizers) == len(lfq.quantizers(model))
-    assert parity.plain.top1 == 1
+    assert parity.plain.relative < 1e-4
     # How far a code is off says nothing: one that falls to the other side of a tie changes all that follows from it.
     # Whether a quantizer itself is exact, the last line asks.
-    assert all(row.equal > 0.999 for row in parity.quantizers)
+    assert all(row.equal > 0.9995 for row in parity.quantizers)
     assert all(row.equal == 1 for row in parity.quantizers if row.quantizer.endswith("weight_quantizer"))
     assert len(parity.folded) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    assert parity.optimized.top1 >= 0.99
+    assert parity.optimized.noise < 0.01
     assert_quantizers_are_exact(model, tmp_path / "m.onnx", x)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -65,3 +67,114 @@ def test_a_wrong_last_layer_is_seen_though_every_code_is_equal(
 def test_what_happens_on_a_mismatch_must_be_known(mismatch: Any) -> None:
     with pytest.raises(ValueError, match='must be "raise" or "warn"'):
         lfq.export_onnx(nn.Linear(2, 2), torch.randn(2, 2), "unused.onnx", on_mismatch=mismatch)
+
+
+# ---- what is found and what is not --------------------------------------------------------------------------------
+
+
+class Deep(nn.Module):
+    """Many residual convolutions with random weights: differences from the order of sums would add up."""
+
+    def __init__(self, seed: int, blocks: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 10)
+        self.blocks = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        for block in self.blocks:
+            x = torch.relu(x + block(x))
+            x = x / x.abs().mean()
+        return self.head(x.mean((2, 3)))
+
+
+def quantized_deep(seed: int = 0, blocks: int = 4) -> tuple[nn.Module, Tensor]:
+    model, x = Deep(seed, blocks), torch.randn(8, 3, 16, 16)
+    lfq.attach(model, 8, 8, example=x)
+    lfq.calibrate(model, [x])
+    return model, x
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 20))])
+def test_a_deep_network_with_random_weights_raises_no_alarm(tmp_path: Path, seed: int) -> None:
+    model, x = quantized_deep(seed, 30)
+    assert lfq.export_onnx(model, x, tmp_path / "m.onnx").agrees
+
+
+def initializer(proto: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    return next(each for each in proto.graph.initializer if each.name == name)
+
+
+def changed(proto: onnx.ModelProto, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """A constant of its own for the first reader of one."""
+    values = change(numpy_helper.to_array(initializer(proto, name)).copy())
+    initializer(proto, name).CopyFrom(numpy_helper.from_array(values, name))
+
+
+def fault_in(proto: onnx.ModelProto, fault: str, layer: str) -> None:
+    quantize = [n for n in proto.graph.node if n.op_type == "QuantizeLinear"]
+    dequantize = {n.input[0]: n for n in proto.graph.node if n.op_type == "DequantizeLinear"}
+    node = dequantize[f"{layer}.weight_quantizer.codes"]
+    place = len(quantize) // 2
+    if fault == "scale of a weight":
+        changed(proto, node.input[1], lambda v: v * np.float32(1.01))
+    elif fault == "a code of a weight":
+        changed(proto, node.input[0], lambda v: np.where(np.arange(v.size).reshape(v.shape) == 7, v ^ 1, v))
+    elif fault == "a bias":
+        changed(proto, f"{layer}.bias", lambda v: v + np.float32(0.05) * np.abs(v).max())
+    elif fault == "scale of an input":
+        proto.graph.initializer.append(
+            numpy_helper.from_array(
+                numpy_helper.to_array(initializer(proto, quantize[place].input[1])) * np.float32(1.01), "other"
+            )
+        )
+        quantize[place].input[1] = "other"
+    elif fault == "zero point of an input":
+        kept = numpy_helper.to_array(initializer(proto, quantize[place].input[2]))
+        proto.graph.initializer.append(numpy_helper.from_array(kept + np.array(3, kept.dtype), "other"))
+        quantize[place].input[2] = "other"
+
+
+FAULTS = ("scale of a weight", "a code of a weight", "a bias", "scale of an input", "zero point of an input")
+
+
+@pytest.mark.parametrize("layer", ["stem", "blocks.2", "head"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_that_is_put_into_a_file_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, layer: str
+) -> None:
+    model, x = quantized_deep()
+    whole = to_onnx._save
+
+    def broken(proto: onnx.ModelProto, path: Path) -> None:
+        fault_in(proto, fault, layer)
+        whole(proto, path)
+
+    monkeypatch.setattr(to_onnx, "_save", broken)
+    with pytest.raises(ValueError, match="does not give the model's answers"):
+        lfq.export_onnx(model, x, tmp_path / "m.onnx")
+
+
+def test_a_distance_of_ones_own_decides_about_outputs(tmp_path: Path) -> None:
+    model, x = quantized_deep()
+    parity = lfq.export_onnx(
+        model, x, tmp_path / "m.onnx", distance=lambda a, b: (a.argmax(1) != b.argmax(1)).float().mean()
+    )
+    assert parity.plain.distance == parity.optimized.distance == 0.0
+    with pytest.raises(ValueError, match="an output differs by up to"):
+        lfq.export_onnx(model, x, tmp_path / "m.onnx", distance=lambda a, b: 1.0)
+
+
+def test_an_export_that_fails_leaves_the_file_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = quantized_deep()
+    (tmp_path / "m.onnx").write_text("before")
+
+    def full(proto: onnx.ModelProto, path: Path) -> None:
+        path.write_text("half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(onnx, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        lfq.export_onnx(model, x, tmp_path / "m.onnx")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("m.onnx", "before")]

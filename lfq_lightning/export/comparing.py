@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lfq_lightning.private import session_failure, tree_leaves
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.running import explained
 
+Distance = Callable[[Tensor, Tensor], Any]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -33,6 +34,7 @@ def run_and_compare(
     integers: Mapping[str, IntegerWeight],
     batches: Iterable[Inputs],
     float_file_bytes: int,
+    distance: Distance | None = None,
     **settings: Any,
 ) -> Parity:
     """Run a model and its file in ONNX Runtime on the same batches.
@@ -44,6 +46,7 @@ def run_and_compare(
         integers: the integer weights by name, which know the signs that BatchNorm gave them.
         batches: positional and keyword inputs, on the CPU.
         float_file_bytes: the size to compare the file's with.
+        distance: the user's own measure of how far the file's output is from the model's.
         settings: further fields of the result.
     """
     found = points(reference)
@@ -59,20 +62,16 @@ def run_and_compare(
     for name in (name for names in watched.values() for name in names):
         proto.graph.output.append(onnx.ValueInfoProto(name=name))
     plain = _session(proto, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
-    nodes, count = dict(watched), 0
+    count = 0
     tally: dict[str, Codes] = {}
-    unoptimized, optimized = Outputs(outputs), Outputs(outputs)
+    unoptimized, optimized = Outputs(outputs, distance), Outputs(outputs, distance)
     for args, kwargs in batches:
-        expected, codes = _run(reference, args, kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         feed = {node.name: x.numpy() for node, x in zip(plain.get_inputs(), tensors, strict=True)}
         values = dict(zip([o.name for o in plain.get_outputs()], plain.run(None, feed), strict=True))
-        for name, uses in codes.items():
-            if name not in nodes:
-                twin = _twin(name, codes, watched)
-                nodes[name] = () if twin is None else nodes.get(twin, ())
-            tally.setdefault(name, Codes()).take_in(uses, [values[t] for t in nodes[name]])
-        count += expected[0].argmax(-1).size
+        given = {name: [values[node] for node in nodes] for name, nodes in watched.items()}
+        expected = _run(reference, args, kwargs, _Given(given, tally))
+        count += len(tensors[0]) if tensors and tensors[0].ndim else 1
         unoptimized.take_in([values[name] for name in outputs], expected)
         optimized.take_in(fast.run(outputs, feed), expected)
     for point in weights(found):
@@ -80,12 +79,11 @@ def run_and_compare(
             own = integers[point.name]
             wanted = _centred(point.quantizer, point.whole_parameter()) * own.signs.int().numpy()
             alike = [stored[name] for name, weight in integers.items() if name in stored and _are_one(weight, own)]
-            tally.setdefault(point.name, Codes()).take_in(
-                [wanted], [codes().reshape(wanted.shape) for codes in alike[:1]]
-            )
+            of_file = alike[0]().reshape(wanted.shape) if alike else None
+            tally.setdefault(point.name, Codes(weight=True)).take_in(wanted, of_file)
     rows = tuple(tally[name].row(name) for name in found if name in tally)
     quantum = _quantum(reference)
-    ends = unoptimized.parity(quantum, count), optimized.parity(quantum, count)
+    ends = unoptimized.parity(quantum), optimized.parity(quantum)
     return Parity(rows, count, *ends, path.stat().st_size, float_file_bytes, **settings)
 
 
@@ -109,14 +107,9 @@ def _session(proto: onnx.ModelProto, level: Any, precise: bool = True) -> onnxru
         return _session(proto, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC, precise=False)
 
 
-def _run(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[np.ndarray], dict[str, list[np.ndarray]]]:
-    """The outputs, and by input quantizer the codes of each use."""
-    codes: dict[str, list[np.ndarray]] = {}
-    handles = []
-    for point in activations(points(model)):
-        handles.append(point.quantizer.register_forward_hook(_See(codes, point.name)))
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: _Given) -> list[np.ndarray]:
+    """The outputs, where each activation's quantizer gives the codes that the file has come to."""
+    handles = [p.quantizer.register_forward_hook(_See(given, p.name)) for p in activations(points(model))]
     try:
         rule = f"{type(model).__name__} must take what `batches` hold"
         with torch.no_grad(), explained(rule, args or kwargs, "as `forward` does"):
@@ -124,8 +117,7 @@ def _run(
     finally:
         for handle in handles:
             handle.remove()
-    leaves = tree_leaves(output)
-    return [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)], codes
+    return [leaf.numpy() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 class _Called:
@@ -137,35 +129,57 @@ class _Called:
             self.into.add(self.quantizer)
 
 
-class _See:
-    def __init__(self, into: dict[str, list[np.ndarray]], name: str) -> None:
-        self.into, self.name = into, name
-        self._last: Tensor | None = None
+class _Given:
+    """The codes that a file came to in one batch, by quantizer in order of use, and the tally of how many are equal."""
 
-    def __call__(self, quantizer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def __init__(self, codes: dict[str, list[np.ndarray]], tally: dict[str, Codes]) -> None:
+        self._codes, self._tally = codes, tally
+
+    def take(self, name: str, use: int, expected: np.ndarray) -> np.ndarray | None:
+        """The file's codes for one use of a quantizer, counted; None where it has none.
+
+        The exporter makes one node of two that have one input and one scale, whosever they are.
+        """
+        own = self._codes.get(name, [])
+        found = own[use] if use < len(own) and own[use].shape == expected.shape else None
+        if found is None:
+            others = (codes for several in (own, *self._codes.values()) for codes in several)
+            found = next((codes for codes in others if _nearly_equal(codes, expected)), None)
+        self._tally.setdefault(name, Codes()).take_in(expected, found)
+        return found
+
+
+def _nearly_equal(codes: np.ndarray, expected: np.ndarray) -> bool:
+    return codes.shape == expected.shape and bool((np.abs(codes.astype(np.int32) - expected) <= 1).all())
+
+
+class _See:
+    """A hook on a quantizer: counts codes, and goes on with those of the file."""
+
+    def __init__(self, given: _Given, name: str) -> None:
+        self._given, self._name, self._uses = given, name, 0
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, quantizer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         assert isinstance(quantizer, LearnableFakeQuantize)
-        if args[0] is self._last:
-            return  # several read one tensor, of which the file has one
-        self._last = args[0]
-        _, zero_point = quantizer.used_qparams()
-        z = spread(zero_point, output.shape, quantizer.axis, quantizer.group_size)
+        if self._last is not None and args[0] is self._last[0]:
+            return self._last[1]  # several read one tensor, of which the file has one
+        scale, zero_point = (
+            spread(p, output.shape, quantizer.axis, quantizer.group_size) for p in quantizer.used_qparams()
+        )
         centred = torch.from_numpy(_centred(quantizer, output))
-        self.into.setdefault(self.name, []).append((centred + z).numpy().astype(np.int32))
+        found = self._given.take(self._name, self._uses, (centred + zero_point).numpy().astype(np.int32))
+        self._uses += 1
+        if found is not None:
+            output = ((torch.from_numpy(found.astype(np.float32)) - zero_point) * scale).to(output.dtype)
+        self._last = args[0], output
+        return output
 
 
 def _centred(quantizer: LearnableFakeQuantize, x: Tensor) -> np.ndarray:
     """Integer codes less their zero points."""
     scale = spread(quantizer.used_qparams()[0], x.shape, quantizer.axis, quantizer.group_size)
     return (quantizer.quantized(x.detach()).detach().float() / scale).round().numpy().astype(np.int32)
-
-
-def _twin(name: str, codes: Mapping[str, Sequence[np.ndarray]], watched: Mapping[str, Sequence[str]]) -> str | None:
-    """Another quantizer that gives the same codes: the exporter makes one node of two that have one input and scale."""
-    for other in watched:
-        mine, theirs = codes[name], codes.get(other, ())
-        if len(mine) == len(theirs) and all(map(np.array_equal, mine, theirs)):
-            return other
-    return None
 
 
 def _quantum(model: nn.Module) -> float:
@@ -180,41 +194,45 @@ def _quantum(model: nn.Module) -> float:
 class Codes:
     """One quantizer's codes, counted over batches."""
 
+    weight: bool = False
     count: int = 0
     equal: int = 0
     largest: int = 0
 
-    def take_in(self, expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> None:
-        """Count one batch."""
-        self.count += sum(codes.size for codes in expected)
-        for mine, theirs in zip(expected, found, strict=False):  # those that the file lacks are not equal
-            apart = np.abs(mine - theirs.astype(np.int32))
+    def take_in(self, expected: np.ndarray, found: np.ndarray | None) -> None:
+        """Count one tensor; what the file lacks is not equal."""
+        self.count += expected.size
+        if found is not None:
+            apart = np.abs(expected - found.astype(np.int32))
             self.equal += int((apart == 0).sum())
             self.largest = max(self.largest, int(apart.max(initial=0)))
 
     def row(self, name: str) -> QuantizerParity:
         """The share of equal codes, and the largest difference."""
-        return QuantizerParity(name, self.count, self.equal / max(self.count, 1), self.largest)
+        return QuantizerParity(name, self.count, self.equal / max(self.count, 1), self.largest, self.weight)
 
 
 class Outputs:
     """How far one session's outputs are from what the model gives."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.gaps = [Gap() for _ in names]
-        self.same = 0
+    def __init__(self, names: Sequence[str], distance: Distance | None) -> None:
+        self._gaps, self._distance = [Gap() for _ in names], distance
+        self._farthest = 0.0
 
     def take_in(self, found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
         """Count one batch of every output."""
-        for gap, mine, theirs in zip(self.gaps, expected, found, strict=True):
+        for gap, mine, theirs in zip(self._gaps, expected, found, strict=True):
             gap.take_in(theirs, mine)
-        self.same += int((found[0].argmax(-1) == expected[0].argmax(-1)).sum())
+            if self._distance is not None:
+                with explained("`distance` is called with an output of the model and the file's", (mine, theirs), ""):
+                    apart = float(self._distance(torch.from_numpy(mine), torch.from_numpy(theirs)))
+                self._farthest = max(self._farthest, apart)
 
-    def parity(self, quantum: float, count: int) -> OutputParity:
+    def parity(self, quantum: float) -> OutputParity:
         """The worst of all outputs, in the output's units and in quanta."""
-        largest = max(gap.largest for gap in self.gaps)
-        noise = max(gap.noise for gap in self.gaps)
-        return OutputParity(largest, largest / quantum, noise, self.same / max(count, 1))
+        largest = max(gap.largest for gap in self._gaps)
+        noise, relative = max(gap.noise for gap in self._gaps), max(gap.relative for gap in self._gaps)
+        return OutputParity(largest, largest / quantum, noise, relative, self._farthest if self._distance else None)
 
 
 @dataclass
@@ -224,6 +242,7 @@ class Gap:
     largest: float = 0.0
     squares: float = 0.0
     power: float = 0.0
+    magnitude: float = 0.0
 
     def take_in(self, found: np.ndarray, expected: np.ndarray) -> None:
         """Count one batch."""
@@ -232,7 +251,14 @@ class Gap:
         apart = np.nan_to_num(np.abs(f - e), nan=np.inf)
         self.largest = max(self.largest, float(apart.max(initial=0)))
         self.squares += float((apart**2).sum())
-        self.power += float((np.where(np.isfinite(expected), expected, 0).astype(np.float64) ** 2).sum())
+        finite = np.where(np.isfinite(expected), expected, 0).astype(np.float64)
+        self.power += float((finite**2).sum())
+        self.magnitude = max(self.magnitude, float(np.abs(finite).max(initial=0)))
+
+    @property
+    def relative(self) -> float:
+        """The largest difference in the largest magnitude of the expected output."""
+        return self.largest / max(self.magnitude, float(np.finfo(np.float32).tiny))
 
     @property
     def noise(self) -> float:

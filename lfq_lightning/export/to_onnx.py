@@ -6,15 +6,16 @@ import contextlib
 import io
 import itertools
 import logging
+import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.checking import check_batches, check_model, check_path, check_share, check_whole
+from lfq_lightning.checking import check_batches, check_function, check_model, check_path, check_share, check_whole
 from lfq_lightning.export.exportable import sharing_copy
 from lfq_lightning.export.fold import fold_batch_norm
 from lfq_lightning.export.inputs import arguments, check_dynamic_axes, on_cpu, traced
@@ -37,8 +38,10 @@ def export_onnx(
     dynamic_axes: Mapping[str, Mapping[int, str]] | bool = True,
     opset: int = 21,
     batches: Iterable[Any] = (),
-    tolerance: float = 0.01,
+    tolerance: float = 0.0005,
+    output_tolerance: float = 1e-4,
     optimized_tolerance: float = 0.05,
+    distance: Callable[[Tensor, Tensor], Any] | None = None,
     on_mismatch: Literal["raise", "warn"] = "raise",
 ) -> Parity:
     """Write a quantized model as ONNX, run the file in ONNX Runtime, and compare it with the model.
@@ -57,12 +60,15 @@ def export_onnx(
         opset: of ONNX, 18 to 25; packed 4 bits and groups need 21.
         batches: more inputs to compare on, as a DataLoader gives them: of a tuple or list as many entries count as
             there are example inputs, of a mapping the keywords that are among them.
-        tolerance: the share of a quantizer's integer codes that may differ. Layers sum in float, and ONNX Runtime in
-            another order than torch: a value on the edge between two codes may fall to the other side. It is also the
-            share of inputs whose largest output may be elsewhere, and of the output's power that may differ.
-        optimized_tolerance: the latter two with all optimizations, which compute in integers and round biases. The
-            session option "session.x64quantprecision" is on: without it, processors that lack VNNI instructions
-            saturate sums of two 8-bit products in 16 bits.
+        tolerance: the share of an activation's integer codes that may differ, by one step and no more, where the layer
+            before was given what ONNX Runtime had come to: it sums in another order than torch, and a value on the edge
+            between two codes may fall to the other side. One code always may; of a weight, none.
+        output_tolerance: how far an output may be from the model's, in its largest magnitude.
+        optimized_tolerance: the share of the output's power that may differ with all optimizations, which compute in
+            integers and round biases. The session option "session.x64quantprecision" is on: without it, processors that
+            lack VNNI instructions saturate sums of two 8-bit products in 16 bits.
+        distance: your own measure of how far an output of the file is from the model's, from the two, in place of the
+            two measures above; 0 where they are alike.
         on_mismatch: what happens beyond a tolerance.
 
     Returns:
@@ -85,6 +91,8 @@ def export_onnx(
     check_whole("opset", opset, OPSETS.start, OPSETS.stop - 1)
     check_batches("batches", batches)
     check_share("tolerance", tolerance)
+    check_share("output_tolerance", output_tolerance)
+    check_function("distance", distance, "an output of the model and the file's")
     check_share("optimized_tolerance", optimized_tolerance)
     if on_mismatch not in ("raise", "warn"):
         raise ValueError(f'`on_mismatch` must be "raise" or "warn". Found {on_mismatch!r}.')
@@ -97,7 +105,6 @@ def export_onnx(
         )
     reference = sharing_copy(model).cpu()
     require_onnx()
-    import onnx
 
     from lfq_lightning.export.comparing import run_and_compare
     from lfq_lightning.export.onnx_file import codes_by_quantizer, flatten_stacks, float_bytes, pack
@@ -117,7 +124,7 @@ def export_onnx(
     proto = _bare(proto)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(proto, path)
+    _save(proto, path)
     parity = run_and_compare(
         reference,
         path,
@@ -125,8 +132,10 @@ def export_onnx(
         weights,
         itertools.chain([(args, kwargs)], (_of_batch(on_cpu(batch), args, kwargs) for batch in batches)),
         float_bytes(proto),
+        distance,
         folded=tuple(folded),
         tolerance=tolerance,
+        output_tolerance=output_tolerance,
         optimized_tolerance=optimized_tolerance,
     )
     if not parity.agrees:
@@ -135,6 +144,18 @@ def export_onnx(
             raise ValueError(message)
         warnings.warn(message, stacklevel=2)
     return parity
+
+
+def _save(proto: onnx.ModelProto, path: Path) -> None:
+    """Write beside the file and rename, so that an error leaves no half of one."""
+    import onnx
+
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        onnx.save(proto, beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def require_onnx() -> None:

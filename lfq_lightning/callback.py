@@ -11,13 +11,14 @@ from typing import Any, Literal, get_args
 import lightning as L
 from torch.optim import Optimizer
 
-from lfq_lightning.checking import check_choice, check_flags, check_path, check_whole
+from lfq_lightning.checking import check_choice, check_flags, check_whole
 from lfq_lightning.export.parity import Parity
 from lfq_lightning.placement import Placement, apply, plan
 from lfq_lightning.placement.quantized_layer import FrozenLayers
 from lfq_lightning.rules import Rule, as_rules
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, as_schedule, weight_spec
+from lfq_lightning.training.exporting import check_export
 from lfq_lightning.training.phases import warn_if_float, warn_if_unlearned
 from lfq_lightning.training.run import Run, Training
 from lfq_lightning.training.sentinel import Reaction
@@ -64,7 +65,9 @@ class QuantizationAwareTraining(AtRest):
         on_collapse: what happens to a quantizer that passes nothing useful any more: "warn" names it once, "reinit"
             also estimates its qparams anew, "raise" ends the run; "reinit" only names one with most codes unused.
         export: write the best checkpoint, or the last, to this ONNX file when a fit ends, and compare the two: see
-            `parity`. A relative path is taken from the Trainer's log directory.
+            `parity`. A relative path is taken from the Trainer's log directory. A mapping holds `path` and other
+            arguments of `export_onnx`, such as `dynamic_axes` or `tolerance`. What fails then is a warning, and the
+            fit has ended well, unless `on_mismatch` is "raise" there.
 
     Raises:
         TypeError, ValueError: if an argument is wrong, here or when a fit begins.
@@ -89,11 +92,11 @@ class QuantizationAwareTraining(AtRest):
         record_every_n_steps: int | None = None,
         write_files: bool = True,
         on_collapse: Reaction = "warn",
-        export: str | Path | None = None,
+        export: str | Path | dict[str, Any] | None = None,
     ) -> None:
         check_flags(reobserve=reobserve, compress_saved=compress_saved, write_files=write_files)
         check_choice("frozen_layers", frozen_layers, get_args(FrozenLayers))
-        check_path("export", export, needed=False)
+        check_export(export)
         check_choice("on_collapse", on_collapse, get_args(Reaction))
         if record_every_n_steps is not None:
             check_whole("record_every_n_steps", record_every_n_steps, 1)

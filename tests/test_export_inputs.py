@@ -311,3 +311,39 @@ def test_torchs_own_exporter_names_the_way_to_a_file_of_integers(tmp_path: Path)
         torch.onnx.export(model, (x,), str(tmp_path / "constant.onnx"), dynamo=False)
     program = torch.export.export(model, (x,))
     assert torch.equal(program.module()(x), model(x))
+
+
+def test_a_fit_hands_arguments_of_the_export_on(tmp_path: Path) -> None:
+    export = {"path": "m.onnx", "dynamic_axes": False, "opset": 22, "tolerance": 0.001}
+    _, _, callback = fit(tmp_path, callback=qat(export=export))
+    assert callback.parity is not None
+    assert callback.parity.tolerance == 0.001
+    proto = onnx.load(tmp_path / "m.onnx")
+    assert [opset.version for opset in proto.opset_import if opset.domain == ""] == [22]
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value > 0
+
+
+@pytest.mark.parametrize("export", [{"opset": 21}, {"path": "m.onnx", "batches": []}, {}])
+def test_what_is_no_argument_of_the_export_is_refused(export: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="`export` must hold `path`, and may hold dynamic_axes, opset"):
+        qat(export=export)
+
+
+@pytest.mark.parametrize("mismatch", ["warn", "raise"])
+def test_an_export_that_fails_after_a_fit_costs_nobody_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mismatch: str
+) -> None:
+    def full(proto: onnx.ModelProto, path: Path) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(onnx, "save", full)
+    callback = qat(export={"path": "m.onnx", "on_mismatch": mismatch})
+    ends = (
+        pytest.warns(UserWarning, match="The fit has ended, and its export failed: OSError: no space left")
+        if mismatch == "warn"
+        else pytest.raises(OSError, match="no space left")
+    )
+    with ends:
+        fit(tmp_path, callback=callback)
+    assert callback.parity is None
+    assert not (tmp_path / "m.onnx").exists()

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lfq_lightning.checking import check_path
 from lfq_lightning.checkpoint import load_state_dict
 from lfq_lightning.export import export_onnx
 from lfq_lightning.export.exportable import check_exportable
@@ -28,16 +30,37 @@ from lfq_lightning.running import example_of, inputs_of
 from lfq_lightning.telling import tell
 from lfq_lightning.training.trainer.length import is_dev_run
 
+Export = str | Path | Mapping[str, Any] | None
+
+_SETTINGS = ("dynamic_axes", "opset", "tolerance", "output_tolerance", "optimized_tolerance", "distance", "on_mismatch")
+
+
+def check_export(export: Export) -> None:
+    """Raise unless this is a file to write, or a mapping with one and with arguments of `export_onnx`."""
+    if not isinstance(export, Mapping):
+        check_path("export", export, needed=False)
+        return
+    unknown = [name for name in export if name not in ("path", *_SETTINGS)]
+    if "path" not in export or unknown:
+        raise ValueError(
+            f"`export` must hold `path`, and may hold {', '.join(_SETTINGS)}. Found {', '.join(map(str, export))}: "
+            "give the path, or call `lfq_lightning.export_onnx` by hand after the fit."
+        )
+    check_path("export", export["path"])
+
 
 class FitExport:
     """Exports a fit's model to a file, or does nothing without one.
 
     Args:
-        path: the file to write; a relative path is taken from the Trainer's log directory.
+        export: the file to write, or a mapping with `path` and arguments of `export_onnx`; a relative path is taken
+            from the Trainer's log directory.
     """
 
-    def __init__(self, path: str | Path | None) -> None:
-        self.path = path
+    def __init__(self, export: Export) -> None:
+        settings = dict(export) if isinstance(export, Mapping) else {"path": export}
+        self.path: str | Path | None = settings.pop("path")
+        self._settings = settings
         self._last_batch: Any = None
 
     def begin(self, trainer: L.Trainer, model: L.LightningModule) -> None:
@@ -53,10 +76,20 @@ class FitExport:
             self._last_batch = batch
 
     def end(self, trainer: L.Trainer, model: L.LightningModule) -> Parity | None:
-        """Write the file on rank zero; every rank calls this."""
+        """Write the file on rank zero; every rank calls this. What fails is told, for the fit has ended well."""
         if self.path is None or is_dev_run(trainer):
             return None
-        return export_fit(trainer, model, self.path, self._last_batch)
+        settings = {"on_mismatch": "warn", **self._settings}
+        try:
+            return export_fit(trainer, model, self.path, self._last_batch, settings)
+        except Exception as error:  # of any kind: the exporter's, the runtime's, the disk's
+            if settings["on_mismatch"] == "raise":
+                raise
+            rank_zero_warn(
+                f"The fit has ended, and its export failed: {type(error).__name__}: {error} The checkpoints are whole: "
+                "call `lfq_lightning.export_onnx` on `lfq_lightning.load_from_checkpoint(...)`."
+            )
+            return None
 
 
 def check_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path) -> None:
@@ -119,7 +152,9 @@ def check_batch(model: L.LightningModule, batch: Any) -> None:
     traced(plain, *arguments(plain, _inputs(model, batch)))
 
 
-def export_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path, batch: Any) -> Parity | None:
+def export_fit(
+    trainer: L.Trainer, model: L.LightningModule, path: str | Path, batch: Any, settings: Mapping[str, Any]
+) -> Parity | None:
     """Export the best checkpoint, the last, or the model as it is where neither has quantizers that were set.
 
     The model is not changed. Every rank calls this, and rank zero alone exports: None on the others.
@@ -129,6 +164,7 @@ def export_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path, b
         model: the trained module.
         path: the file to write.
         batch: a batch of training data; `example_input_array` is used instead where the module has one.
+        settings: further arguments of `export_onnx`.
     """
     where = _target(trainer, path)
     if not trainer.is_global_zero:
@@ -143,7 +179,7 @@ def export_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path, b
         ):
             break
         rank_zero_warn(f"{saved} is from before quantization and is not exported: see `lfq_lightning.while_learning`.")
-    parity = export_onnx(exported, _inputs(model, batch), where)
+    parity = export_onnx(exported, _inputs(model, batch), where, **settings)
     tell(trainer, f"Exported {saved or 'the model'} to {where}.\n{parity}")
     return parity
 

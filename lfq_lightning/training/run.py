@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,7 +17,7 @@ from lfq_lightning.placement.points import Points, points
 from lfq_lightning.placement.quantized_layer import FrozenLayers, qparams, quantizers
 from lfq_lightning.records.recorder import Recorder
 from lfq_lightning.schedule import PhaseSchedule
-from lfq_lightning.training.exporting import FitExport
+from lfq_lightning.training.exporting import Export, FitExport
 from lfq_lightning.training.phases import RunPhases, begin, settle_frozen_layers, show_phase
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.stepping.qparams import ScheduleFactory
@@ -106,7 +105,7 @@ class Run:
         model: the module.
         schedule: the user's, in the model's own epochs or steps.
         anew: whether the model is to start over.
-        export: the file to write when a fit ends, or None.
+        export: what to write when a fit ends, or None.
         before: the run before, which is over.
 
     Attributes:
@@ -125,7 +124,7 @@ class Run:
         model: L.LightningModule,
         schedule: PhaseSchedule | None,
         anew: bool,
-        export: str | Path | None,
+        export: Export,
         before: Run | None,
     ) -> None:
         self._trainer = trainer

@@ -118,6 +118,33 @@ class ShardedFromZero(FromZero, Sharded):
     """The same, with each layer a unit of FSDP2."""
 
 
+class Operations(NormFree):
+    """Attention, a recurrent layer, a weight that is read with a transpose, a parameter of its own, and a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.first, self.second, self.head
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.recurrent = nn.GRU(8, 6, batch_first=True)
+        self.own = nn.Parameter(torch.randn(6, 8) / 3)
+        self.tied = nn.Linear(8, 10)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.double().squeeze(1)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = self.recurrent(x)[0].mean(1) @ self.own
+        return self.tied(x + nn.functional.linear(self.tied(x), self.tied.weight.t()))
+
+
+class ShardedOperations(Operations):
+    """The same under FSDP2, where one unit holds what its own code reads."""
+
+    def configure_model(self) -> None:
+        for layer in (self.attention, self.recurrent, self):
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
 class Branches(NormFree):
     """Has a layer that the second rank's batches alone reach, one from the third epoch on, and one that is both."""
 
@@ -254,6 +281,13 @@ def frozen_body(directory: Path, choice: FrozenLayers) -> None:
     run(directory, FrozenBody, callback=callback, callbacks=[Equal()])
 
 
+def operations(directory: Path, ranks: int, model: type[L.LightningModule] = Operations, **options: Any) -> Any:
+    """Weights of 4 bits wherever they are read, and the operands of sums and of attention's products in 8."""
+    rules = [lfq.Rule("/add*", activation=8), lfq.Rule("attention/scaled*", activation=8)]
+    callback = qat(schedule=SCHEDULE, record_every_n_steps=1, activation=8, rules=rules)
+    return run(directory, model, ranks, callback=callback, callbacks=[Equal()], **options)
+
+
 DDP: dict[str, Callable[[Path], Any]] = {
     "plain": lambda d: run(d),
     "fifty": lambda d: fifty(d, 2),
@@ -278,6 +312,7 @@ DDP: dict[str, Callable[[Path], Any]] = {
         callback=qat(rules=[lfq.Rule("lone*"), lfq.Rule("later")]),  # no batch before the run need reach them
     ),
     "from zero": lambda d: from_zero(d, 2),
+    "operations": lambda d: operations(d, 2),
     "unused": unused,
     "averaged": lambda d: run(d, callbacks=[EMAWeightAveraging(decay=0.5)]),
     "reinit": lambda d: run(
@@ -332,6 +367,7 @@ def predicted(directory: Path) -> None:
 
 FSDP: dict[str, Callable[[Path], Any]] = {
     "sharded": lambda d: run(d, Sharded, strategy=parallel()),
+    "operations": lambda d: operations(d, 2, ShardedOperations, strategy=parallel()),
     "whole": lambda d: sharded(d, distributed=False),
     "saved": sharded,
     "resumed": lambda d: sharded(d, "saved/epoch=2.ckpt"),

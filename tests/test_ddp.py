@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lfq_lightning as lfq
 from lfq_lightning.training.trainer.strategy import check_strategy
-from tests.ranks import DDP, ByHand, fifty, from_zero, kept, run, start_two
+from tests.ranks import DDP, ByHand, fifty, from_zero, kept, operations, run, start_two
 from tests.runs import Net, qat, trainer
 
 
@@ -128,6 +128,15 @@ def test_a_weight_that_grows_from_zero_on_two_ranks_follows_one_process(runs: An
     assert_near(found, torch.load(tmp_path / "quantizers.pt"))
     assert found["second.weight_quantizer.observer.blank"].tolist() == [False, True, False, False]
     assert found["second.weight_quantizer.scale"][1] > 1e-3
+
+
+def test_what_operations_read_follows_one_process_on_two_ranks(runs: Any, tmp_path: Path) -> None:
+    found = state(runs, "operations")
+    operations(tmp_path, 1)
+    assert_near(found, torch.load(tmp_path / "quantizers.pt"))
+    named = {key.rpartition("_quantizer")[0] for key in found if key.endswith("quantizer.scale")}
+    assert {"attention.in_proj_weight", "recurrent.weight_hh_l0", "own", "tied.weight", "add_input"} <= named
+    assert "attention.scaled_dot_product_attention_query" in named
 
 
 def test_unused_codes_for_a_value_that_one_rank_saw_are_told_once(runs: Any) -> None:

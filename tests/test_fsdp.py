@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import lfq_lightning as lfq
 from lfq_lightning.training.trainer.strategy import check_strategy
-from tests.ranks import FSDP, NormFree, run, start_two
+from tests.ranks import FSDP, NormFree, operations, run, start_two
 from tests.runs import Net, images, qat, trainer
 
 
@@ -33,6 +33,14 @@ def state(runs: tuple[Path, dict[str, str]], name: str) -> dict[str, Any]:
 def test_sharded_weights_give_the_qparams_of_one_process(runs: Any, tmp_path: Path) -> None:
     run(tmp_path, ranks=1)
     found, expected = state(runs, "sharded"), torch.load(tmp_path / "quantizers.pt")
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5 if "zero_point" in key else 0.0, msg=key)
+
+
+def test_what_operations_read_is_quantized_alike_where_it_is_sharded(runs: Any, tmp_path: Path) -> None:
+    operations(tmp_path, 1)
+    found, expected = state(runs, "operations"), torch.load(tmp_path / "quantizers.pt")
     assert list(found) == list(expected)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5 if "zero_point" in key else 0.0, msg=key)

@@ -7,6 +7,7 @@ import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import lfq_lightning as lfq
+from tests.assertions import assert_bit_equal
 from tests.processes import ROOT, run_python
 from tests.runs import Net
 
@@ -198,3 +200,27 @@ def test_a_layer_may_change_its_input_in_place_in_phases_that_compute_in_float(p
     assert all(torch.equal(*pair) for pair in zip(run(), expected, strict=True))
     model(x).sum().backward()
     assert all((q.scale.grad == 0).all() for q in lfq.quantizers(model).values() if q.scale.grad is not None)
+
+
+@pytest.mark.parametrize("scale_domain", ["linear", "power_of_two"])
+@pytest.mark.parametrize("padding", [None, 3])
+def test_a_table_whose_few_rows_are_looked_up_computes_and_learns_as_one_that_is_quantized_whole(
+    scale_domain: Any, padding: int | None
+) -> None:
+    spec = lfq.QuantSpec(bits=3, granularity="per_channel", scale_domain=scale_domain)
+    model = nn.Sequential(nn.Embedding(40, 6, padding_idx=padding), nn.Linear(6, 2))
+    lfq.attach(model, weight=spec, activation=None, rules=[lfq.Rule("0", weight=spec)])
+    lfq.set_phase(model, "learn")
+    index = torch.tensor([[3, 7, 7], [0, 39, 3]])
+    whole = copy.deepcopy(model)
+    whole[0].weight_quantizer.register_forward_hook(lambda *_: None)  # sees the whole weight
+    called: list[Any] = []
+    model[0].weight_quantizer.register_forward_pre_hook(lambda *_: called.append(None))
+    assert_bit_equal(model(index), whole(index))
+    assert not called, "the whole table was quantized"
+    for each in (model, whole):
+        each(index).square().sum().backward()
+    assert_bit_equal(model[0].weight.grad, whole[0].weight.grad)
+    found, expected = (each[0].weight_quantizer.scale.grad for each in (model, whole))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert found[7] != 0

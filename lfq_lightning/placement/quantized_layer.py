@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
@@ -34,11 +35,16 @@ class QuantizedLayer(nn.Module):
     weight_quantizer: LearnableFakeQuantize | None
     input_quantizer: LearnableFakeQuantize | None
     _compute: ClassVar[Compute]  # of the layer's kind
+    _looks_up: ClassVar[bool] = False  # whether it is a table
     saved: Saved | None = None  # where `attach` was asked to compress what backward needs
     learns_alone: bool = False  # whether scales and zero points learn although the weight is frozen
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         weight, quantizer = self.weight, self.input_quantizer
+        if self._looks_up:
+            rows = self._rows(weight, *args, **kwargs)
+            if rows is not None:
+                return rows
         learn = weight.requires_grad or self.learns_alone
         given = (*args, *kwargs.values())
         if quantizer is not None:
@@ -63,6 +69,17 @@ class QuantizedLayer(nn.Module):
         with compressed(made, self.saved):
             return self._compute(self, used, *args, **kwargs)
 
+    def _rows(self, weight: Tensor, input: Tensor) -> Tensor | None:
+        """What a table gives, where it is faster to quantize the rows that were looked up than all; None elsewhere."""
+        quantizer = self.weight_quantizer
+        few = 2 * input.numel() < len(weight)
+        if quantizer is None or not few or self.saved is not None or torch.compiler.is_compiling():
+            return None
+        plain = self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
+        if not plain or not isinstance(quantizer, LearnableFakeQuantize) or not quantizer.serves_rows_of(weight):
+            return None
+        return quantizer.rows(weight, input, self.padding_idx, weight.requires_grad or self.learns_alone)  # type: ignore[arg-type]
+
     @property
     def learns(self) -> bool:
         """Whether the phase may let scales and zero points learn."""
@@ -84,6 +101,7 @@ def _is_floating(value: Any) -> bool:
 def quantized_type(layer_type: type[nn.Module]) -> type[nn.Module]:
     """The class that a layer of this type takes while it is quantized."""
     members = {"__module__": __name__, "_compute": staticmethod(computation(layer_type))}
+    members["_looks_up"] = layer_type.forward is nn.Embedding.forward
     return type(f"Quantized{layer_type.__name__}", (QuantizedLayer, layer_type), members)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lfq_lightning.checking import check_flags
@@ -235,6 +236,30 @@ class LearnableFakeQuantize(Described, Observing):
     def quantized(self, x: Tensor, grad_factor: float = 0.0) -> Tensor:
         """X on the integer grid and back, whatever the phase; with a factor of 0 the qparams get no gradient."""
         return self._quantized(x, self.scale, grad_factor)
+
+    def serves_rows_of(self, table: Tensor) -> bool:
+        """Whether each row has a scale of its own, and what is quantized now depends on no other row."""
+        by_row = self.axis == 0 and self.group_size is None and self.scale.numel() == len(table)
+        return by_row and self.quantizes and not self.static_enabled and not self._forward_hooks
+
+    def rows(self, table: Tensor, index: Tensor, padding_idx: int | None, learn: bool) -> Tensor:
+        """The rows of a table that an index chooses, quantized as in the whole table, which is left alone.
+
+        Args:
+            table: a weight of shape (rows, width), for which `serves_rows_of` holds.
+            index: integers of any shape.
+            padding_idx: a row without gradients.
+            learn: see `forward`.
+
+        Returns:
+            A tensor of the index's shape and one more dimension, the width.
+        """
+        scale = nearest_power_of_two(self.scale) if self.scale_domain == "power_of_two" else self.scale
+        factor = self._gradient_factor(table, len(table)) if self.learning_enabled and learn else 0.0
+        chosen = index.reshape(-1)
+        own = [F.embedding(chosen, p.unsqueeze(1), padding_idx).squeeze(1) for p in (scale, self.zero_point)]
+        settings = (self.quant_min, self.quant_max, 0, None, factor, self.saturation_rule)
+        return quantize(F.embedding(chosen, table, padding_idx), own[0], own[1], settings).view(*index.shape, -1)
 
     def _quantized(self, x: Tensor, scale: Tensor, grad_factor: float) -> Tensor:
         used = nearest_power_of_two(scale) if self.scale_domain == "power_of_two" else scale

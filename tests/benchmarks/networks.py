@@ -1,4 +1,4 @@
-"""The two networks of the step benchmark: every projection is a plain Conv2d or Linear."""
+"""The networks of the step benchmark: every projection is a plain Conv2d or Linear."""
 
 from __future__ import annotations
 
@@ -58,9 +58,50 @@ def transformer(width: int = 256, depth: int = 4, features: int = 32, classes: i
     return nn.Sequential(nn.Linear(features, width), *blocks, nn.LayerNorm(width), nn.Linear(width, classes))
 
 
+class InvertedResidual(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int, expand: int) -> None:
+        super().__init__()
+        hidden, self.adds = inputs * expand, stride == 1 and inputs == outputs
+        widen = [nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()] if expand > 1 else []
+        self.layers = nn.Sequential(
+            *widen,
+            *(nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()),
+            *(nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        return x + y if self.adds else y
+
+
+def inverted_residuals(classes: int = 10) -> nn.Module:
+    """MobileNetV2 (Sandler et al. 2018), of width 1."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6()]
+    inputs = 32
+    stages = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+    for expand, outputs, count, stride in stages:
+        for number in range(count):
+            layers.append(InvertedResidual(inputs, outputs, 1 if number else stride, expand))
+            inputs = outputs
+    layers += [nn.Conv2d(inputs, 1280, 1, bias=False), nn.BatchNorm2d(1280), nn.ReLU6()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, classes))
+
+
+def bert(depth: int = 2, classes: int = 10) -> nn.Module:
+    """Two layers in the shape of BERT's base: 768 wide, and its vocabulary."""
+    blocks = [TransformerBlock(768, heads=12) for _ in range(depth)]
+    return nn.Sequential(nn.Embedding(30522, 768), *blocks, nn.LayerNorm(768), nn.Linear(768, classes))
+
+
 def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     """A network with one batch of inputs and labels."""
     torch.manual_seed(0)
     if name == "resnet18":
         return resnet18(), torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
+    if name.startswith("inverted residuals"):
+        count = 2 if name.endswith("2 images") else 32
+        return inverted_residuals(), torch.randn(count, 3, 64, 64), torch.randint(10, (count,))
+    if name.startswith("bert"):
+        size = (1, 16) if name.endswith("16 tokens") else (8, 128)
+        return bert(), torch.randint(30522, size), torch.randint(10, size)
     return transformer(), torch.randn(16, 128, 32), torch.randint(10, (16, 128))

@@ -136,6 +136,8 @@ def placement_of(saved: Descriptions) -> Placement:
                 layer(other, parameter, weight=spec, axis=description.axis)
             else:
                 layer(other, parameter, activation=spec, **features, shares=name)
+    order = {name: place for place, name in enumerate(saved)}  # in which the modules' children stood
+    operands.sort(key=lambda o: order.get(o.quantizer_name, len(order)))
     made = (PlacedLayer(holder, "", parameter=own, **settings) for (holder, own), settings in layers.items())
     return Placement(tuple(made), operands=tuple(operands))
 

@@ -15,10 +15,12 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import lfq_lightning as lfq
+from lfq_lightning.checkpoint import attach_as_saved
 from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.state_dicts import descriptions
 from tests import oracle
 from tests.assertions import assert_bit_equal
-from tests.operation_networks import ACTIVATIONS, MADE, WEIGHTS, Case, Heads, Residual, attached
+from tests.operation_networks import ACTIVATIONS, MADE, WEIGHTS, Case, Heads, Residual, StandardizedConv2d, attached
 
 pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")]
 
@@ -166,6 +168,30 @@ def test_attaching_again_changes_nothing(kind: str) -> None:
     placed = lfq.quantizers(model)
     assert lfq.attach(model, example=tuple(case.inputs), **settings_of(kind)) == first
     assert lfq.quantizers(model) == placed
+
+
+class Shares(nn.Module):
+    """Weights that are made in forward, and read what others read too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Sequential(StandardizedConv2d(2, 4, 3)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) * self.second(x)
+
+
+@pytest.mark.parametrize("kind", [*ALL, "shares"])
+def test_a_state_dict_alone_says_where_a_network_is_quantized(kind: str) -> None:
+    case = {**ALL, "shares": Case(Shares, MADE["standardized"].inputs)}[kind]
+    model = attached(case, **settings_of(kind)).eval()
+    state = model.state_dict()
+    torch.manual_seed(1)
+    other = case.make()
+    attach_as_saved(other, descriptions(state))
+    assert list(other.state_dict()) == list(state)
+    other.load_state_dict(state)
+    assert_bit_equal(outputs(other.eval(), case), outputs(model, case))
 
 
 # ---- where it runs --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lfq_lightning.checking import check_rows
+from lfq_lightning.placement.meeting import OUTPUT, operand_name
 from lfq_lightning.spec import QuantSpec
 from lfq_lightning.tables import Table
 
@@ -75,6 +76,12 @@ class PlacedOperand:
     axis: int | None = -1
     size: int | None = None
     shares: str = ""
+
+    @property
+    def quantizer_name(self) -> str:
+        """Dotted name of its quantizer."""
+        child = OUTPUT if self.role == "output" else operand_name(self.call, self.operand)
+        return ".".join(filter(None, (self.module, child)))
 
     @property
     def label(self) -> str:

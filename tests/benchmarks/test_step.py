@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.benchmarks.measuring import Table, keep_freed_memory, middle, times
-from tests.benchmarks.steps import MISSING, PREPARATIONS, training_step
+from tests.benchmarks.steps import EVERYWHERE, MISSING, PREPARATIONS, fake_quantize_calls, training_step
 
 
 @pytest.mark.parametrize("network", ["resnet18", "transformer"])
@@ -51,7 +51,32 @@ def test_step(table: Table, network: str, pytestconfig: pytest.Config) -> None:
         table.columns.append(f"{column}_ratio")
 
 
-def _peak(network: str, name: str, root: Path, settings: dict[str, str]) -> float:
-    command = [sys.executable, "-m", "tests.benchmarks.steps", network, name]
+PRICED = ["resnet18", "bert", "inverted residuals", "inverted residuals, 2 images", "bert, 16 tokens"]
+
+
+def test_price(table: Table, pytestconfig: pytest.Config) -> None:
+    table.name = "step_price"
+    table.notes.append("W4A4, one thread, medians of ratios of steps in turn; calls: fake quantizations of a step")
+    table.notes.append(keep_freed_memory() + ", each row in a process of its own")
+    for network in PRICED:
+        calls, alone = fake_quantize_calls(network)
+        for training in ("ours", EVERYWHERE) if network == "resnet18" else ("ours",):
+            ratio, floating = map(float, _run(pytestconfig.rootpath, {}, "--ratio", network, training).split())
+            table.add(
+                network=network,
+                training=training,
+                float_ms=f"{floating * 1e3:.1f}",
+                ratio=f"{ratio:.3f}",
+                calls=str(calls) if training == "ours" else None,
+                calls_without_sharing=str(alone) if training == "ours" else None,
+            )
+
+
+def _run(root: Path, settings: dict[str, str], *arguments: str) -> str:
+    command = [sys.executable, "-m", "tests.benchmarks.steps", *arguments]
     done = subprocess.run(command, cwd=root, env=os.environ | settings, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return done.stdout
+
+
+def _peak(network: str, name: str, root: Path, settings: dict[str, str]) -> float:
+    return float(_run(root, settings, network, name))

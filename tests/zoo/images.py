@@ -41,7 +41,7 @@ CASES = [
     _case("efficientnet_lite0"),
     _case("tf_efficientnet_b0"),
     _case("ghostnet_050"),
-    _case("nfnet_l0", settings={"width_factor": 0.25}),
+    _case("nfnet_l0", settings={"depths": (1, 1, 1, 1)}),
     _case("convnext_atto"),
     _case("convnextv2_atto"),
     _case("vit_tiny_patch16_224", settings=_FLAT, **_ADDED),

@@ -28,6 +28,7 @@ from lfq_lightning.placement.paths import path_between
 from lfq_lightning.placement.placed import PlacedLayer, PlacedOperand, Placement
 from lfq_lightning.placement.planning import plan
 from lfq_lightning.placement.quantized_layer import (
+    FUSED,
     INPUT,
     WEIGHT,
     FrozenLayers,
@@ -322,8 +323,7 @@ def _put(modules: Mapping[str, nn.Module], placement: Placement, made: Mapping[K
             meet_operations(module, (), [(operand.call, operand.operand)])
     holding = {holder for holder, _ in made}
     for module in dict.fromkeys(modules.values()):
-        encodes = isinstance(module, nn.TransformerEncoder) and not holding.isdisjoint(module.modules())
-        if encodes or module in holding:
+        if isinstance(module, FUSED) and not holding.isdisjoint(module.modules()):
             keep_slow_path(module)
 
 

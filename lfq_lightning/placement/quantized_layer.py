@@ -40,7 +40,12 @@ class QuantizedLayer(nn.Module):
     learns_alone: bool = False  # whether scales and zero points learn although the weight is frozen
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        weight, quantizer = self.weight, self.input_quantizer
+        # By what nn.Module holds: its own way to a child or a parameter takes as long as a small kernel.
+        quantizer: Any = self._modules[INPUT]
+        of_weight: Any = self._modules[WEIGHT]
+        weight: Tensor | None = self._parameters.get("weight")
+        if weight is None:  # it is computed
+            weight = self.weight
         if self._looks_up:
             rows = self._rows(weight, *args, **kwargs)
             if rows is not None:
@@ -48,19 +53,17 @@ class QuantizedLayer(nn.Module):
         learn = weight.requires_grad or self.learns_alone
         given = (*args, *kwargs.values())
         if quantizer is not None:
-            args = tuple(_quantize(quantizer, a, learn) for a in args)
-            kwargs = {name: _quantize(quantizer, a, learn) for name, a in kwargs.items()}
-        used = weight
-        if self.weight_quantizer is not None:
-            used = self.weight_quantizer(weight, learn)
+            args = tuple([_quantize(quantizer, a, learn) for a in args])
+            kwargs = {name: _quantize(quantizer, a, learn) for name, a in kwargs.items()} if kwargs else kwargs
+        used = weight if of_weight is None else of_weight(weight, learn)
         # Both by the weight: the layer's own computation may change its input in place, and gets it as it was given.
-        for each in (quantizer, self.weight_quantizer):
+        for each in (quantizer, of_weight):
             if each is not None:
                 used = each.in_graph(used)
         if self.saved is None:
             return self._compute(self, used, *args, **kwargs)
         pairs = zip((*args, *kwargs.values(), used), (*given, weight), strict=True)
-        makers = [quantizer] * len(given) + [self.weight_quantizer]
+        makers = [quantizer] * len(given) + [of_weight]
         made = [
             Quantized(value, source, maker)
             for (value, source), maker in zip(pairs, makers, strict=True)
@@ -168,7 +171,9 @@ def quantize_layer(
         activation.role, activation.site = "input", ""
     layer.add_module(WEIGHT, weight)
     layer.add_module(INPUT, activation)
-    keep_slow_path(layer)
+
+
+FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 def keep_slow_path(module: nn.Module) -> None:

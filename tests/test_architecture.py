@@ -32,6 +32,7 @@ ROOMS = [
     "observers",
     "quantizer",
     "flow",
+    "targets",
     "placement",
     "gathering",
     "phases",

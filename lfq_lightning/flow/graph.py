@@ -47,6 +47,7 @@ class Tensor:
         part: which part of the parameter, by offset and count of elements; None for anything else.
         channels: the parameter's dimension with one output each, or, of what is made of parameters, the tensor's own.
         features: the dimension of an activation's features, counted from the last.
+        source: the number of the call whose result it is, at most clipped, dropped out or in another place; or None.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Tensor:
     part: tuple[int, int] | None = None
     channels: int | None = None
     features: int = -1
+    source: int | None = None
 
     @property
     def is_weight(self) -> bool:
@@ -80,6 +82,9 @@ class Call:
         reads: its operands.
         after: which calls of products and tables, by number, made what it reads, with none between.
         learns: whether gradients are computed there.
+        gives: the identity of its result; None where no call reads it as it is.
+        mode: of interpolation; empty for other operations.
+        read_elsewhere: whether its result, clipped or not, meets a function that is no operation.
     """
 
     site: Site
@@ -87,6 +92,14 @@ class Call:
     reads: tuple[Tensor, ...]
     after: frozenset[int]
     learns: bool
+    gives: int | None = None
+    mode: str = ""
+    read_elsewhere: bool = False
+
+    @property
+    def kernel(self) -> str:
+        """By which a table of kernels knows it, such as `add` or `interpolate nearest`."""
+        return f"{self.site.operation} {self.mode}".strip()
 
 
 @dataclass(frozen=True)

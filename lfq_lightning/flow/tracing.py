@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
 from lfq_lightning.flow.graph import Call, Flow, Origin, Owned, Site, Tensor
-from lfq_lightning.flow.operations import BY_FUNCTION, DRAWN, FACTORIES, MOVES, Operation, channels_of
+from lfq_lightning.flow.operations import BY_FUNCTION, DRAWN, FACTORIES, FUSED, MOVES, Operation, channels_of
 from lfq_lightning.flow.spelling import SPELLED
 from lfq_lightning.private import FakeTensor, FakeTensorMode, plain_name, tree_leaves, tree_map_only, version_of
 
@@ -117,6 +117,7 @@ class _Known:
     origin: Origin = "batch"
     parameter: Owned | None = None
     made_of: frozenset[Owned] = frozenset()
+    source: int | None = None
 
 
 @dataclass
@@ -142,6 +143,8 @@ class _Tracer(TorchFunctionMode):
         self._shapes: dict[Owned, Any] = {}
         self._frames = [_Frame(None)]
         self._identities: dict[tuple[int, int], int] = {}
+        self._gives: dict[int, tuple[int, int]] = {}
+        self._read_elsewhere: set[int] = set()
         for path, module in model.named_modules():
             name = self._names[module] = plain_name(path)
             for own, parameter in module.named_parameters(recurse=False):
@@ -158,7 +161,15 @@ class _Tracer(TorchFunctionMode):
     def flow(self, source: str) -> Flow:
         """What was seen."""
         within = {name: tuple(inner) for name, inner in self._within.items()}
-        return Flow(tuple(self._calls), tuple(self._called), within, dict(self._read), source)
+        calls = (
+            replace(
+                call,
+                gives=self._identities.get(self._gives.get(number, (0, 0))),
+                read_elsewhere=number in self._read_elsewhere,
+            )
+            for number, call in enumerate(self._calls)
+        )
+        return Flow(tuple(calls), tuple(self._called), within, dict(self._read), source)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         name, caller = self._names.get(module), self._frames[-1].name
@@ -201,6 +212,10 @@ class _Tracer(TorchFunctionMode):
         if call is not None and self._calls[call].kind != "activation":
             after = frozenset([call])
         new = known[0] if moved else _result(func, known, after)
+        if made and not moved:
+            new = replace(new, source=self._source(func, call, known))
+            if call is not None:
+                self._gives[call] = id(made[0]), version_of(made[0])
         for tensor in made:
             self._note(tensor, new)
         if given and not moved and (result is None or _is_in_place(func)):
@@ -208,6 +223,15 @@ class _Tracer(TorchFunctionMode):
                 if changed is not None and not isinstance(changed, nn.Parameter):
                     self._note(changed, new)
         return result
+
+    def _source(self, func: Any, call: int | None, known: list[_Known]) -> int | None:
+        """The call whose result a function gives; where it makes something else of results, these are read."""
+        if call is not None:
+            return call
+        if known and (func in MOVES or getattr(func, "__name__", "") in FUSED):
+            return known[0].source
+        self._read_elsewhere.update(each.source for each in known if each.source is not None)
+        return None
 
     def _count(self, operation: Operation, number: int, args: Any, kwargs: Any) -> int | None:
         """Note a call, unless it computes with parameters alone; its place among all calls."""
@@ -222,7 +246,10 @@ class _Tracer(TorchFunctionMode):
         if operation.kind != "table" and not any(read.is_activation for read in reads):
             return None
         site = Site("" if frame.name is None else frame.name, operation.name, number if frame.name is not None else -1)
-        self._calls.append(Call(site, operation.kind, tuple(reads), after, torch.is_grad_enabled()))
+        mode = ""
+        if operation.name == "interpolate":
+            mode = str(args[3] if len(args) > 3 else kwargs.get("mode", "nearest"))
+        self._calls.append(Call(site, operation.kind, tuple(reads), after, torch.is_grad_enabled(), mode=mode))
         return len(self._calls) - 1
 
     def _tensor(self, operation: Operation, read: Any, known: _Known, args: Any) -> Tensor:
@@ -236,7 +263,7 @@ class _Tracer(TorchFunctionMode):
         # What was changed in place since is another tensor.
         identity = self._identities.setdefault((id(value), version_of(value)), len(self._identities))
         whence = known.parameter, known.origin, known.made_of
-        return Tensor(read.name, identity, tuple(value.shape), *whence, part, channels, features)
+        return Tensor(read.name, identity, tuple(value.shape), *whence, part, channels, features, known.source)
 
     def _in_parameter(self, parameter: Owned, value: torch.Tensor, channels: int | None) -> int | None:
         """The parameter's own dimension that a dimension of its view is: the one of the same stride."""

@@ -62,6 +62,7 @@ def attach(
     compress_saved: bool = False,
     frozen_layers: FrozenLayers = "keep",
     example: Any = None,
+    target: str | None = None,
 ) -> Placement:
     """Put learnable fake quantizers on the weights of a model and on what meets them, in place.
 
@@ -83,6 +84,9 @@ def attach(
             `requires_grad=False`, as a GAN and finetuning need it; "learn" lets them learn whether or not it learns.
         example: what the model is run on: one input, a tuple of positional inputs, a mapping of keyword inputs, or a
             batch of inputs and targets as a DataLoader gives it.
+        target: the runtime that the network is trained for: "onnxruntime", which needs an `example`. Additions,
+            concatenations and poolings between quantized operations, which it computes in integers, are quantized too.
+            None quantizes what meets a parameter alone.
 
     Returns:
         What was placed where. Attaching again with the same arguments changes nothing.
@@ -104,7 +108,12 @@ def attach(
     check_model(model)
     check_flags(compress_saved=compress_saved)
     check_choice("frozen_layers", frozen_layers, get_args(FrozenLayers))
-    placement = plan(model, weight, activation, rules, flow=None if example is None else flow_of(model, example))
+    if target is not None and example is None:
+        raise ValueError(
+            f"`target` must know the operations of a batch. Found {target!r} without `example`: give a batch."
+        )
+    flow = None if example is None else flow_of(model, example)
+    placement = plan(model, weight, activation, rules, flow=flow, target=target)
     apply(model, placement, compress_saved)
     set_learning_alone(holders(model), frozen_layers == "learn")
     return placement

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lfq_lightning.checking import check_model
+from lfq_lightning.checking import check_choice, check_model
 from lfq_lightning.flow.graph import Flow, Owned
 from lfq_lightning.flow.operations import BY_NAME
 from lfq_lightning.placement.layers import (
@@ -30,6 +30,7 @@ from lfq_lightning.private import plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.rules import Rule, check_listed
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, weight_spec
+from lfq_lightning.targets import TARGETS, Target
 
 Kind = Literal["weight", "activation"]
 
@@ -81,6 +82,7 @@ def plan(
     rules: Iterable[Rule],
     final: bool = True,
     flow: Flow | None = None,
+    target: str | None = None,
 ) -> Placement:
     """What `attach` would place.
 
@@ -91,8 +93,13 @@ def plan(
         rules: the same.
         final: False where rules may match nothing yet and layers may still be missing.
         flow: what a batch did; None where that is not known, which leaves layers of known types alone.
+        target: as `attach` takes it.
     """
     check_model(model)
+    runtime = None
+    if target is not None:
+        check_choice("target", target, tuple(TARGETS))
+        runtime = TARGETS[target]
     defaults: dict[Kind, QuantSpec | None] = {"weight": weight_spec(weight), "activation": activation_spec(activation)}
     check_listed(rules)
     rules = tuple(rules)
@@ -105,6 +112,11 @@ def plan(
         _check_rules(model, rules, items, left, outputs)
     names = all_names(model)
     chosen = [item for item in items if _decided(item, rules, names, defaults)]
+    same: dict[int, int] = {}
+    if runtime is not None and flow is not None:
+        calls = calls_in_integers(flow, runtime, _quantized_tensors(chosen))
+        same = _of_same_scale(flow, runtime, calls)
+        chosen = [item for item in items if item in chosen or _is_asked_by_target(item, calls, defaults["activation"])]
     ends = _at_ends(chosen, found)
     # Layers that are tied to the first or the last have its weight, and so its bits.
     end_weights = {item.tie for item in ends if "weight" not in item.ruled and item.parameter is not None}
@@ -118,13 +130,15 @@ def plan(
             tied = kind == "weight" and item.parameter is not None and item.tie in end_weights
             if kind not in item.ruled and (at_end or tied):
                 item.specs[kind] = at_least_8_bits(item.specs[kind])
+        if runtime is not None:
+            runtime.check(item.label, item.specs.get("weight"), item.specs.get("activation"))
         if item.parameter is None:
-            operands.append(_placed_operand(item, shared))
+            operands.append(_placed_operand(item, shared, same))
             continue
         if not final and is_lazy(item.module):
             continue
         check_quantizable(item.label, item.module, item.specs["weight"], item.specs["activation"], item.parameter.name)
-        placed = _placed_layer(item, shared)
+        placed = _placed_layer(item, shared, same)
         layers.append(placed)
         if placed.weight is not None:
             _check_tied(weights.setdefault(item.tie, placed), placed)
@@ -265,7 +279,7 @@ def _check_tied(first: PlacedLayer, other: PlacedLayer) -> None:
         )
 
 
-def _placed_layer(item: _Item, shared: dict[object, str]) -> PlacedLayer:
+def _placed_layer(item: _Item, shared: dict[object, str], same: Mapping[int, int]) -> PlacedLayer:
     parameter = item.parameter
     assert parameter is not None
     direct = computes_directly(item.module) or not parameter.readers
@@ -281,11 +295,11 @@ def _placed_layer(item: _Item, shared: dict[object, str]) -> PlacedLayer:
         None if direct else parameter.channels,
         parameter.features,
         parameter.channels_of_input,
-        _shared(shared, item.tensors, spec, name),
+        _shared(shared, item.tensors, spec, name, same),
     )
 
 
-def _placed_operand(item: _Item, shared: dict[object, str]) -> PlacedOperand:
+def _placed_operand(item: _Item, shared: dict[object, str], same: Mapping[int, int]) -> PlacedOperand:
     operand = item.operand
     assert operand is not None
     (spec,) = item.specs.values()
@@ -294,16 +308,74 @@ def _placed_operand(item: _Item, shared: dict[object, str]) -> PlacedOperand:
         spec = spec.replace(granularity="per_tensor")  # no index of a dimension has outputs of its own
     site, role = operand.site, "weight" if operand.weight else "operand"
     name = ".".join(filter(None, (site.module, operand_name(site.call, operand.name))))
-    shares = "" if operand.weight else _shared(shared, item.tensors, spec, name)
+    shares = "" if operand.weight else _shared(shared, item.tensors, spec, name, same)
     return PlacedOperand(site.module, site.call, operand.name, role, spec, operand.channels, operand.size, shares)  # type: ignore[arg-type]
 
 
-def _shared(shared: dict[object, str], tensors: tuple[int, ...], spec: QuantSpec | None, name: str) -> str:
-    """The name of the quantizer that quantizes the same tensors in the same way; empty for the first."""
+def _shared(
+    shared: dict[object, str], tensors: tuple[int, ...], spec: QuantSpec | None, name: str, same: Mapping[int, int]
+) -> str:
+    """The name of the quantizer that quantizes the same tensors in the same way; empty for the first.
+
+    A tensor that is in `same` must have the scale of the one that stands there for it.
+    """
     if spec is None or not tensors:
         return ""
-    first = shared.setdefault((tensors, spec), name)
+    first = shared.setdefault((tuple(same.get(tensor, tensor) for tensor in tensors), spec), name)
     return "" if first == name else first
+
+
+# ---- what a target asks for ------------------------------------------------------------------------------------------
+
+
+def calls_in_integers(flow: Flow, target: Target, quantized: set[int]) -> set[int]:
+    """The calls, by number, that a target computes in integers beside those that read a parameter.
+
+    All that reads such a call's result reads it quantized, and as one tensor: an operation between integers and float
+    would be computed in float, and pay for the conversion.
+
+    Args:
+        flow: what a batch did.
+        target: the runtime.
+        quantized: the tensors, by identity, that are quantized without it.
+    """
+    quantized, found = set(quantized), set[int]()
+    readers: dict[int, set[int]] = {}
+    for call in flow.calls:
+        for read in call.reads:
+            if read.source is not None:
+                readers.setdefault(read.source, set()).add(read.identity)
+    for number, call in reversed(list(enumerate(flow.calls))):
+        if call.kernel not in target.operations or call.read_elsewhere:
+            continue
+        reads = readers.get(number, set())
+        if len(reads) == 1 and reads <= quantized and all(read.is_activation and read.shape for read in call.reads):
+            found.add(number)
+            quantized.update(read.identity for read in call.reads)
+    return found
+
+
+def _quantized_tensors(chosen: Iterable[_Item]) -> set[int]:
+    return {tensor for item in chosen if item.specs.get("activation") is not None for tensor in item.tensors}
+
+
+def _of_same_scale(flow: Flow, target: Target, calls: Iterable[int]) -> dict[int, int]:
+    """By the result of a call that keeps its operand's scale, the operand, or what it has its own from."""
+    same: dict[int, int] = {}
+    for number in sorted(calls):
+        call = flow.calls[number]
+        if call.kernel in target.same_scale and call.gives is not None:
+            (read,) = call.reads
+            same[call.gives] = same.get(read.identity, read.identity)
+    return same
+
+
+def _is_asked_by_target(item: _Item, calls: set[int], spec: QuantSpec | None) -> bool:
+    """Whether a target asks for an operand of which no rule speaks; it gets the specification then."""
+    if not item.asked or item.ruled or spec is None or calls.isdisjoint(item.calls):
+        return False
+    item.specs["activation"] = spec
+    return True
 
 
 def _outputs(model: nn.Module, rules: tuple[Rule, ...]) -> dict[str, QuantSpec | None]:

@@ -1,0 +1,55 @@
+"""What one runtime computes in integers, and which specifications it has kernels for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lfq_lightning.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime that executes quantized networks.
+
+    Args:
+        name: by which a user asks for it.
+        operations: beside those that read a parameter, the operations that it computes in integers where all their
+            operands and their result are quantized; names of the table of operations, of
+            interpolation with its mode.
+        same_scale: those among them whose result must have their operand's scale.
+        unsigned: whether activations must have unsigned codes.
+    """
+
+    name: str
+    operations: frozenset[str]
+    same_scale: frozenset[str]
+    unsigned: bool
+
+    def check(self, label: str, weight: QuantSpec | None, activation: QuantSpec | None) -> None:
+        """Raise ValueError for specifications that the runtime would compute in float.
+
+        Args:
+            label: of the layer or the operand that is to have them.
+            weight: of its weight; None for float.
+            activation: of what meets it; None for float.
+        """
+        found = ""
+        if weight is not None and not weight.symmetric:
+            found, remedy = f"weight={weight!r}", "use symmetric codes, with symmetric=True"
+        elif weight is not None and weight.bits > 8:
+            found, remedy = f"weight={weight!r}", "use at most 8 bits"
+        elif activation is None:
+            return
+        elif weight is not None and weight.granularity == "per_group":
+            found, remedy = f"weight={weight!r} with a quantized input", "use activation=None, or per_channel weights"
+        elif activation.granularity != "per_tensor":
+            found, remedy = f"activation={activation!r}", "use granularity='per_tensor'"
+        elif activation.bits > 8:
+            found, remedy = f"activation={activation!r}", "use at most 8 bits"
+        elif self.unsigned and activation.symmetric and activation.signed is not False:
+            found, remedy = f"activation={activation!r}", "use symmetric=False, whose codes are unsigned"
+        if found:
+            raise ValueError(
+                f"`target` {self.name!r} must have integer kernels for what is quantized. Found {found} for "
+                f"{label!r}, which it computes in float: {remedy}."
+            )

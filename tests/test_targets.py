@@ -1,0 +1,190 @@
+"""A network that is quantized for a runtime is executed in integers there, and nothing is quantized for nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import lightning as L
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lfq_lightning as lfq
+from lfq_lightning import QuantSpec, Rule
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(x + self.conv2(torch.relu(self.conv1(x))))
+        return self.last(x)
+
+
+class UNet(nn.Module):
+    """Down and up again, with a concatenation of what was before the pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.deep = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.pool, self.up = nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
+        self.join, self.last = nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = torch.relu(self.down(x))
+        deep = torch.relu(self.deep(self.pool(skip)))
+        return self.last(torch.relu(self.join(torch.cat([skip, self.up(deep)], 1))))
+
+
+class Normed(nn.Module):
+    """Its sums meet a normalization and leave the network, which are computed in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        return x + self.last(self.norm(x))
+
+
+X = (4, 3, 8, 8)
+
+
+def executed(model: nn.Module, folder: Path, x: Tensor) -> Counter[str]:
+    """The operations that ONNX Runtime executes of a calibrated model."""
+    lfq.calibrate(model, [x])
+    parity = lfq.export_onnx(model, x, folder / "m.onnx")
+    assert parity.agrees
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(folder / "m.onnx", options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
+
+
+def test_residual_additions_and_all_convolutions_before_an_output_are_integers(tmp_path: Path) -> None:
+    model, x = Residual().eval(), torch.randn(X)
+    placement = lfq.attach(model, example=x, target="onnxruntime")
+    assert [operand.label for operand in placement.operands] == ["add/input", "add/other"]
+    found = executed(model, tmp_path, x)
+    assert found["QLinearConv"] == 3
+    assert found["QLinearAdd"] == 1
+    assert found["Conv"] + found["FusedConv"] == 1  # the last, whose output is float
+
+
+def test_without_a_target_additions_stay_in_float(tmp_path: Path) -> None:
+    model, x = Residual().eval(), torch.randn(X)
+    assert lfq.attach(model, example=x).operands == ()
+    assert executed(model, tmp_path, x)["QLinearAdd"] == 0
+
+
+def test_concatenations_are_integers_and_a_pooling_has_one_scale_on_both_sides(tmp_path: Path) -> None:
+    model, x = UNet().eval(), torch.randn(X)
+    placement = lfq.attach(model, example=x, target="onnxruntime")
+    assert {operand.label for operand in placement.operands} == {
+        "pool/max_pool2d/input",
+        "up/interpolate/input",
+        "cat/tensor0",
+        "cat/tensor1",
+    }
+    placed = lfq.quantizers(model)
+    by_name = {name: quantizer for name, quantizer in placed.items() if "weight" not in name}
+    # The input; the skip and what is pooled of it; the deep one and what is made larger; both joined; the last's input.
+    assert len(set(map(id, by_name.values()))) == 5
+    found = executed(model, tmp_path, x)
+    assert found["QLinearConcat"] == 1
+    assert found["QLinearConv"] == 3
+    (pool,) = [node for node in onnx.load(tmp_path / "optimized.onnx").graph.node if node.op_type.endswith("MaxPool")]
+    makers = {name: node for node in onnx.load(tmp_path / "optimized.onnx").graph.node for name in node.output}
+    assert makers[pool.input[0]].op_type == "QLinearConv"
+
+
+def test_an_addition_whose_sum_stays_in_float_is_not_quantized() -> None:
+    placement = lfq.attach(Normed(), example=torch.randn(2, 4), target="onnxruntime")
+    assert placement.operands == ()
+    assert [layer.name for layer in placement.layers] == ["first", "last"]
+
+
+def test_a_rule_decides_before_the_target() -> None:
+    model, x = Residual(), torch.randn(X)
+    placement = lfq.attach(model, example=x, target="onnxruntime", rules=[Rule("/add", activation=None)])
+    assert placement.operands == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ({"weight": QuantSpec(symmetric=False)}, "symmetric=True"),
+        ({"weight": 12}, "at most 8 bits"),
+        ({"weight": QuantSpec(4, granularity="per_group", group_size=4)}, "activation=None"),
+        ({"activation": QuantSpec()}, "symmetric=False"),
+        ({"activation": 16}, "at most 8 bits"),
+        ({"activation": QuantSpec(symmetric=False, granularity="per_channel")}, "granularity='per_tensor'"),
+    ],
+)
+def test_what_the_target_computes_in_float_is_refused_with_the_remedy(given: dict[str, object], remedy: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=rf"must have integer kernels for what is quantized\. .*for '0'.*{remedy}"):
+        lfq.attach(model, **given, example=torch.randn(2, 4), target="onnxruntime")  # type: ignore[arg-type]
+    assert lfq.quantizers(model) == {}
+
+
+def test_a_target_needs_a_batch_and_a_known_name() -> None:
+    with pytest.raises(
+        ValueError, match=r"must know the operations of a batch\. Found 'onnxruntime' without `example`"
+    ):
+        lfq.attach(Residual(), target="onnxruntime")
+    with pytest.raises(ValueError, match=r"`target` must be one of onnxruntime\. Found 'tflite'"):
+        lfq.attach(Residual(), target="tflite", example=torch.randn(X))
+    with pytest.raises(ValueError, match="`target` must be one of onnxruntime"):
+        lfq.QuantizationAwareTraining(target="tflite")
+    with pytest.raises(ValueError, match="Found 'onnxruntime' with example=False"):
+        lfq.QuantizationAwareTraining(target="onnxruntime", example=False)
+
+
+class Module(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Residual()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fit_for_a_target_ends_in_a_file_of_integers(tmp_path: Path) -> None:
+    callback = lfq.QuantizationAwareTraining(target="onnxruntime", export=tmp_path / "m.onnx")
+    trainer = L.Trainer(
+        max_epochs=2,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+    )
+    trainer.fit(Module(), DataLoader(TensorDataset(torch.randn(16, *X[1:])), 4))
+    assert callback.parity is not None
+    assert callback.parity.agrees
+    assert callback.placement is not None
+    assert [operand.label for operand in callback.placement.operands] == ["net/add/input", "net/add/other"]
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node)
+    assert kinds["QuantizeLinear"] == 5  # the input, the stem's output, conv1's, conv2's and the sum's

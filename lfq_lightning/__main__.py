@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lfq_lightning.commands import compare, plot, report
+from lfq_lightning.commands import bench, compare, plot, report
 
-COMMANDS = (plot, report, compare)
+COMMANDS = (plot, report, compare, bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from lightning.pytorch.demos import LightningTransformer
 from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel
 from lightning.pytorch.demos.lstm import LightningLSTM
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lfq_lightning as lfq
@@ -395,3 +395,23 @@ def test_numbers_of_an_epoch_from_before_quantization_are_called_float_and_later
     made.test(model, loader(), ckpt_path=tmp_path / "epoch=2.ckpt", verbose=False, weights_only=True)
     with pytest.warns(UserWarning, match=r"in phase 'observe'.*while_learning"):
         made.test(model, loader(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False, weights_only=True)
+
+
+class ReadsInStep(Net):
+    """Reads weights in its training step itself: one that a layer has, and one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.randn(10, 10))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        scores = nn.functional.linear(self(batch[0]) @ self.own, self.head.weight.t()[:10, :])
+        return nn.functional.cross_entropy(scores, batch[1])
+
+
+def test_what_code_outside_of_any_forward_reads_is_named(tmp_path: Path) -> None:
+    _, _, callback = fit(tmp_path, ReadsInStep(), max_epochs=3)
+    left = dict(callback.placement.left_in_float)
+    assert set(left) == {"", "head"}
+    assert all("code that stands in no module's `forward` reads it" in reason for reason in left.values())
+    assert "head" in {layer.name for layer in callback.placement.layers}

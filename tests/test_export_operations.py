@@ -13,7 +13,10 @@ import lfq_lightning as lfq
 from tests.assertions import assert_bit_equal
 from tests.operation_networks import ACTIVATIONS, MADE, WEIGHTS, Case, attached
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning"),
+]
 
 ALL = {**WEIGHTS, **MADE, **{f"operands of {name}": case for name, case in ACTIVATIONS.items()}}
 

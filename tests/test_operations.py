@@ -22,7 +22,11 @@ from tests import oracle
 from tests.assertions import assert_bit_equal
 from tests.operation_networks import ACTIVATIONS, MADE, WEIGHTS, Case, Heads, Residual, StandardizedConv2d, attached
 
-pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")]
+pytestmark = [
+    pytest.mark.quick,
+    pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning"),
+]
 
 ALL = {**WEIGHTS, **MADE, **{f"operands of {name}": case for name, case in ACTIVATIONS.items()}}
 
@@ -336,3 +340,34 @@ def test_looking_at_a_weight_that_is_computed_changes_nothing() -> None:
     for name, value in before.items():
         assert_bit_equal(after[name], value)
     assert all(module.training for module in model.modules())
+
+
+class Statements(nn.Module):
+    """Changes tensors in place by statements, also one that was read before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, y = self.layer(x), x.cos()
+        z.add_(y)  # the result is not used, z is
+        z -= 1.5
+        return z * y
+
+
+@pytest.mark.parametrize("phase", ["observe", "learn"])
+def test_tensors_that_statements_change_in_place_have_the_quantized_result(phase: Any) -> None:
+    case = Case(Statements, WEIGHTS["slices"].inputs)
+    rules = [lfq.Rule("/add*", activation=8), lfq.Rule("/sub*", activation=8)]
+    model = attached(case, phase, rules=rules)
+    for quantizer in lfq.quantizers(model).values():
+        quantizer.gathering = False  # as in a run, where all qparams are in the graph in every phase
+    model(*case.inputs).sum().backward()
+    wanted = model.parameters() if phase == "learn" else model.layer.parameters(recurse=False)
+    assert all(p.grad is not None for p in wanted)
+    floating = copy.deepcopy(model)
+    lfq.detach(floating)
+    found, expected = outputs(model, case), outputs(floating, case)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
+    assert torch.equal(found, expected) is (phase == "observe")

@@ -186,6 +186,7 @@ def test_ranges_must_be_known() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 @pytest.mark.parametrize("kind", [*WEIGHTS, *MADE])
 def test_every_weight_that_an_operation_reads_is_a_unit_with_a_rule_of_its_own(kind: str) -> None:
     case = {**WEIGHTS, **MADE}[kind]

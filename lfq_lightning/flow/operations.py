@@ -292,3 +292,12 @@ DRAWN = frozenset(
     for name in ("rand", "randn", "randint", "randperm", "random", "uniform", "normal", "bernoulli", "multinomial")
     for ending in ("", "_", "_like")
 )
+
+
+def is_in_place(function: Any) -> bool:
+    """Whether a function changes its first argument."""
+    name = getattr(function, "__name__", "")
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+CHANGES = frozenset(function for function in BY_FUNCTION if is_in_place(function))  # of the operations' functions

@@ -18,7 +18,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
 from lfq_lightning.flow.graph import Call, Flow, Origin, Owned, Site, Tensor
-from lfq_lightning.flow.operations import BY_FUNCTION, DRAWN, FACTORIES, FUSED, MOVES, Operation, channels_of
+from lfq_lightning.flow.operations import (
+    BY_FUNCTION,
+    DRAWN,
+    FACTORIES,
+    FUSED,
+    MOVES,
+    Operation,
+    channels_of,
+    is_in_place,
+)
 from lfq_lightning.flow.spelling import SPELLED
 from lfq_lightning.private import FakeTensor, FakeTensorMode, plain_name, tree_leaves, tree_map_only, version_of
 
@@ -218,7 +227,7 @@ class _Tracer(TorchFunctionMode):
                 self._gives[call] = id(made[0]), version_of(made[0])
         for tensor in made:
             self._note(tensor, new)
-        if given and not moved and (result is None or _is_in_place(func)):
+        if given and not moved and (result is None or is_in_place(func)):
             for changed in (given[0], given[0]._base):
                 if changed is not None and not isinstance(changed, nn.Parameter):
                     self._note(changed, new)
@@ -344,8 +353,3 @@ def _custom_function() -> str | None:
             return f"{frame.f_locals['cls'].__name__}.apply"
         frame = frame.f_back
     return None
-
-
-def _is_in_place(function: Any) -> bool:
-    name = getattr(function, "__name__", "")
-    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))

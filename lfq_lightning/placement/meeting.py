@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lfq_lightning.flow.operations import BY_FUNCTION, BY_NAME, MOVES, Operation
+from lfq_lightning.flow.operations import BY_FUNCTION, BY_NAME, CHANGES, MOVES, Operation
 from lfq_lightning.flow.spelling import SPELLED
 from lfq_lightning.placement.sharing import quantized_once
 
@@ -173,8 +173,12 @@ class _Meeting(TorchFunctionMode):
                 return SPELLED[func](*args, **kwargs)
         operation = _operation(func)
         if operation is not None:
-            args, kwargs = self._met(operation, args, kwargs)
-            return _called(func, args, kwargs)
+            call = self._next(operation)
+            if func in CHANGES and (call, operation.operands[0].name) in self._module.met_operands:
+                # A copy is quantized, kept for backward and changed; then the caller's tensor has what came of it.
+                new = self._met(operation, call, (args[0].clone(), *args[1:]), kwargs)
+                return args[0].copy_(_called(func, *new))
+            return _called(func, *self._met(operation, call, args, kwargs))
         if self._parameters and args and _moves(func):
             reads = self._reads(args[0])
             if reads is not None:
@@ -212,11 +216,14 @@ class _Meeting(TorchFunctionMode):
         parameter = reads.owner._parameters[reads.parameter]
         return bool(reads.owner.__dict__.get("learns_alone")) or (parameter is not None and parameter.requires_grad)
 
-    def _met(self, operation: Operation, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments of a call with what is quantized of them."""
+    def _next(self, operation: Operation) -> str:
+        """The name of the next call of an operation."""
         number = self._counted.get(operation.name, 0)
         self._counted[operation.name] = number + 1
-        call = f"{operation.name}_{number}" if number else operation.name
+        return f"{operation.name}_{number}" if number else operation.name
+
+    def _met(self, operation: Operation, call: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of a call with what is quantized of them."""
         new: dict[str, Tensor] = {}
         meets: Reads | None = None  # the one parameter that it reads
         parameters = 0
@@ -225,7 +232,7 @@ class _Meeting(TorchFunctionMode):
             if (call, name) in self._module.met_operands:
                 quantizer = _child(self._module, operand_name(call, name))
                 if quantizer is not None:
-                    new[name] = quantizer.in_graph(quantized_once(quantizer, value, True))
+                    new[name] = _in_graph(quantizer, quantized_once(quantizer, value, True), value)
                 continue
             found = self._reads(value)
             if found is not None:
@@ -235,8 +242,14 @@ class _Meeting(TorchFunctionMode):
             first = next((read for read in reads if read.name not in new), None)
             if quantizer is not None and first is not None:
                 made = quantized_once(quantizer, first.value, self._learns(meets))
-                new[first.name] = quantizer.in_graph(made)
+                new[first.name] = _in_graph(quantizer, made, first.value)
         return operation.replaced(args, kwargs, new) if new else (args, kwargs)
+
+
+def _in_graph(quantizer: Any, made: Tensor, given: Tensor) -> Tensor:
+    """Of an activation that is not quantized yet, a copy: a view would forbid the user's code to change it in place."""
+    in_graph: Tensor = quantizer.in_graph(made)
+    return in_graph.clone() if made is given and in_graph is not made else in_graph
 
 
 class QuantizedOutput:

@@ -35,6 +35,7 @@ from lfq_lightning.targets import TARGETS, Target
 Kind = Literal["weight", "activation"]
 
 NO_PART = "it has no part in "
+OUTSIDE_FORWARD = "code that stands in no module's `forward` reads it, and is not met; move it into one"
 THE_SAME = "what it computes is the same for every batch"
 
 
@@ -422,6 +423,9 @@ def _left(
                 continue
             sizes[name] = sizes.get(name, 0) + parameter.numel()
             reasons.setdefault(name, _why_left(name, own, name in asked, flow))
+    for call in flow.calls if flow is not None else ():
+        if call.site.number < 0 and call.kind != "activation":  # also of what is quantized where modules read it
+            reasons |= {read.parameter[0]: OUTSIDE_FORWARD for read in call.reads if read.parameter is not None}
     return reasons, sizes, (quantized, every)
 
 

@@ -371,3 +371,20 @@ def test_tensors_that_statements_change_in_place_have_the_quantized_result(phase
     found, expected = outputs(model, case), outputs(floating, case)
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
     assert torch.equal(found, expected) is (phase == "observe")
+
+
+def test_layers_that_activation_checkpointing_runs_are_quantized() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = (nn.Linear(6, 6) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(checkpoint(self.second, self.first(x), use_reentrant=True))
+
+    placement = lfq.attach(Checkpointed(), weight=4, activation=4, example=torch.randn(3, 6))
+    assert [(layer.name, layer.weight.bits) for layer in placement.layers if layer.weight] == [
+        ("first", 8),
+        ("second", 4),
+        ("last", 8),
+    ]

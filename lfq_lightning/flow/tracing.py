@@ -342,13 +342,17 @@ def _origin(function: Any, known: list[_Known]) -> Origin:
     return "batch" if "batch" in origins else "made" if origins - {"constant"} else "constant"
 
 
+_CALLED = nn.Module.__call__.__code__
 _APPLIED = inspect.unwrap(vars(torch.autograd.Function)["apply"].__func__).__code__
 
 
 def _custom_function() -> str | None:
-    """The name of the autograd Function in whose `forward` this is called, which runs without gradients."""
+    """The name of the autograd Function in whose own `forward` this is called, which runs without gradients.
+
+    What modules compute that it runs, as activation checkpointing does, is theirs.
+    """
     frame = None if torch.is_grad_enabled() else inspect.currentframe()
-    while frame is not None:
+    while frame is not None and frame.f_code is not _CALLED:
         if frame.f_code is _APPLIED:
             return f"{frame.f_locals['cls'].__name__}.apply"
         frame = frame.f_back

@@ -74,12 +74,12 @@ class QuantizedLayer(nn.Module):
 
     def _rows(self, weight: Tensor, input: Tensor) -> Tensor | None:
         """What a table gives, where it is faster to quantize the rows that were looked up than all; None elsewhere."""
-        quantizer = self.weight_quantizer
-        few = 2 * input.numel() < len(weight)
-        if quantizer is None or not few or self.saved is not None or torch.compiler.is_compiling():
+        quantizer, compiler = self.weight_quantizer, torch.compiler
+        if not isinstance(quantizer, LearnableFakeQuantize) or compiler.is_compiling() or compiler.is_exporting():
             return None
-        plain = self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
-        if not plain or not isinstance(quantizer, LearnableFakeQuantize) or not quantizer.serves_rows_of(weight):
+        few = 2 * input.numel() < len(weight)
+        plain = self.max_norm is None and not self.scale_grad_by_freq and not self.sparse and self.saved is None
+        if not few or not plain or not quantizer.serves_rows_of(weight):
             return None
         return quantizer.rows(weight, input, self.padding_idx, weight.requires_grad or self.learns_alone)  # type: ignore[arg-type]
 

@@ -37,7 +37,7 @@ def stored_model(state_dict: Mapping[str, Any]) -> nn.Module:
     again = other_names(saved)
     for name, description in saved.items():
         quantizer = stored_quantizer(name, description, state_dict)
-        if quantizer is None or name in again:
+        if quantizer is None or (name in again and description.role != "weight"):
             continue
         owner, _, leaf = name.rpartition(".")
         module, own = _module(root, owner), description.place.parameter

@@ -347,3 +347,29 @@ def test_an_export_that_fails_after_a_fit_costs_nobody_the_run(
         fit(tmp_path, callback=callback)
     assert callback.parity is None
     assert not (tmp_path / "m.onnx").exists()
+
+
+# ---- the file -------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_says_what_wrote_it_and_how_many_bits_it_has(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(4, 4)
+    lfq.attach(model, 4, 8)
+    lfq.calibrate(model, [x])
+    lfq.export_onnx(model, x, tmp_path / "m.onnx")
+    proto = onnx.load(tmp_path / "m.onnx")
+    assert proto.producer_name == "lfq_lightning"
+    found = {prop.key: prop.value for prop in proto.metadata_props}
+    assert found == {"lfq_lightning.weight_bits": "4, 8", "lfq_lightning.activation_bits": "8"}
+
+
+def test_tensors_are_kept_beside_a_file_where_that_is_asked_for(tmp_path: Path) -> None:
+    model, x = calibrated(nn.Sequential(nn.Linear(64, 64)), torch.randn(4, 64)).eval(), torch.randn(4, 64)
+    apart = lfq.export_onnx(model, x, tmp_path / "m.onnx", external_data=True)
+    assert apart.agrees
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert (tmp_path / "m.onnx.data").stat().st_size >= 64 * 64
+    assert apart.file_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    whole = lfq.export_onnx(model, x, tmp_path / "m.onnx")
+    assert whole.agrees
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]  # the tensors of the file before are gone

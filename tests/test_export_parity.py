@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
-from lfq_lightning.export import to_onnx
+from lfq_lightning.export import onnx_file
 from lfq_lightning.export.parity import Parity
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporter, about itself
@@ -145,13 +145,13 @@ def test_every_fault_that_is_put_into_a_file_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, layer: str
 ) -> None:
     model, x = quantized_deep()
-    whole = to_onnx._save
+    whole = onnx_file.save
 
-    def broken(proto: onnx.ModelProto, path: Path) -> None:
+    def broken(proto: onnx.ModelProto, path: Path, external_data: bool | None) -> None:
         fault_in(proto, fault, layer)
-        whole(proto, path)
+        whole(proto, path, external_data)
 
-    monkeypatch.setattr(to_onnx, "_save", broken)
+    monkeypatch.setattr(onnx_file, "save", broken)
     with pytest.raises(ValueError, match="does not give the model's answers"):
         lfq.export_onnx(model, x, tmp_path / "m.onnx")
 

@@ -86,6 +86,8 @@ def bench(paths: Sequence[str | Path], *, batch: int = 1, runs: int = 50, thread
         ValueError: if a file is missing, or cannot be run.
     """
     require_onnx()
+    from lfq_lightning.export.onnx_file import file_bytes
+
     files = [Path(path) for path in paths]
     for path in files:
         check_path("path", path)
@@ -103,7 +105,7 @@ def bench(paths: Sequence[str | Path], *, batch: int = 1, runs: int = 50, thread
             run()
             times.append(time.perf_counter() - start)
     rows = (
-        BenchRow(path, 1e3 * median(times), *counted, _bytes(path))
+        BenchRow(path, 1e3 * median(times), *counted, file_bytes(path))
         for path, times, (_, counted) in zip(files, taken, made, strict=True)
     )
     return Bench(tuple(rows), runs, threads)
@@ -141,13 +143,3 @@ def _random(node: Any, batch: int) -> Any:
         values = np.random.default_rng(0).standard_normal(shape)
         return values.astype({"float": np.float32, "double": np.float64, "float16": np.float16}[kind])
     return np.zeros(shape, kind)
-
-
-def _bytes(path: Path) -> int:
-    import onnx
-
-    proto = onnx.load(path, load_external_data=False)
-    beside = {
-        entry.value for kept in proto.graph.initializer for entry in kept.external_data if entry.key == "location"
-    }
-    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lfq_lightning.export.integers import IntegerWeight
-from lfq_lightning.export.onnx_file import stored_weights
+from lfq_lightning.export.onnx_file import file_bytes, stored_weights
 from lfq_lightning.export.parity import OutputParity, Parity, QuantizerParity
 from lfq_lightning.ops import spread
 from lfq_lightning.placement.points import activations, points, weights
@@ -55,13 +56,13 @@ def run_and_compare(
         point.quantizer.phase = "freeze"
     for point in weights(found):
         point.quantizer.register_forward_hook(_Called(called, point.quantizer))
-    proto = onnx.load(path)
-    stored = stored_weights(proto)
+    stored = stored_weights(onnx.load(path))
+    proto = onnx.load(path, load_external_data=False)
     outputs = [output.name for output in proto.graph.output]
-    fast = _session(proto, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    fast = _session(proto, path, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
     for name in (name for names in watched.values() for name in names):
         proto.graph.output.append(onnx.ValueInfoProto(name=name))
-    plain = _session(proto, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    plain = _session(proto, path, onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
     count = 0
     tally: dict[str, Codes] = {}
     unoptimized, optimized = Outputs(outputs, distance), Outputs(outputs, distance)
@@ -84,7 +85,7 @@ def run_and_compare(
     rows = tuple(tally[name].row(name) for name in found if name in tally)
     quantum = _quantum(reference)
     ends = unoptimized.parity(quantum), optimized.parity(quantum)
-    return Parity(rows, count, *ends, path.stat().st_size, float_file_bytes, **settings)
+    return Parity(rows, count, *ends, file_bytes(path), float_file_bytes, **settings)
 
 
 def _are_one(weight: IntegerWeight, other: IntegerWeight) -> bool:
@@ -92,19 +93,23 @@ def _are_one(weight: IntegerWeight, other: IntegerWeight) -> bool:
     return weight is other or (weight.codes.shape == other.codes.shape and torch.equal(weight.codes, other.codes))
 
 
-def _session(proto: onnx.ModelProto, level: Any, precise: bool = True) -> onnxruntime.InferenceSession:
+def _session(proto: onnx.ModelProto, path: Path, level: Any, precise: bool = True) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = level
     options.log_severity_level = 4
     # Processors without VNNI otherwise saturate sums of two products of 8 bits in 16 bits.
     options.add_session_config_entry("session.x64quantprecision", str(int(precise)))
     try:
-        return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        # Tensors that are kept beside the file are looked for from its folder.
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.") as file:
+            file.write(proto.SerializeToString())
+            file.flush()
+            return onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
     except session_failure():
         if not precise:
             raise
         # That option fails at a weight that is used twice: optimize no further than sums in float.
-        return _session(proto, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC, precise=False)
+        return _session(proto, path, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC, precise=False)
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: _Given) -> list[np.ndarray]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ast
 import math
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
@@ -13,7 +17,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from lfq_lightning.export.integers import IntegerWeight
-from lfq_lightning.placement.points import points
+from lfq_lightning.placement.points import activations, points, weights
 from lfq_lightning.private import MODULES_OF_NODE, plain_name, whole_name
 
 
@@ -123,6 +127,57 @@ def _centred(node: onnx.NodeProto, codes: onnx.TensorProto, zero_points: onnx.Te
     elif zero_point.size > 1:
         zero_point = zero_point.reshape([-1 if d == axis % values.ndim else 1 for d in range(values.ndim)])
     return values - zero_point
+
+
+MOST_BYTES = 2**31 - 2**20  # a protobuf message holds less than 2 GB; the graph has a megabyte beside its tensors
+
+
+def save(proto: onnx.ModelProto, path: Path, external_data: bool | None) -> None:
+    """Write beside the file and rename, so that an error leaves no half of one.
+
+    Args:
+        proto: the model; its tensors move out of it where they are kept in a file of their own.
+        path: the file; the one of tensors has ".data" behind its name.
+        external_data: whether there is one; None decides by size.
+    """
+    data = path.with_name(f"{path.name}.data")
+    apart = sum(len(kept.raw_data) for kept in proto.graph.initializer) > MOST_BYTES
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        beside = Path(folder, path.name)
+        if apart if external_data is None else external_data:
+            onnx.save(proto, beside, save_as_external_data=True, location=data.name, size_threshold=1024)
+        else:
+            onnx.save(proto, beside)
+        if (beside.parent / data.name).exists():
+            os.replace(beside.parent / data.name, data)
+        else:
+            data.unlink(missing_ok=True)  # of a file that this one takes the place of
+        os.replace(beside, path)
+
+
+def file_bytes(path: Path) -> int:
+    """The bytes of a file and of those beside it in which it keeps tensors."""
+    kept = onnx.load(path, load_external_data=False).graph.initializer
+    beside = {entry.value for tensor in kept for entry in tensor.external_data if entry.key == "location"}
+    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside)
+
+
+def describe(proto: onnx.ModelProto, model: nn.Module) -> None:
+    """Note in a file what wrote it, and how many bits it has.
+
+    Args:
+        proto: the file.
+        model: what was exported.
+    """
+    proto.producer_name, proto.producer_version = "lfq_lightning", version("lfq_lightning")
+    found = points(model)
+    notes = {
+        f"lfq_lightning.{kind}_bits": ", ".join(
+            str(bits) for bits in sorted({p.quantizer.spec.bits for p in placed if p.quantizer.spec is not None})
+        )
+        for kind, placed in (("weight", weights(found)), ("activation", activations(found)))
+    }
+    onnx.helper.set_model_props(proto, notes)
 
 
 def float_bytes(proto: onnx.ModelProto) -> int:

@@ -6,7 +6,6 @@ import contextlib
 import io
 import itertools
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lfq_lightning.checking import check_batches, check_function, check_model, check_path, check_share, check_whole
+from lfq_lightning.checking import (
+    check_batches,
+    check_flags,
+    check_function,
+    check_model,
+    check_path,
+    check_share,
+    check_whole,
+)
 from lfq_lightning.export.exportable import sharing_copy
 from lfq_lightning.export.fold import fold_batch_norm
 from lfq_lightning.export.inputs import arguments, check_dynamic_axes, on_cpu, traced
@@ -43,6 +50,7 @@ def export_onnx(
     optimized_tolerance: float = 0.05,
     distance: Callable[[Tensor, Tensor], Any] | None = None,
     on_mismatch: Literal["raise", "warn"] = "raise",
+    external_data: bool | None = None,
 ) -> Parity:
     """Write a quantized model as ONNX, run the file in ONNX Runtime, and compare it with the model.
 
@@ -70,6 +78,8 @@ def export_onnx(
         distance: your own measure of how far an output of the file is from the model's, from the two, in place of the
             two measures above; 0 where they are alike.
         on_mismatch: what happens beyond a tolerance.
+        external_data: whether tensors are kept in a file of their own beside, named after it with ".data" behind. None:
+            where they take more than the 2 GB that one file can hold.
 
     Returns:
         What was compared; prints as a table.
@@ -97,6 +107,8 @@ def export_onnx(
     if on_mismatch not in ("raise", "warn"):
         raise ValueError(f'`on_mismatch` must be "raise" or "warn". Found {on_mismatch!r}.')
     check_dynamic_axes(dynamic_axes)
+    if external_data is not None:
+        check_flags(external_data=external_data)
     bags = [name for name, module in model.named_modules() if isinstance(module, nn.EmbeddingBag)]
     if bags:
         raise ValueError(
@@ -107,7 +119,7 @@ def export_onnx(
     require_onnx()
 
     from lfq_lightning.export.comparing import run_and_compare
-    from lfq_lightning.export.onnx_file import codes_by_quantizer, flatten_stacks, float_bytes, pack
+    from lfq_lightning.export.onnx_file import codes_by_quantizer, describe, flatten_stacks, float_bytes, pack, save
 
     integers = sharing_copy(reference)
     args, kwargs = on_cpu(arguments(model, example_inputs))
@@ -122,16 +134,18 @@ def export_onnx(
     pack(proto, weights, opset)
     watched = codes_by_quantizer(proto, reference)
     proto = _bare(proto)
+    describe(proto, reference)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _save(proto, path)
+    float_size = float_bytes(proto)
+    save(proto, path, external_data)
     parity = run_and_compare(
         reference,
         path,
         watched,
         weights,
         itertools.chain([(args, kwargs)], (_of_batch(on_cpu(batch), args, kwargs) for batch in batches)),
-        float_bytes(proto),
+        float_size,
         distance,
         folded=tuple(folded),
         tolerance=tolerance,
@@ -144,18 +158,6 @@ def export_onnx(
             raise ValueError(message)
         warnings.warn(message, stacklevel=2)
     return parity
-
-
-def _save(proto: onnx.ModelProto, path: Path) -> None:
-    """Write beside the file and rename, so that an error leaves no half of one."""
-    import onnx
-
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        onnx.save(proto, beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def require_onnx() -> None:

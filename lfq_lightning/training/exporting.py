@@ -32,7 +32,16 @@ from lfq_lightning.training.trainer.length import is_dev_run
 
 Export = str | Path | Mapping[str, Any] | None
 
-_SETTINGS = ("dynamic_axes", "opset", "tolerance", "output_tolerance", "optimized_tolerance", "distance", "on_mismatch")
+_SETTINGS = (
+    "dynamic_axes",
+    "opset",
+    "tolerance",
+    "output_tolerance",
+    "optimized_tolerance",
+    "distance",
+    "on_mismatch",
+    "external_data",
+)
 
 
 def check_export(export: Export) -> None:

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import lfq_lightning as lfq
-from lfq_lightning.export import onnx_file
+from lfq_lightning.export import onnx_file, to_onnx
 from lfq_lightning.export.parity import Parity
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporter, about itself

@@ -424,6 +424,7 @@ def every_argument(directory: Path) -> None:
         on_collapse="reinit",
         frozen_layers="learn",
         example=None,
+        target="onnxruntime",
         write_files=True,
         export="model.onnx",
     )

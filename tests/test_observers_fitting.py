@@ -47,6 +47,7 @@ def least_error(x: Tensor, quant_min: int, quant_max: int, symmetric: bool) -> f
 @pytest.mark.parametrize("kind", RANGES)
 @given(seed=st.integers(0, 10_000), shift=st.sampled_from([0.0, 1.0, -5.0]))
 @example(seed=14, shift=-5.0)  # many valleys
+@example(seed=36, shift=-5.0)
 @example(seed=1255, shift=-5.0)
 @settings(max_examples=6)
 def test_the_search_comes_near_the_least_mean_square_error(kind: str, whole: bool, seed: int, shift: float) -> None:
@@ -58,10 +59,8 @@ def test_the_search_comes_near_the_least_mean_square_error(kind: str, whole: boo
     observer(x)
     scale, zero_point = observer.calculate_qparams()
     found = error_of(x, scale.item(), zero_point.item(), quant_min, quant_max)
-    # A histogram knows values to a sixteenth of an octave. Of a range without zero point, data that lie to one side of
-    # zero have many valleys: the search came within 1.27 of the least in 2,600 draws, and within 1.03 of all others.
-    near = 1.3 if symmetric and shift == -5.0 else 1.05
-    assert found <= (near if whole else 1.4) * least_error(x, quant_min, quant_max, symmetric)
+    # A histogram knows values to a sixteenth of an octave.
+    assert found <= (1.05 if whole else 1.4) * least_error(x, quant_min, quant_max, symmetric)
 
 
 @pytest.mark.quick

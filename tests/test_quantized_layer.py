@@ -224,3 +224,14 @@ def test_a_table_whose_few_rows_are_looked_up_computes_and_learns_as_one_that_is
     found, expected = (each[0].weight_quantizer.scale.grad for each in (model, whole))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert found[7] != 0
+
+
+@pytest.mark.parametrize("size", [(0,), (2, 0), ()])
+def test_a_table_gives_as_many_rows_as_are_looked_up_none_and_one_too(size: tuple[int, ...]) -> None:
+    table = nn.Sequential(nn.Embedding(40, 6))
+    lfq.attach(table, weight=4, activation=None)
+    lfq.set_phase(table, "learn")
+    y = table(torch.zeros(size, dtype=torch.long))
+    assert y.shape == (*size, 6)
+    y.sum().backward()
+    assert table[0].weight_quantizer.scale.grad is not None

@@ -52,10 +52,10 @@ class MSEObserver(HistogramObserver):
         unit = _unit(low, high)
         errors = partial(self._errors, rows, unit)
         roughly, starts = errors, 1
-        if rows.shape[1] > _FEW and not self.symmetric:
-            roughly = partial(self._expected_errors, _points(rows / unit[:, None]), unit)
-        elif not self.symmetric:
+        if rows.shape[1] <= _FEW:
             starts = _STARTS
+        elif not self.symmetric:
+            roughly = partial(self._expected_errors, _points(rows / unit[:, None]), unit)
         levels = self.quant_max - self.quant_min
         return self._search(roughly, errors, low, high, min(max(1 / (4 * levels), _SHORTEST), _LONGEST), starts)
 

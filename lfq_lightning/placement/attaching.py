@@ -28,9 +28,9 @@ from lfq_lightning.placement.paths import path_between
 from lfq_lightning.placement.placed import PlacedLayer, PlacedOperand, Placement
 from lfq_lightning.placement.planning import plan
 from lfq_lightning.placement.quantized_layer import (
-    FUSED,
     INPUT,
     WEIGHT,
+    WITH_FAST_PATH,
     FrozenLayers,
     QuantizedLayer,
     check_compressible,
@@ -332,7 +332,7 @@ def _put(modules: Mapping[str, nn.Module], placement: Placement, made: Mapping[K
             meet_operations(module, (), [(operand.call, operand.operand)])
     holding = {holder for holder, _ in made}
     for module in dict.fromkeys(modules.values()):
-        if isinstance(module, FUSED) and not holding.isdisjoint(module.modules()):
+        if isinstance(module, WITH_FAST_PATH) and not holding.isdisjoint(module.modules()):
             keep_slow_path(module)
 
 

@@ -173,7 +173,7 @@ def quantize_layer(
     layer.add_module(INPUT, activation)
 
 
-FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+WITH_FAST_PATH = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 def keep_slow_path(module: nn.Module) -> None:

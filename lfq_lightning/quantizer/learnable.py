@@ -259,7 +259,8 @@ class LearnableFakeQuantize(Described, Observing):
         chosen = index.reshape(-1)
         own = [F.embedding(chosen, p.unsqueeze(1), padding_idx).squeeze(1) for p in (scale, self.zero_point)]
         settings = (self.quant_min, self.quant_max, 0, None, factor, self.saturation_rule)
-        return quantize(F.embedding(chosen, table, padding_idx), own[0], own[1], settings).view(*index.shape, -1)
+        rows = quantize(F.embedding(chosen, table, padding_idx), own[0], own[1], settings)
+        return rows.view(*index.shape, table.shape[1])
 
     def _quantized(self, x: Tensor, scale: Tensor, grad_factor: float) -> Tensor:
         used = nearest_power_of_two(scale) if self.scale_domain == "power_of_two" else scale

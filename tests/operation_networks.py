@@ -123,6 +123,38 @@ class Positions(nn.Embedding):
         return x + F.embedding(torch.arange(x.shape[1]) + 1, self.weight)
 
 
+class DrawsNoise(nn.Module):
+    """Begins with noise of its own, as a generator may; what it is given says how much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.randn(len(x), 4, generator=torch.Generator().manual_seed(0))
+        return self.second(torch.relu(self.first(noise))) * x
+
+
+class ScaledTable(nn.Embedding):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class SharedTable(nn.Module):
+    """One table under three names, each time in another module: two subclasses and a head, as in BART."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict(
+            {"shared": ScaledTable(12, 6), "encoder": nn.ModuleDict({"words": ScaledTable(12, 6)})}
+        )
+        self.head = nn.Linear(6, 12, bias=False)
+        self.inner["encoder"]["words"].weight = self.head.weight = self.inner["shared"].weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.inner["encoder"]["words"](words) + self.inner["shared"](words))
+
+
 class ByEinsum(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -240,6 +272,8 @@ WEIGHTS: dict[str, Case] = {
     "inputs first": Case(InputsFirst, [_rows]),
     "graph": Case(Graph, [_rows]),
     "experts": Case(Experts, [_rows]),
+    "noise": Case(DrawsNoise, [_rows]),
+    "shared table": Case(SharedTable, [torch.randint(12, (2, 5))]),
     "positions": Case(_of(lambda: Positions(9, 8)), [_tokens]),
     "einsum": Case(ByEinsum, [_rows]),
     "own convolution": Case(OwnConvolution, [_image]),

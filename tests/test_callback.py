@@ -415,3 +415,24 @@ def test_what_code_outside_of_any_forward_reads_is_named(tmp_path: Path) -> None
     assert set(left) == {"", "head"}
     assert all("code that stands in no module's `forward` reads it" in reason for reason in left.values())
     assert "head" in {layer.name for layer in callback.placement.layers}
+
+
+class RunsLater(Net):
+    """Has a layer that runs from the second epoch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.later = nn.Linear(10, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = super().forward(x)
+        return self.later(scores) if self.current_epoch > 0 else scores
+
+
+def test_a_layer_that_had_no_part_in_the_batch_and_runs_later_is_named_once(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning) as caught:
+        _, _, callback = fit(tmp_path, RunsLater(), max_epochs=3)
+    assert dict(callback.placement.left_in_float) == {"later": "it has no part in the training step"}
+    said = [str(warning.message) for warning in caught if "runs now" in str(warning.message)]
+    assert len(said) == 1
+    assert said[0].startswith("'later' had no part in the training step by which the model was quantized, and runs now")

@@ -127,6 +127,14 @@ def test_what_a_module_gives_is_quantized_by_a_rule() -> None:
 
 
 @pytest.mark.parametrize("kind", ALL)
+def test_every_weight_counts_as_quantized(kind: str) -> None:
+    case = ALL[kind]
+    placement = lfq.attach(case.make(), example=tuple(case.inputs), **settings_of(kind))
+    # Attention's biases for key and value are repeated and put behind, which no product reads.
+    assert placement.share > (0.94 if kind == "attention with biases" else 0.999), placement.account
+
+
+@pytest.mark.parametrize("kind", ALL)
 def test_every_scale_gets_a_gradient_and_off_is_the_float_network(kind: str) -> None:
     case = ALL[kind]
     torch.manual_seed(0)

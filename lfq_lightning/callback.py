@@ -19,7 +19,7 @@ from lfq_lightning.rules import Rule, as_rules
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, as_schedule, weight_spec
 from lfq_lightning.targets import TARGETS
-from lfq_lightning.training.exporting import check_export
+from lfq_lightning.training.exporting import FitExport, check_export
 from lfq_lightning.training.phases import warn_if_float, warn_if_unlearned
 from lfq_lightning.training.run import Run, Training
 from lfq_lightning.training.sentinel import Reaction
@@ -68,8 +68,9 @@ class QuantizationAwareTraining(AtRest):
             also estimates its qparams anew, "raise" ends the run; "reinit" only names one with most codes unused.
         export: write the best checkpoint, or the last, to this ONNX file when a fit ends, and compare the two: see
             `parity`. A relative path is taken from the Trainer's log directory. A mapping holds `path` and other
-            arguments of `export_onnx`, such as `dynamic_axes` or `tolerance`. What fails then is a warning, and the
-            fit has ended well, unless `on_mismatch` is "raise" there.
+            arguments of `export_onnx`, such as `dynamic_axes` or `tolerance`; with a `target`, `optimize_for` is
+            "speed" unless it says otherwise. What fails then is a warning, and the fit has ended well, unless
+            `on_mismatch` is "raise" there.
 
     Raises:
         TypeError, ValueError: if an argument is wrong, here or when a fit begins.
@@ -153,7 +154,8 @@ class QuantizationAwareTraining(AtRest):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Attach, and see to it that layers made later, optimizers and checkpoints meet the quantizers in order."""
         check_neighbours(trainer, self)
-        self._run = Run(trainer, pl_module, self.schedule, self.reobserve, self.export, before=self._run)
+        export = FitExport(self.export, self.target)
+        self._run = Run(trainer, pl_module, self.schedule, self.reobserve, export, before=self._run)
         self._run.arrange(trainer, pl_module, partial(self._attach, pl_module), self.optimizer)
 
     def _attach(self, pl_module: L.LightningModule, final: bool) -> None:

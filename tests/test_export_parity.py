@@ -54,8 +54,8 @@ def test_a_wrong_last_layer_is_seen_though_every_code_is_equal(
 
     def spoilt(proto: onnx.ModelProto) -> onnx.ModelProto:
         for stored in proto.graph.initializer:
-            if stored.name == f"{head}.bias":
-                stored.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(stored) + 1, stored.name))
+            if stored.name == f"{head}.bias.negative":  # which is subtracted behind the product
+                stored.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(stored) - 1, stored.name))
         return original(proto)
 
     monkeypatch.setattr(to_onnx, "_bare", spoilt)
@@ -122,7 +122,8 @@ def fault_in(proto: onnx.ModelProto, fault: str, layer: str) -> None:
     elif fault == "a code of a weight":
         changed(proto, node.input[0], lambda v: np.where(np.arange(v.size).reshape(v.shape) == 7, v ^ 1, v))
     elif fault == "a bias":
-        changed(proto, f"{layer}.bias", lambda v: v + np.float32(0.05) * np.abs(v).max())
+        apart = layer == "head"  # a product of a matrix has its bias subtracted behind it
+        changed(proto, f"{layer}.bias{'.negative' * apart}", lambda v: v + np.float32(0.05) * np.abs(v).max())
     elif fault == "scale of an input":
         proto.graph.initializer.append(
             numpy_helper.from_array(

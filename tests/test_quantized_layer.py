@@ -211,6 +211,9 @@ def test_a_table_whose_few_rows_are_looked_up_computes_and_learns_as_one_that_is
     model = nn.Sequential(nn.Embedding(40, 6, padding_idx=padding), nn.Linear(6, 2))
     lfq.attach(model, weight=spec, activation=None, rules=[lfq.Rule("0", weight=spec)])
     lfq.set_phase(model, "learn")
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(40, 6, generator=torch.Generator().manual_seed(0)))  # the padding's row too
+        model[0].weight_quantizer.scale.mul_(1.4)
     index = torch.tensor([[3, 7, 7], [0, 39, 3]])
     whole = copy.deepcopy(model)
     whole[0].weight_quantizer.register_forward_hook(lambda *_: None)  # sees the whole weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import onnx
@@ -62,10 +63,10 @@ class Normed(nn.Module):
 X = (4, 3, 8, 8)
 
 
-def executed(model: nn.Module, folder: Path, x: Tensor) -> Counter[str]:
+def executed(model: nn.Module, folder: Path, x: Tensor, **settings: Any) -> Counter[str]:
     """The operations that ONNX Runtime executes of a calibrated model."""
     lfq.calibrate(model, [x])
-    parity = lfq.export_onnx(model, x, folder / "m.onnx")
+    parity = lfq.export_onnx(model, x, folder / "m.onnx", **settings)
     assert parity.agrees
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(folder / "optimized.onnx")
@@ -117,6 +118,103 @@ def test_an_addition_whose_sum_stays_in_float_is_not_quantized() -> None:
     assert [layer.name for layer in placement.layers] == ["first", "last"]
 
 
+class Both(nn.Module):
+    """What two layers give is pooled, and shown as it is too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.pool, self.last = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = self.pool(self.first(x))
+        return self.last(pooled), pooled.square()
+
+
+def test_what_is_read_in_float_as_well_is_not_quantized() -> None:
+    placement = lfq.attach(Both(), example=torch.randn(X), target="onnxruntime")
+    assert placement.operands == ()
+
+
+class Classifier(nn.Module):
+    """Ends in a mean over all pixels and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.pool, self.head = Residual(), nn.AdaptiveAvgPool2d(1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(torch.relu(self.features(x))).flatten(1))
+
+
+@pytest.mark.parametrize(("weight", "activation"), [(8, 8), (4, 8), (4, 4), (2, 3)])
+def test_optimized_for_speed_a_network_of_any_bits_runs_in_integers(
+    tmp_path: Path, weight: int, activation: int
+) -> None:
+    model, x = Classifier().eval(), torch.randn(X)
+    lfq.attach(model, weight, QuantSpec(activation, symmetric=False), example=x, target="onnxruntime")
+    found = executed(model, tmp_path, x, optimize_for="speed", optimized_tolerance=0.1)
+    assert found["QLinearConv"] == 4
+    assert found["QLinearAdd"] == found["QLinearGlobalAveragePool"] == found["QGemm"] == 1
+    assert found["Conv"] + found["FusedConv"] + found["Gemm"] == 0
+
+
+def test_a_small_file_says_what_of_it_runs_in_float(tmp_path: Path) -> None:
+    model, x = Classifier().eval(), torch.randn(X)
+    lfq.attach(model, 4, 8, example=x, target="onnxruntime")
+    lfq.calibrate(model, [x])
+    small = lfq.export_onnx(model, x, tmp_path / "small.onnx")
+    assert [name.removeprefix("features.").partition(".")[0] for name in small.unpacked] == ["conv1", "conv2", "last"]
+    assert "3 weights in 4 bits, made floats at each run; `optimize_for='speed'` has integers" in str(small)
+    fast = lfq.export_onnx(model, x, tmp_path / "fast.onnx", optimize_for="speed")
+    assert fast.unpacked == ()
+    assert "made floats" not in str(fast)
+
+
+class Tokens(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 48, bias), nn.Linear(48, 32, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 64), (2, 5, 64)])
+@pytest.mark.parametrize("spec", [QuantSpec(4), QuantSpec(8), QuantSpec(2), QuantSpec(4, granularity="per_tensor")])
+def test_matrices_that_meet_floats_are_multiplied_as_they_are_stored(
+    tmp_path: Path, spec: QuantSpec, shape: tuple[int, ...], bias: bool
+) -> None:
+    x = torch.randn(shape)
+    for group in (None, 32):
+        if group is not None:
+            spec = QuantSpec(spec.bits, granularity="per_group", group_size=group)
+        model = Tokens(bias)
+        lfq.attach(model, weight=spec, activation=None, example=x, target="onnxruntime")
+        found = executed(model, tmp_path, x)
+        assert found["MatMulNBits"] == 2, found
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        exact = onnxruntime.InferenceSession(tmp_path / "m.onnx", options, providers=["CPUExecutionProvider"])
+        (y,) = exact.run(None, {exact.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), model.eval()(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (2, 5, 64)])
+def test_products_whose_result_is_float_are_integers_without_rounding_their_bias(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    model, x = Tokens(bias=True), torch.randn(shape)
+    lfq.attach(model, 8, 8, example=x, target="onnxruntime")
+    found = executed(model, tmp_path, x)
+    assert found["QGemm"] + found["MatMulIntegerToFloat"] == 2, found
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        model.first.bias.add_(1e-6), model.last.bias.add_(1e-6)  # less than a step of any accumulator
+        assert (model.eval()(x) - torch.from_numpy(y)).abs().max() < 1e-4
+
+
 def test_a_rule_decides_before_the_target() -> None:
     model, x = Residual(), torch.randn(X)
     placement = lfq.attach(model, example=x, target="onnxruntime", rules=[Rule("/add", activation=None)])
@@ -128,7 +226,9 @@ def test_a_rule_decides_before_the_target() -> None:
     [
         ({"weight": QuantSpec(symmetric=False)}, "symmetric=True"),
         ({"weight": 12}, "at most 8 bits"),
-        ({"weight": QuantSpec(4, granularity="per_group", group_size=4)}, "activation=None"),
+        ({"weight": QuantSpec(4, granularity="per_group", group_size=16)}, "activation=None"),
+        ({"weight": QuantSpec(4, granularity="per_group", group_size=4), "activation": None}, "group_size of 16"),
+        ({"weight": QuantSpec(4, granularity="per_group", group_size=24), "activation": None}, "group_size of 16"),
         ({"activation": QuantSpec()}, "symmetric=False"),
         ({"activation": 16}, "at most 8 bits"),
         ({"activation": QuantSpec(symmetric=False, granularity="per_channel")}, "granularity='per_tensor'"),
@@ -171,7 +271,7 @@ class Module(L.LightningModule):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_fit_for_a_target_ends_in_a_file_of_integers(tmp_path: Path) -> None:
-    callback = lfq.QuantizationAwareTraining(target="onnxruntime", export=tmp_path / "m.onnx")
+    callback = lfq.QuantizationAwareTraining(weight=4, target="onnxruntime", export=tmp_path / "m.onnx")
     trainer = L.Trainer(
         max_epochs=2,
         callbacks=[callback],
@@ -186,5 +286,6 @@ def test_a_fit_for_a_target_ends_in_a_file_of_integers(tmp_path: Path) -> None:
     assert callback.parity.agrees
     assert callback.placement is not None
     assert [operand.label for operand in callback.placement.operands] == ["net/add/input", "net/add/other"]
+    assert callback.parity.unpacked == ()  # optimized for speed, as it has a target
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node)
     assert kinds["QuantizeLinear"] == 5  # the input, the stem's output, conv1's, conv2's and the sum's

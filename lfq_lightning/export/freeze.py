@@ -28,7 +28,6 @@ from lfq_lightning.placement.meeting import (
 from lfq_lightning.placement.points import points
 from lfq_lightning.placement.quantized_layer import (
     float_type,
-    keep_slow_path,
     let_fast_path,
     quantized_layers,
     replace_placed,
@@ -269,11 +268,8 @@ def _leave_what_is_constant(frozen: nn.Module) -> None:
     meeting = {module for module in frozen.modules() if _quantizes(module)}
     leave_operations(frozen, meeting)
     for module in frozen.modules():
-        inner = module.modules()
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, (Constant, GraphModule)) for m in inner):
-            keep_slow_path(module)
-        elif module not in meeting:
-            let_fast_path(module)
+        if module not in meeting:
+            let_fast_path(module)  # torch itself stays out of it where a layer within has a hook
 
 
 def _quantizes(module: nn.Module) -> bool:

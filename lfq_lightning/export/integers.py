@@ -66,14 +66,16 @@ class IntegerWeight(nn.Module):
         self.signs = torch.ones((), dtype=torch.float32, device="cpu")
         self.register_buffer("codes", codes.to(self.dtype))
         self.register_buffer("scale", scale.clone())
-        # PyTorch's operator subtracts in the wider of the two types: bytes would wrap around.
-        self.register_buffer("zero_point", zero_point.long())
+        # PyTorch's operator subtracts in the wider of the two types: bytes would wrap around. Ours for groups does not.
+        self.register_buffer("zero_point", zero_point.long() if self.group_size is None else zero_point.to(self.dtype))
 
     def forward(self, weight: Tensor, learn: bool = True) -> Tensor:
         """The weight that the codes stand for."""
         if self.group_size is not None:
-            kernel = [-1, -1, *self.codes.shape[2:]]
-            scale, zero_point = self.scale.expand(kernel).contiguous(), self.zero_point.expand(kernel).to(self.dtype)
+            scale, zero_point = self.scale, self.zero_point
+            if self.codes.ndim > 2:
+                kernel = [-1, -1, *self.codes.shape[2:]]
+                scale, zero_point = scale.expand(kernel).contiguous(), zero_point.expand(kernel).contiguous()
             return dequantize_groups(self.codes, scale, zero_point, self.group_size)
         full = (0, 255) if self.dtype is torch.uint8 else (-128, 127)
         axis = self.axis

@@ -17,15 +17,16 @@ from onnx import numpy_helper
 from torch import nn
 
 from lfq_lightning.export.integers import IntegerWeight
+from lfq_lightning.export.onnx_passes import CODES, TURNED, UNCLIPPED, drop_unread, readers_of, settings_of
 from lfq_lightning.placement.points import activations, points, weights
 from lfq_lightning.private import MODULES_OF_NODE, plain_name, whole_name
 
 
 def codes_by_quantizer(proto: onnx.ModelProto, model: nn.Module) -> dict[str, list[str]]:
-    """The results of QuantizeLinear nodes by the quantizer that they are of, in order of use, as the exporter notes.
+    """The codes that QuantizeLinear nodes give, by the quantizer that they are of, in order of use.
 
     Args:
-        proto: the exported file, with the notes.
+        proto: the exported file, with the exporter's notes on where each node is from.
         model: what was exported, of which one quantizer may have several names.
     """
     first = {id(point.quantizer): name for name, point in points(model).items()}
@@ -37,22 +38,26 @@ def codes_by_quantizer(proto: onnx.ModelProto, model: nn.Module) -> dict[str, li
             notes = {note.key: note.value for note in node.metadata_props}
             scopes = [whole_name(scope) for scope in ast.literal_eval(notes[MODULES_OF_NODE])]
             name = next(names[scope] for scope in reversed(scopes) if scope in names)
-            found.setdefault(name, []).append(node.output[0])
+            found.setdefault(name, []).append(node.output[0].removesuffix(UNCLIPPED))
     return found
 
 
-def pack(proto: onnx.ModelProto, weights: Mapping[str, IntegerWeight], opset: int) -> None:
+def pack(proto: onnx.ModelProto, weights: Mapping[str, IntegerWeight], everywhere: bool) -> None:
     """Store the codes of weights of at most 4 bits two to a byte, each weight with zero points of its own.
 
     ONNX Runtime's `session.x64quantprecision` fails on zero points that several weights share.
+
+    Args:
+        proto: the file.
+        weights: by name.
+        everywhere: False leaves a byte for each code of matrices that meet integers, and of convolutions.
     """
     kinds = onnx.TensorProto
-    narrow = {f"{name}.codes": weight.narrow and opset >= 21 for name, weight in weights.items()}
+    narrow = {name + end: weight.narrow for name, weight in weights.items() for end in (CODES, TURNED)}
+    if not everywhere:
+        narrow |= {name + CODES: False for name in weights}
     stored = {initializer.name: initializer for initializer in proto.graph.initializer}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in proto.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    readers = readers_of(proto)
     for node in proto.graph.node:
         if node.op_type != "DequantizeLinear" or node.input[0] not in narrow:
             continue
@@ -60,7 +65,7 @@ def pack(proto: onnx.ModelProto, weights: Mapping[str, IntegerWeight], opset: in
         for position, name in enumerate([node.input[0], *node.input[2:]]):
             values, own = numpy_helper.to_array(stored[name]), name
             if position and len({reader.input[0] for reader in readers[name]}) > 1:
-                own = node.input[2] = f"{node.input[0].removesuffix('.codes')}.zero_point"
+                own = node.input[2] = f"{_weight_of(node)}.zero_point"
                 if own in stored:
                     continue
             if pack and values.dtype in (np.int8, np.uint8):
@@ -75,31 +80,21 @@ def pack(proto: onnx.ModelProto, weights: Mapping[str, IntegerWeight], opset: in
             else:
                 proto.graph.initializer.append(kept)
                 stored[own] = kept
-    used = {name for node in proto.graph.node for name in node.input} | {output.name for output in proto.graph.output}
-    kept_ones = [initializer for initializer in proto.graph.initializer if initializer.name in used]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept_ones)
+    drop_unread(proto)
 
 
-def flatten_stacks(proto: onnx.ModelProto) -> None:
-    """Store weights that are several matrices, with a scale for each column, as one matrix, which is shaped again.
-
-    ONNX Runtime would take the product of several matrices at once as one of integers, and fails on such scales.
-    """
-    stored = {initializer.name: initializer for initializer in proto.graph.initializer}
-    products = {name for node in proto.graph.node if node.op_type == "MatMul" for name in node.input}
-    for place, node in reversed(list(enumerate(proto.graph.node))):
-        if node.op_type != "DequantizeLinear" or node.input[0] not in stored or node.output[0] not in products:
-            continue
-        codes, given = stored[node.input[0]], node.output[0]
-        shape, axes = list(codes.dims), [attribute for attribute in node.attribute if attribute.name == "axis"]
-        if len(shape) < 3 or not axes or axes[0].i % len(shape) != len(shape) - 1:
-            continue
-        codes.dims[:] = [math.prod(shape[:-1]), shape[-1]]
-        axes[0].i = 1
-        node.output[0], size = f"{given}_flat", f"{given}_shape"
-        proto.graph.initializer.append(numpy_helper.from_array(np.array(shape), size))
-        proto.graph.node.insert(place + 1, onnx.helper.make_node("Reshape", [node.output[0], size], [given]))
+def unpacked_at_each_run(proto: onnx.ModelProto) -> list[str]:
+    """The weights, by name, that are packed and meet activations in integers, for which there are no such kernels."""
+    kinds = {kept.name: kept.data_type for kept in proto.graph.initializer}
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    found = []
+    for node in proto.graph.node:
+        read = [makers[name] for name in node.input if name in makers and makers[name].op_type == "DequantizeLinear"]
+        of_weight = [maker for maker in read if maker.input[0] in kinds]
+        if len(of_weight) < len(read):
+            narrow = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+            found += [_weight_of(maker) for maker in of_weight if kinds[maker.input[0]] in narrow]
+    return found
 
 
 def _nibbles(values: np.ndarray) -> bytes:
@@ -112,7 +107,7 @@ def stored_weights(proto: onnx.ModelProto) -> dict[str, Callable[[], np.ndarray]
     """How the integer weights in a file are read, less their zero points, by the quantizer that they are of."""
     stored = {i.name: i for i in proto.graph.initializer}
     return {
-        node.input[0].removesuffix(".codes"): partial(_centred, node, stored[node.input[0]], stored[node.input[2]])
+        _weight_of(node): partial(_centred, node, stored[node.input[0]], stored[node.input[2]])
         for node in proto.graph.node
         if node.op_type == "DequantizeLinear" and node.input[0] in stored
     }
@@ -120,13 +115,19 @@ def stored_weights(proto: onnx.ModelProto) -> dict[str, Callable[[], np.ndarray]
 
 def _centred(node: onnx.NodeProto, codes: onnx.TensorProto, zero_points: onnx.TensorProto) -> np.ndarray:
     values, zero_point = (numpy_helper.to_array(kept).astype(np.int32) for kept in (codes, zero_points))
-    settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    settings = settings_of(node)
     axis, block = settings.get("axis", 1), settings.get("block_size", 0)
     if block:
         zero_point = np.repeat(zero_point, block, axis).take(range(values.shape[axis]), axis)
     elif zero_point.size > 1:
         zero_point = zero_point.reshape([-1 if d == axis % values.ndim else 1 for d in range(values.ndim)])
-    return values - zero_point
+    return (values - zero_point).T if node.input[0].endswith(TURNED) else values - zero_point
+
+
+def _weight_of(node: onnx.NodeProto) -> str:
+    """The name of the quantizer whose codes a node makes floats of."""
+    codes: str = node.input[0]
+    return codes.removesuffix(TURNED).removesuffix(CODES)
 
 
 MOST_BYTES = 2**31 - 2**20  # a protobuf message holds less than 2 GB; the graph has a megabyte beside its tensors

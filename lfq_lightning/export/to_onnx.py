@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lfq_lightning.checking import (
     check_batches,
+    check_choice,
     check_flags,
     check_function,
     check_model,
@@ -51,12 +52,15 @@ def export_onnx(
     distance: Callable[[Tensor, Tensor], Any] | None = None,
     on_mismatch: Literal["raise", "warn"] = "raise",
     external_data: bool | None = None,
+    optimize_for: Literal["size", "speed"] = "size",
 ) -> Parity:
     """Write a quantized model as ONNX, run the file in ONNX Runtime, and compare it with the model.
 
     Inputs of quantized layers pass through QuantizeLinear and DequantizeLinear. Weights are integer initialisers behind
     a DequantizeLinear, packed in 4 bits where they fit; biases stay float. Each BatchNorm that follows a quantized
-    layer alone is folded into it exactly.
+    layer alone is folded into it exactly. Matrices whose input is not quantized are stored as (inputs, outputs), by
+    which ONNX Runtime multiplies as they are (MatMulNBits): by default it quantizes blocks of the input to 8 bits then,
+    and with the session option "session.qdq_matmulnbits_accuracy_level" at "1" it does not.
 
     Args:
         model: a model with quantizers whose qparams are set; it is not changed.
@@ -80,6 +84,10 @@ def export_onnx(
         on_mismatch: what happens beyond a tolerance.
         external_data: whether tensors are kept in a file of their own beside, named after it with ".data" behind. None:
             where they take more than the 2 GB that one file can hold.
+        optimize_for: "size" stores codes of at most 4 bits two to a byte, and keeps biases in float. ONNX Runtime has
+            no kernels for such codes where they meet a quantized input: it makes floats of them at each run. "speed"
+            gives it what it has kernels for: a byte for each code, saturation of fewer than 8 bits after quantizing,
+            and biases that it rounds to 32-bit integers.
 
     Returns:
         What was compared; prints as a table.
@@ -109,6 +117,7 @@ def export_onnx(
     check_dynamic_axes(dynamic_axes)
     if external_data is not None:
         check_flags(external_data=external_data)
+    check_choice("optimize_for", optimize_for, ("size", "speed"))
     bags = [name for name, module in model.named_modules() if isinstance(module, nn.EmbeddingBag)]
     if bags:
         raise ValueError(
@@ -119,25 +128,35 @@ def export_onnx(
     require_onnx()
 
     from lfq_lightning.export.comparing import run_and_compare
-    from lfq_lightning.export.onnx_file import codes_by_quantizer, describe, flatten_stacks, float_bytes, pack, save
+    from lfq_lightning.export.onnx_file import (
+        codes_by_quantizer,
+        describe,
+        float_bytes,
+        pack,
+        save,
+        unpacked_at_each_run,
+    )
+    from lfq_lightning.export.onnx_passes import for_onnxruntime
 
     integers = sharing_copy(reference)
     args, kwargs = on_cpu(arguments(model, example_inputs))
     to_integers(integers)
     _check_opset(integers, opset)
     folded = fold_batch_norm(integers, args, kwargs)
-    keep_biases_exact(integers)
+    if optimize_for == "size":
+        keep_biases_exact(integers)
     proto = _exported(integers, args, kwargs, dynamic_axes, opset)
     modules = integers.named_modules(remove_duplicate=False)  # one that is shared may be stored under any of its names
     weights = {name: module for name, module in modules if isinstance(module, IntegerWeight)}
-    flatten_stacks(proto)
-    pack(proto, weights, opset)
+    for_onnxruntime(proto, weights, optimize_for)
+    if opset >= 21:
+        pack(proto, weights, everywhere=optimize_for == "size")
     watched = codes_by_quantizer(proto, reference)
     proto = _bare(proto)
     describe(proto, reference)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    float_size = float_bytes(proto)
+    float_size, unpacked = float_bytes(proto), unpacked_at_each_run(proto)
     save(proto, path, external_data)
     parity = run_and_compare(
         reference,
@@ -148,6 +167,7 @@ def export_onnx(
         float_size,
         distance,
         folded=tuple(folded),
+        unpacked=tuple(unpacked),
         tolerance=tolerance,
         output_tolerance=output_tolerance,
         optimized_tolerance=optimized_tolerance,

@@ -23,4 +23,5 @@ ONNXRUNTIME = Target(
     ),
     same_scale=frozenset({"max_pool2d", "interpolate nearest"}),
     unsigned=True,
+    least_group=16,  # MatMulNBits, which reads an input that is not quantized
 )

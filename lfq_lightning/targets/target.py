@@ -18,12 +18,14 @@ class Target:
             interpolation with its mode.
         same_scale: those among them whose result must have their operand's scale.
         unsigned: whether activations must have unsigned codes.
+        least_group: how many inputs share a scale at least where a weight has groups; powers of two from there on.
     """
 
     name: str
     operations: frozenset[str]
     same_scale: frozenset[str]
     unsigned: bool
+    least_group: int
 
     def check(self, label: str, weight: QuantSpec | None, activation: QuantSpec | None) -> None:
         """Raise ValueError for specifications that the runtime would compute in float.
@@ -38,6 +40,11 @@ class Target:
             found, remedy = f"weight={weight!r}", "use symmetric codes, with symmetric=True"
         elif weight is not None and weight.bits > 8:
             found, remedy = f"weight={weight!r}", "use at most 8 bits"
+        elif weight is not None and weight.group_size is not None and not self._has_groups_of(weight.group_size):
+            found, remedy = (
+                f"weight={weight!r}",
+                f"use a group_size of {self.least_group}, or a greater power of two",
+            )
         elif activation is None:
             return
         elif weight is not None and weight.granularity == "per_group":
@@ -53,3 +60,6 @@ class Target:
                 f"`target` {self.name!r} must have integer kernels for what is quantized. Found {found} for "
                 f"{label!r}, which it computes in float: {remedy}."
             )
+
+    def _has_groups_of(self, size: int) -> bool:
+        return size >= self.least_group and not size & (size - 1)

@@ -41,6 +41,7 @@ _SETTINGS = (
     "distance",
     "on_mismatch",
     "external_data",
+    "optimize_for",
 )
 
 
@@ -64,10 +65,13 @@ class FitExport:
     Args:
         export: the file to write, or a mapping with `path` and arguments of `export_onnx`; a relative path is taken
             from the Trainer's log directory.
+        target: what the model is quantized for, or None; with one, files are optimized for speed.
     """
 
-    def __init__(self, export: Export) -> None:
+    def __init__(self, export: Export, target: str | None = None) -> None:
         settings = dict(export) if isinstance(export, Mapping) else {"path": export}
+        if target is not None:
+            settings.setdefault("optimize_for", "speed")
         self.path: str | Path | None = settings.pop("path")
         self._settings = settings
         self._last_batch: Any = None

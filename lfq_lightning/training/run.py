@@ -17,7 +17,7 @@ from lfq_lightning.placement.points import Points, points
 from lfq_lightning.placement.quantized_layer import FrozenLayers, qparams, quantizers
 from lfq_lightning.records.recorder import Recorder
 from lfq_lightning.schedule import PhaseSchedule
-from lfq_lightning.training.exporting import Export, FitExport
+from lfq_lightning.training.exporting import FitExport
 from lfq_lightning.training.phases import RunPhases, begin, settle_frozen_layers, show_phase
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.stepping.qparams import ScheduleFactory
@@ -105,7 +105,7 @@ class Run:
         model: the module.
         schedule: the user's, in the model's own epochs or steps.
         anew: whether the model is to start over.
-        export: what to write when a fit ends, or None.
+        export: what is written when a fit ends.
         before: the run before, which is over.
 
     Attributes:
@@ -124,13 +124,13 @@ class Run:
         model: L.LightningModule,
         schedule: PhaseSchedule | None,
         anew: bool,
-        export: Export,
+        export: FitExport,
         before: Run | None,
     ) -> None:
         self._trainer = trainer
         self._flow: tuple[Flow | None, str] | None = None
         self._flow_of: set[str] = set()
-        self._schedule, self._anew, self._export = schedule, anew, FitExport(export)
+        self._schedule, self._anew, self._export = schedule, anew, export
         self._had: Had | None = None
         self.since: Count = (0, 0)
         self.steps, self.restored = Steps(), dict[str, Any]()

@@ -115,7 +115,6 @@ LEFT: dict[str, Any] = {
         lambda: torch.randint(5, (6,)),
     ),
     "a subclass of the layer": (lambda: Standardized(4, 5, 3), lambda: nn.BatchNorm2d(5), in_a_row, images),
-    "a subclass with an activation": (lambda: nn.Conv2d(4, 5, 3), lambda: Activated(5), in_a_row, images),
     "a hook changes the output": (doubled, lambda: nn.BatchNorm2d(5), in_a_row, images),
     "read through a property": (lambda: nn.Conv2d(4, 5, 3), lambda: nn.BatchNorm2d(5), read_through_a_property, images),
     "changed in place": (lambda: nn.Conv2d(4, 5, 3), lambda: nn.BatchNorm2d(5), changed_in_place, images),
@@ -158,6 +157,32 @@ def test_it_is_left_where_folding_would_change_the_answers(case: str) -> None:
     integers = integer_copy(model)
     assert fold_batch_norm(integers, (x,)) == []
     assert_same(integers(x), model(x))
+
+
+class ByFunction(nn.Module):
+    """Normalizes by a call of its own, with statistics under names of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        return nn.functional.batch_norm(x, mean, variance, bias=self.bias, weight=self.weight, eps=1e-3).sigmoid()
+
+
+@pytest.mark.parametrize(("norm", "name"), [(Activated, "norm"), (ByFunction, "norm.running_mean")])
+def test_it_is_folded_whatever_module_computes_it(norm: type[nn.Module], name: str) -> None:
+    x = images()
+    model = calibrated(Normed(nn.Conv2d(4, 5, 3), norm(5), in_a_row), x)
+    integers = integer_copy(model)
+    assert fold_batch_norm(integers, (x,)) == [name]
+    assert_same(integers(x), model(x))
+    program = torch.export.export(integers, (x,))
+    assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
+    assert_same(program.module()(x), model(x))
 
 
 @pytest.mark.parametrize("where", ["another name", "a list"])

@@ -94,12 +94,7 @@ def test_without_a_target_additions_stay_in_float(tmp_path: Path) -> None:
 def test_concatenations_are_integers_and_a_pooling_has_one_scale_on_both_sides(tmp_path: Path) -> None:
     model, x = UNet().eval(), torch.randn(X)
     placement = lfq.attach(model, example=x, target="onnxruntime")
-    assert {operand.label for operand in placement.operands} == {
-        "pool/max_pool2d/input",
-        "up/interpolate/input",
-        "cat/tensor0",
-        "cat/tensor1",
-    }
+    assert {operand.label for operand in placement.operands} == {"cat/tensor0", "cat/tensor1"}
     placed = lfq.quantizers(model)
     by_name = {name: quantizer for name, quantizer in placed.items() if "weight" not in name}
     # The input; the skip and what is pooled of it; the deep one and what is made larger; both joined; the last's input.
@@ -158,16 +153,77 @@ def test_optimized_for_speed_a_network_of_any_bits_runs_in_integers(
     assert found["Conv"] + found["FusedConv"] + found["Gemm"] == 0
 
 
-def test_a_small_file_says_what_of_it_runs_in_float(tmp_path: Path) -> None:
+def test_a_file_says_which_weights_run_in_float(tmp_path: Path) -> None:
     model, x = Classifier().eval(), torch.randn(X)
+
+    def in_float(**settings: Any) -> list[str]:
+        lfq.calibrate(model, [x])
+        parity = lfq.export_onnx(model, x, tmp_path / "m.onnx", **settings)
+        assert ("runs in float" in str(parity)) == bool(parity.in_float)
+        found = [name.removeprefix("features.").partition(".")[0] for name in parity.in_float]
+        lfq.detach(model)
+        return found
+
     lfq.attach(model, 4, 8, example=x, target="onnxruntime")
-    lfq.calibrate(model, [x])
-    small = lfq.export_onnx(model, x, tmp_path / "small.onnx")
-    assert [name.removeprefix("features.").partition(".")[0] for name in small.unpacked] == ["conv1", "conv2", "last"]
-    assert "3 weights in 4 bits, made floats at each run; `optimize_for='speed'` has integers" in str(small)
-    fast = lfq.export_onnx(model, x, tmp_path / "fast.onnx", optimize_for="speed")
-    assert fast.unpacked == ()
-    assert "made floats" not in str(fast)
+    assert in_float() == ["conv1", "conv2", "last"]  # packed; the first and the last layer have 8 bits
+    lfq.attach(model, 4, 8, example=x, target="onnxruntime")
+    assert in_float(optimize_for="speed") == []
+    lfq.attach(model, 8, 8, example=x)
+    assert in_float() == ["stem", "conv2", "last"]  # what they give meets an addition or a mean in float
+    lfq.attach(model, 8, None, example=x)
+    assert in_float() == ["stem", "conv1", "conv2", "last"]  # the matrix is multiplied by as it is stored
+
+
+class Levels(nn.Module):
+    """One pooling for two levels, each of which is joined with what came from below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.up = nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
+        self.down = nn.ModuleList(nn.Conv2d(i, 4, 3, padding=1) for i in (3, 4, 4))
+        self.join = nn.ModuleList(nn.Conv2d(8, 4, 3, padding=1) for _ in range(2))
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = nn.functional.relu6(self.down[0](x))
+        second = nn.functional.relu6(self.down[1](self.pool(first)))
+        x = nn.functional.relu6(self.down[2](self.pool(second)))
+        for join, skip in zip(self.join, (second, first), strict=True):
+            x = nn.functional.relu6(join(torch.cat([self.up(x), skip], 1)))
+        return self.last(x)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("widest", [1, 20])
+def test_a_level_that_is_pooled_and_joined_is_quantized_once_and_in_integers(
+    tmp_path: Path, bits: int, widest: float
+) -> None:
+    model, x = Levels().eval(), torch.randn(X) * widest
+    placement = lfq.attach(model, bits, QuantSpec(bits, symmetric=False), example=x, target="onnxruntime")
+    assert [operand.label.partition("/")[0] for operand in placement.operands] == ["cat", "cat", "cat_1", "cat_1"]
+    found = executed(model, tmp_path, x, optimize_for="speed")
+    assert found["QLinearConv"] == 5
+    assert found["QLinearConcat"] == found["Resize"] == 2
+    assert found["NhwcMaxPool"] + found["MaxPool"] == 2
+    assert found["Conv"] + found["FusedConv"] == 1  # the last
+    assert found["QuantizeLinear"] == 1  # the input
+
+
+@pytest.mark.parametrize("rows", [50, 5000])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_a_table_is_looked_up_before_floats_are_made_of_it(tmp_path: Path, rows: int, granularity: Any) -> None:
+    for symmetric in (True, False):
+        model = nn.Sequential(nn.Embedding(rows, 6), nn.Linear(6, 3))
+        spec, words = QuantSpec(8, granularity=granularity, symmetric=symmetric), torch.randint(rows, (4, 7))
+        lfq.attach(model, rules=[Rule("0", weight=spec)], example=words)
+        lfq.calibrate(model, [words])
+        parity = lfq.export_onnx(model, words, tmp_path / "m.onnx")
+        assert parity.agrees
+        assert rows == 50 or parity.size < 0.65
+        nodes = onnx.load(tmp_path / "m.onnx").graph.node
+        lookups = [node for node in nodes if node.op_type == "Gather" and node.input[0] == "0.weight_quantizer.codes"]
+        assert len(lookups) == 1
+        assert "0.weight_quantizer.codes" not in [n.input[0] for n in nodes if n.op_type == "DequantizeLinear"]
 
 
 class Tokens(nn.Module):
@@ -286,6 +342,6 @@ def test_a_fit_for_a_target_ends_in_a_file_of_integers(tmp_path: Path) -> None:
     assert callback.parity.agrees
     assert callback.placement is not None
     assert [operand.label for operand in callback.placement.operands] == ["net/add/input", "net/add/other"]
-    assert callback.parity.unpacked == ()  # optimized for speed, as it has a target
+    assert callback.parity.in_float == ("net.last.weight_quantizer",)  # optimized for speed, as it has a target
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node)
     assert kinds["QuantizeLinear"] == 5  # the input, the stem's output, conv1's, conv2's and the sum's

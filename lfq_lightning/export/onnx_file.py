@@ -17,7 +17,17 @@ from onnx import numpy_helper
 from torch import nn
 
 from lfq_lightning.export.integers import IntegerWeight
-from lfq_lightning.export.onnx_passes import CODES, TURNED, UNCLIPPED, drop_unread, readers_of, settings_of
+from lfq_lightning.export.onnx_passes import (
+    CODES,
+    ROWS_SCALE,
+    ROWS_ZERO_POINT,
+    TURNED,
+    UNCLIPPED,
+    drop_unread,
+    is_quantized,
+    readers_of,
+    settings_of,
+)
 from lfq_lightning.placement.points import activations, points, weights
 from lfq_lightning.private import MODULES_OF_NODE, plain_name, whole_name
 
@@ -34,8 +44,8 @@ def codes_by_quantizer(proto: onnx.ModelProto, model: nn.Module) -> dict[str, li
     names = {plain_name(name): first[id(module)] for name, module in every if id(module) in first}
     found: dict[str, list[str]] = {}
     for node in proto.graph.node:
-        if node.op_type == "QuantizeLinear":
-            notes = {note.key: note.value for note in node.metadata_props}
+        notes = {note.key: note.value for note in node.metadata_props}
+        if node.op_type == "QuantizeLinear" and MODULES_OF_NODE in notes:
             scopes = [whole_name(scope) for scope in ast.literal_eval(notes[MODULES_OF_NODE])]
             name = next(names[scope] for scope in reversed(scopes) if scope in names)
             found.setdefault(name, []).append(node.output[0].removesuffix(UNCLIPPED))
@@ -83,18 +93,35 @@ def pack(proto: onnx.ModelProto, weights: Mapping[str, IntegerWeight], everywher
     drop_unread(proto)
 
 
-def unpacked_at_each_run(proto: onnx.ModelProto) -> list[str]:
-    """The weights, by name, that are packed and meet activations in integers, for which there are no such kernels."""
+def made_floats_at_each_run(proto: onnx.ModelProto) -> list[str]:
+    """The weights, by name, that ONNX Runtime has no integer kernels for as they are read."""
     kinds = {kept.name: kept.data_type for kept in proto.graph.initializer}
-    makers = {name: node for node in proto.graph.node for name in node.output}
+    readers, makers = readers_of(proto), {name: node for node in proto.graph.node for name in node.output}
     found = []
     for node in proto.graph.node:
-        read = [makers[name] for name in node.input if name in makers and makers[name].op_type == "DequantizeLinear"]
-        of_weight = [maker for maker in read if maker.input[0] in kinds]
-        if len(of_weight) < len(read):
-            narrow = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
-            found += [_weight_of(maker) for maker in of_weight if kinds[maker.input[0]] in narrow]
+        if node.op_type != "DequantizeLinear" or not node.input[0].endswith(CODES):
+            continue
+        packed = kinds[node.input[0]] in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+        if packed or not all(_in_integers(reader, readers, makers) for reader in _products(node, readers)):
+            found.append(_weight_of(node))
     return found
+
+
+def _products(node: onnx.NodeProto, readers: Mapping[str, list[onnx.NodeProto]]) -> list[onnx.NodeProto]:
+    """What reads the floats that a node makes, behind transposes."""
+    found = []
+    for reader in readers.get(node.output[0], ()):
+        found += _products(reader, readers) if reader.op_type == "Transpose" else [reader]
+    return found
+
+
+def _in_integers(
+    node: onnx.NodeProto, readers: Mapping[str, list[onnx.NodeProto]], makers: Mapping[str, onnx.NodeProto]
+) -> bool:
+    given = makers.get(node.input[0])
+    if given is None or given.op_type != "DequantizeLinear":
+        return False
+    return node.op_type in ("Gemm", "MatMul") or (node.op_type == "Conv" and is_quantized(node.output[0], readers))
 
 
 def _nibbles(values: np.ndarray) -> bytes:
@@ -106,11 +133,19 @@ def _nibbles(values: np.ndarray) -> bytes:
 def stored_weights(proto: onnx.ModelProto) -> dict[str, Callable[[], np.ndarray]]:
     """How the integer weights in a file are read, less their zero points, by the quantizer that they are of."""
     stored = {i.name: i for i in proto.graph.initializer}
-    return {
-        _weight_of(node): partial(_centred, node, stored[node.input[0]], stored[node.input[2]])
-        for node in proto.graph.node
-        if node.op_type == "DequantizeLinear" and node.input[0] in stored
-    }
+    found: dict[str, Callable[[], np.ndarray]] = {}
+    for node in proto.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in stored:
+            found[_weight_of(node)] = partial(_centred, node, stored[node.input[0]], stored[node.input[2]])
+        elif node.op_type == "Gather" and node.input[0].endswith(CODES):
+            zero_points = stored.get(_weight_of(node) + ROWS_ZERO_POINT)
+            found[_weight_of(node)] = partial(_centred_rows, stored[node.input[0]], zero_points)
+    return found
+
+
+def _centred_rows(codes: onnx.TensorProto, zero_points: onnx.TensorProto | None) -> np.ndarray:
+    values = numpy_helper.to_array(codes).astype(np.int32)
+    return values if zero_points is None else values - numpy_helper.to_array(zero_points).astype(np.int32)
 
 
 def _centred(node: onnx.NodeProto, codes: onnx.TensorProto, zero_points: onnx.TensorProto) -> np.ndarray:
@@ -125,7 +160,7 @@ def _centred(node: onnx.NodeProto, codes: onnx.TensorProto, zero_points: onnx.Te
 
 
 def _weight_of(node: onnx.NodeProto) -> str:
-    """The name of the quantizer whose codes a node makes floats of."""
+    """The name of the quantizer whose codes a node reads."""
     codes: str = node.input[0]
     return codes.removesuffix(TURNED).removesuffix(CODES)
 
@@ -189,6 +224,8 @@ def float_bytes(proto: onnx.ModelProto) -> int:
     clips = [node for node in proto.graph.node if node.op_type == "Clip" and node.output[0] in clipped]
     nodes = quantize + dequantize + clips
     qparams = {name for node in nodes for name in node.input[1:]}
+    codes |= {kept.name for kept in proto.graph.initializer if kept.name.endswith(CODES)}
+    qparams |= {kept.name for kept in proto.graph.initializer if kept.name.endswith((ROWS_SCALE, ROWS_ZERO_POINT))}
     size = proto.ByteSize() - sum(node.ByteSize() for node in nodes)
     for kept in proto.graph.initializer:
         if kept.name in codes:

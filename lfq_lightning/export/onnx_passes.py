@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from lfq_lightning.export.integers import IntegerWeight
 
 CODES, TURNED = ".codes", ".codes_turned"  # how the codes of a weight are called, and those of a matrix turned over
+ROWS_SCALE, ROWS_ZERO_POINT = ".rows_scale", ".rows_zero_point"  # of tables whose rows are looked up as codes
 UNCLIPPED = "_unclipped"
 
 
@@ -24,12 +25,31 @@ def for_onnxruntime(proto: onnx.ModelProto, weights: Mapping[str, IntegerWeight]
         weights: the integer weights by name.
         optimize_for: "size" or "speed".
     """
+    cast_constants(proto)
     flatten_stacks(proto)
     turn_matrices(proto, weights)
     pool_globally(proto)
     free_products(proto)
+    choose_codes(proto)
     if optimize_for == "speed":
         saturate_codes(proto)
+    look_up_codes(proto, weights, optimize_for)
+
+
+def cast_constants(proto: onnx.ModelProto) -> None:
+    """Store scales and zero points in the type in which they are read: the exporter casts small ones alone."""
+    stored = {kept.name: kept for kept in proto.graph.initializer}
+    kept_nodes = []
+    for node in proto.graph.node:
+        if node.op_type == "Cast" and node.input[0] in stored:
+            kind = onnx.helper.tensor_dtype_to_np_dtype(settings_of(node)["to"])
+            values = numpy_helper.to_array(stored[node.input[0]]).astype(kind)
+            proto.graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
+        else:
+            kept_nodes.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(kept_nodes)
+    drop_unread(proto)
 
 
 def turn_matrices(proto: onnx.ModelProto, weights: Mapping[str, IntegerWeight]) -> None:
@@ -112,19 +132,27 @@ def saturate_codes(proto: onnx.ModelProto) -> None:
     stored = {kept.name: numpy_helper.to_array(kept) for kept in proto.graph.initializer}
     makers = {name: node for node in proto.graph.node for name in node.output}
     for place, node in reversed(list(enumerate(proto.graph.node))):
-        clip = makers.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
-        if clip is None or clip.op_type != "Clip" or not set(clip.input[1:]) <= set(stored):
+        if node.op_type != "QuantizeLinear":
             continue
         scale, zero_point = (stored[name] for name in node.input[1:])
-        ends = [(stored[name] / scale).round() + zero_point.astype(np.int32) for name in clip.input[1:]]
-        given, codes = node.output[0], node.output[0] + UNCLIPPED
+        if scale.size > 1:
+            continue
+        limits = np.iinfo(zero_point.dtype)  # beyond which quantizing saturates by itself
+        lowest, highest = limits.min, limits.max
+        while (clip := makers.get(node.input[0])) is not None and clip.op_type == "Clip":
+            if len(clip.input) != 3 or not set(clip.input[1:]) <= set(stored):
+                break
+            ends = [(stored[name] / scale).round() + zero_point.astype(np.int32) for name in clip.input[1:]]
+            lowest, highest = min(max(lowest, int(ends[0])), highest), max(min(highest, int(ends[1])), lowest)
+            node.input[0] = clip.input[0]
+        if (lowest, highest) == (limits.min, limits.max):
+            continue
+        given = node.output[0]
+        node.output[0] = given + UNCLIPPED
         names = [f"{given}_lowest", f"{given}_highest"]
-        proto.graph.initializer.extend(
-            numpy_helper.from_array(end.reshape(()).astype(zero_point.dtype), name)
-            for end, name in zip(ends, names, strict=True)
-        )
-        node.input[0], node.output[0] = clip.input[0], codes
-        proto.graph.node.insert(place + 1, onnx.helper.make_node("Clip", [codes, *names], [given]))
+        for end, name in zip((lowest, highest), names, strict=True):
+            proto.graph.initializer.append(numpy_helper.from_array(np.array(end, zero_point.dtype), name))
+        proto.graph.node.insert(place + 1, onnx.helper.make_node("Clip", [node.output[0], *names], [given]))
     drop_unread(proto)
 
 
@@ -161,7 +189,7 @@ def free_products(proto: onnx.ModelProto) -> None:
         if made[0].input[0] in stored:  # type: ignore[union-attr]
             continue  # a weight on the left, whose rows may have scales of their own
         if node.op_type == "Gemm":
-            if len(node.input) < 3 or node.input[2] not in stored or _is_quantized(node.output[0], readers):
+            if len(node.input) < 3 or node.input[2] not in stored or is_quantized(node.output[0], readers):
                 continue
             given, (bias,) = node.output[0], node.input[2:]
             node.output[0] = f"{given}_product"
@@ -171,7 +199,7 @@ def free_products(proto: onnx.ModelProto) -> None:
             proto.graph.node.insert(place + 1, subtract)
             continue
         follow = readers.get(node.output[0], [])
-        if len(follow) != 1 or follow[0].op_type != "Add" or _is_quantized(follow[0].output[0], readers):
+        if len(follow) != 1 or follow[0].op_type != "Add" or is_quantized(follow[0].output[0], readers):
             continue
         (add,) = follow
         biases = [name for name in add.input if name in stored]
@@ -181,7 +209,7 @@ def free_products(proto: onnx.ModelProto) -> None:
     drop_unread(proto)
 
 
-def _is_quantized(tensor: str, readers: Mapping[str, list[onnx.NodeProto]]) -> bool:
+def is_quantized(tensor: str, readers: Mapping[str, list[onnx.NodeProto]]) -> bool:
     """Whether a tensor is quantized before anything else is done with it, but for what saturation does as well."""
     while len(readers.get(tensor, ())) == 1 and readers[tensor][0].op_type in ("Relu", "Clip"):
         tensor = readers[tensor][0].output[0]
@@ -194,6 +222,118 @@ def _negative(proto: onnx.ModelProto, stored: dict[str, onnx.TensorProto], name:
         stored[own] = numpy_helper.from_array(-numpy_helper.to_array(stored[name]), own)
         proto.graph.initializer.append(stored[own])
     return own
+
+
+def look_up_codes(proto: onnx.ModelProto, weights: Mapping[str, IntegerWeight], optimize_for: str) -> None:
+    """Look rows of tables up as integers, and make floats of these alone: otherwise the whole table is, at each run.
+
+    Tables of 4 bits, which no runtime looks up while they are packed, and those with groups stay as they are.
+    """
+    stored = {kept.name: kept for kept in proto.graph.initializer}
+    readers = readers_of(proto)
+    for name, weight in weights.items():
+        made = readers.get(name + CODES, ())
+        if len(made) != 1 or weight.group_size is not None or (weight.narrow and optimize_for == "size"):
+            continue
+        lookups = readers.get(made[0].output[0], ())
+        along_rows = weight.axis in (0, None) and all(
+            node.op_type == "Gather" and not settings_of(node).get("axis", 0) for node in lookups
+        )
+        if not lookups or not along_rows:
+            continue
+        scale, zero_point = (numpy_helper.to_array(stored[each]) for each in made[0].input[1:])
+        rows = [numpy_helper.from_array(scale.reshape(-1, 1), name + ROWS_SCALE)]
+        if zero_point.any():
+            rows.append(numpy_helper.from_array(zero_point.astype(np.float32).reshape(-1, 1), name + ROWS_ZERO_POINT))
+        proto.graph.initializer.extend(rows)
+        for lookup in lookups:
+            _look_up(proto, lookup, name, [row.name for row in rows], one=len(scale.flatten()) == 1)
+        proto.graph.node.remove(made[0])
+    drop_unread(proto)
+
+
+def _look_up(proto: onnx.ModelProto, lookup: onnx.NodeProto, name: str, rows: list[str], one: bool) -> None:
+    """Look codes up, and their row's scale and zero point unless there is only one, and compute floats."""
+    given, index = lookup.output[0], lookup.input[1]
+    added = [onnx.helper.make_node("Gather", [name + CODES, index], [f"{given}_codes"])]
+    kind = onnx.TensorProto.FLOAT
+    added.append(onnx.helper.make_node("Cast", [f"{given}_codes"], [f"{given}_float"], to=kind))
+    values = f"{given}_float"
+    for row, operation in reversed(list(zip(rows, ("Mul", "Sub"), strict=False))):
+        of_row = row
+        if not one:
+            of_row = f"{given}{row.removeprefix(name)}"
+            added.append(onnx.helper.make_node("Gather", [row, index], [of_row]))
+        result = given if operation == "Mul" else f"{given}_centred"
+        added.append(onnx.helper.make_node(operation, [values, of_row], [result]))
+        values = result
+    place = list(proto.graph.node).index(lookup)
+    del proto.graph.node[place]
+    for node in reversed(added):
+        proto.graph.node.insert(place, node)
+
+
+_CHOOSING = ("MaxPool", "Resize")
+
+
+def choose_codes(proto: onnx.ModelProto) -> None:
+    """Quantize before what only chooses among values, too, where its result is quantized: it gives the same codes.
+
+    ONNX Runtime then computes what is before in integers, also where others read it with the same scale.
+    """
+    stored = {kept.name: kept for kept in proto.graph.initializer}
+    for place, node in reversed(list(enumerate(proto.graph.node))):
+        if node.op_type not in _CHOOSING or settings_of(node).get("mode", b"nearest") != b"nearest":
+            continue
+        readers = readers_of(proto)
+        behind = _quantized_behind(node.output[0], readers)
+        if not behind:
+            continue
+        same = [chain for chain in _chains(node.input[0], readers) if _are_alike(chain, behind, stored)]
+        if same:
+            node.input[0] = same[0][-1].output[0]
+            continue
+        made, given = [], node.input[0]
+        for each in behind:
+            copied = onnx.NodeProto()
+            copied.CopyFrom(each)
+            copied.ClearField("metadata_props")
+            copied.name = copied.output[0] = f"{each.output[0]}_before"
+            copied.input[0], given = given, copied.output[0]
+            made.append(copied)
+        node.input[0] = given
+        for copied in reversed(made):
+            proto.graph.node.insert(place, copied)
+
+
+def _quantized_behind(tensor: str, readers: Mapping[str, list[onnx.NodeProto]]) -> list[onnx.NodeProto]:
+    """The nodes that quantize and dequantize a tensor, if that is all that reads it; empty otherwise."""
+    chains = _chains(tensor, readers)
+    return chains[0] if len(chains) == len(readers.get(tensor, ())) == 1 else []
+
+
+def _chains(tensor: str, readers: Mapping[str, list[onnx.NodeProto]]) -> list[list[onnx.NodeProto]]:
+    """The nodes that saturate a tensor, quantize and dequantize it, for each quantizer that reads it."""
+    found = []
+    for first in readers.get(tensor, ()):
+        chain = [first]
+        while chain[-1].op_type in ("Clip", "QuantizeLinear") and len(readers.get(chain[-1].output[0], ())) == 1:
+            chain.append(readers[chain[-1].output[0]][0])
+        kinds = [node.op_type for node in chain]
+        if kinds.count("QuantizeLinear") == 1 and kinds[-1] == "DequantizeLinear":
+            found.append(chain)
+    return found
+
+
+def _are_alike(
+    chain: list[onnx.NodeProto], other: list[onnx.NodeProto], stored: Mapping[str, onnx.TensorProto]
+) -> bool:
+    """Whether two chains have the same constants."""
+    constants = [[stored[name] for node in each for name in node.input[1:]] for each in (chain, other)]
+    return len(constants[0]) == len(constants[1]) and all(
+        a.data_type == b.data_type and np.array_equal(numpy_helper.to_array(a), numpy_helper.to_array(b))
+        for a, b in zip(*constants, strict=True)
+    )
 
 
 # ---- graphs ---------------------------------------------------------------------------------------------------------

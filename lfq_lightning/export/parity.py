@@ -68,8 +68,8 @@ class Parity:
     it: sums in another order put a value on the edge between two codes to the other side, and through many layers such
     differences would add up to what hides a fault. `plain` and `optimized` are what the file gives without and with all
     optimizations: these run on by themselves and round biases to 32-bit integers, so they are compared by `noise`.
-    `float_file_bytes` is what the same file would take in float. `folded` names BatchNorms, `unpacked` the weights in 4
-    bits whose inputs are quantized, for which ONNX Runtime has no kernels.
+    `float_file_bytes` is what the same file would take in float. `folded` names BatchNorms, `in_float` the weights
+    of which ONNX Runtime makes floats at each run, as it has no integer kernels for how they are stored and read.
     """
 
     quantizers: tuple[QuantizerParity, ...]
@@ -79,7 +79,7 @@ class Parity:
     file_bytes: int
     float_file_bytes: int
     folded: tuple[str, ...] = ()
-    unpacked: tuple[str, ...] = ()
+    in_float: tuple[str, ...] = ()
     tolerance: float = 0.0005
     output_tolerance: float = 1e-4
     optimized_tolerance: float = 0.05
@@ -113,9 +113,10 @@ class Parity:
             "file": f"{self.file_bytes:,} bytes, {self.size:.3f} of the float file",
             "agrees": "yes" if self.agrees else f"no: {'; '.join(self.problems)}",
         }
-        if self.unpacked:
+        if self.in_float:
             notes["runs in float"] = (
-                f"{len(self.unpacked)} weights in 4 bits, made floats at each run; `optimize_for='speed'` has integers"
+                f"{len(self.in_float)} weights, made floats at each run; quantized inputs, a `target` and "
+                "`optimize_for='speed'` have integers"
             )
         said = ["", *(f"{name:20}  {value}" for name, value in notes.items())]
         return str(Table({"quantizer": "<", "codes": ">", "equal": ">", "largest difference": ">"}, rows, said))

@@ -132,9 +132,9 @@ def export_onnx(
         codes_by_quantizer,
         describe,
         float_bytes,
+        made_floats_at_each_run,
         pack,
         save,
-        unpacked_at_each_run,
     )
     from lfq_lightning.export.onnx_passes import for_onnxruntime
 
@@ -156,7 +156,7 @@ def export_onnx(
     describe(proto, reference)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    float_size, unpacked = float_bytes(proto), unpacked_at_each_run(proto)
+    float_size, in_float = float_bytes(proto), made_floats_at_each_run(proto)
     save(proto, path, external_data)
     parity = run_and_compare(
         reference,
@@ -167,7 +167,7 @@ def export_onnx(
         float_size,
         distance,
         folded=tuple(folded),
-        unpacked=tuple(unpacked),
+        in_float=tuple(in_float),
         tolerance=tolerance,
         output_tolerance=output_tolerance,
         optimized_tolerance=optimized_tolerance,

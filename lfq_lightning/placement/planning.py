@@ -117,6 +117,7 @@ def plan(
     if runtime is not None and flow is not None:
         calls = calls_in_integers(flow, runtime, _quantized_tensors(chosen))
         same = _of_same_scale(flow, runtime, calls)
+        calls = {number for number in calls if flow.calls[number].kernel not in runtime.same_scale}
         chosen = [item for item in items if item in chosen or _is_asked_by_target(item, calls, defaults["activation"])]
     ends = _at_ends(chosen, found)
     # Layers that are tied to the first or the last have its weight, and so its bits.

@@ -16,7 +16,8 @@ class Target:
         operations: beside those that read a parameter, the operations that it computes in integers where all their
             operands and their result are quantized; names of the table of operations, of
             interpolation with its mode.
-        same_scale: those among them whose result must have their operand's scale.
+        same_scale: those among them whose result has their operand's scale, and which need no quantizer: they choose
+            among values.
         unsigned: whether activations must have unsigned codes.
         least_group: how many inputs share a scale at least where a weight has groups; powers of two from there on.
     """

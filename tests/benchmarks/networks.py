@@ -93,6 +93,50 @@ def bert(depth: int = 2, classes: int = 10) -> nn.Module:
     return nn.Sequential(nn.Embedding(30522, 768), *blocks, nn.LayerNorm(768), nn.Linear(768, classes))
 
 
+class UNet(nn.Module):
+    """Four levels of two convolutions (Ronneberger et al. 2015), the highest 16 wide; it labels every pixel."""
+
+    def __init__(self, width: int = 16, levels: int = 4, classes: int = 2) -> None:
+        super().__init__()
+        widths = [width * 2**level for level in range(levels)]
+        self.down = nn.ModuleList(self.block(i, o) for i, o in zip([3, *widths], widths, strict=False))
+        self.up = nn.ModuleList(self.block(i + 2 * i, i) for i in reversed(widths[:-1]))
+        self.pool, self.larger, self.head = nn.MaxPool2d(2), nn.Upsample(scale_factor=2), nn.Conv2d(width, classes, 1)
+
+    @staticmethod
+    def block(inputs: int, outputs: int) -> nn.Module:
+        layers: list[nn.Module] = []
+        for channels in (inputs, outputs):
+            layers += [nn.Conv2d(channels, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        return nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        for block in self.down:
+            x = block(self.pool(x) if kept else x)
+            kept.append(x)
+        for block, skip in zip(self.up, reversed(kept[:-1]), strict=True):
+            x = block(torch.cat([skip, self.larger(x)], 1))
+        return self.head(x)
+
+
+class ViT(nn.Module):
+    """Four blocks of ViT-tiny (Touvron et al. 2021), 192 wide, on patches of 16 x 16."""
+
+    def __init__(self, width: int = 192, depth: int = 4, size: int = 96, classes: int = 10) -> None:
+        super().__init__()
+        self.patches, self.blocks = nn.Conv2d(3, width, 16, 16), nn.ModuleList()
+        self.positions = nn.Parameter(torch.randn(1, (size // 16) ** 2, width) * 0.02)
+        self.blocks.extend(TransformerBlock(width, heads=3) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1))
+
+
 def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     """A network with one batch of inputs and labels."""
     torch.manual_seed(0)

@@ -185,6 +185,42 @@ def test_it_is_folded_whatever_module_computes_it(norm: type[nn.Module], name: s
     assert_same(program.module()(x), model(x))
 
 
+class Padded(nn.Conv2d):
+    """Pads by itself, as convolutions do that were ported from TensorFlow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(nn.functional.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+
+class Named(Padded):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, bias=self.bias, stride=1, weight=self.weight)
+
+
+class Twice(Padded):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + nn.functional.conv2d(x, self.weight, padding=1)[..., 1:, 1:].mean()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("layer", "times"), [(Padded, 1), (Named, 1), (Twice, 0)])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, Activated])
+def test_it_is_folded_into_weights_that_a_modules_own_code_reads(
+    norm: type[nn.Module], layer: type[nn.Conv2d], times: int, bias: bool
+) -> None:
+    x = images()
+    model = Normed(layer(4, 5, 3, bias=bias), norm(5), in_a_row)
+    lfq.attach(model, 4, 8, example=x)
+    assert "weight_quantizer" in model.layer._modules
+    lfq.calibrate(model, [x])
+    integers = integer_copy(model.eval())
+    assert fold_batch_norm(integers, (x,)) == ["norm"] * times
+    assert_same(integers(x), model(x))
+    program = torch.export.export(integers, (x,))
+    assert sum("batch_norm" in str(node.target) for node in program.graph.nodes) == 1 - times
+    assert_same(program.module()(x), model(x))
+
+
 @pytest.mark.parametrize("where", ["another name", "a list"])
 def test_it_is_folded_wherever_the_model_finds_it(where: str) -> None:
     def use(model: Any, x: Tensor) -> Tensor:

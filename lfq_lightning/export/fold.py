@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from lfq_lightning.export.integers import IntegerInput, IntegerWeight, own_layers
 from lfq_lightning.placement.layers import QUANTIZABLE, TRANSPOSED
+from lfq_lightning.placement.meeting import input_name
 from lfq_lightning.placement.quantized_layer import WEIGHT, QuantizedLayer, float_type
 from lfq_lightning.private import BatchNorm, tree_leaves
 from lfq_lightning.running import explained
@@ -36,25 +38,44 @@ def fold_batch_norm(
         example_inputs: positional inputs of the model, to see what follows what.
         example_kwargs: its keyword inputs.
     """
-    folded, skipped = [], []
+    folded: list[str] = []
+    left_out: list[tuple[nn.Module, str]] = []
+    biased: list[_Product] = []
     own = own_layers(model)
-    for layer_name, norm in _pairs(model, example_inputs, example_kwargs or {}):
-        layer = model.get_submodule(layer_name)
-        assert isinstance(layer, QuantizedLayer)
-        if layer_name in own and _fold(layer, norm):
-            folded.append(norm.name)
-            if _is_plain(norm.holder):
-                # In place: the module may be registered under several names, or be called from a list.
-                for held in (*dict(norm.holder.named_parameters(recurse=False)), *dict(norm.holder.named_buffers())):
-                    delattr(norm.holder, held)
-                norm.holder.__class__ = nn.Identity
-            else:
-                skipped.append((norm.holder, norm.buffer))
-    if skipped:
-        _skip(model, skipped)
+    for maker, norm in _pairs(model, example_inputs, example_kwargs or {}):
+        if isinstance(maker, _Product):
+            done = _fold_product(model, maker, norm)
+            biased += [maker] * done
+        else:
+            done = maker in own and _fold(own[maker], norm)
+        if not done:
+            continue
+        folded.append(norm.name)
+        if _is_plain(norm.holder) and not isinstance(maker, _Product):
+            # In place: the module may be registered under several names, or be called from a list.
+            for held in (*dict(norm.holder.named_parameters(recurse=False)), *dict(norm.holder.named_buffers())):
+                delattr(norm.holder, held)
+            norm.holder.__class__ = nn.Identity
+        else:
+            left_out.append((norm.holder, norm.buffer))
+    if left_out:
+        _have_forward_follow(model, left_out, biased)
     for layer in own_layers(model).values():
         _silence(layer)
     return folded
+
+
+@dataclass
+class _Product:
+    """A call in a module's own code that reads a weight.
+
+    Args:
+        weight: its integers.
+        bias: what the call adds.
+    """
+
+    weight: IntegerWeight
+    bias: Tensor | None
 
 
 @dataclass
@@ -78,23 +99,52 @@ class _Norm:
 
 
 def _fold(layer: QuantizedLayer, norm: _Norm) -> bool:
-    gamma = torch.ones_like(norm.variance) if norm.weight is None else norm.weight
-    factor = gamma.double() / (norm.variance.double() + norm.eps).sqrt()
     weight, axis = layer.weight_quantizer, int(isinstance(layer, TRANSPOSED))
     if not isinstance(weight, IntegerWeight) or (axis == 1 and layer.groups != 1):
         return False  # output channels of grouped transposed convolutions are spread over both dimensions
-    bias = layer.bias.double() if isinstance(layer.bias, Tensor) else torch.zeros_like(factor)
-    bias = (bias - norm.mean.double()) * factor
-    bias = (bias if norm.bias is None else bias + norm.bias.double()).float()
-    made = weight.scaled(factor.float(), axis)
-    if made is None:
+    found = _folded(weight, layer.bias if isinstance(layer.bias, Tensor) else None, norm, axis, layer.input_quantizer)
+    if found is None:
         return False
-    too_many, idle = _out_of_range(layer, made, bias, axis)
-    if bool((too_many & ~idle).any()):
-        return False  # a factor so small that its channel's bias finds no room in 32 bits
+    made, bias = found
     setattr(layer, WEIGHT, made)
     layer.bias = nn.Parameter(bias, requires_grad=False)
     return True
+
+
+def _fold_product(model: nn.Module, product: _Product, norm: _Norm) -> bool:
+    held = [
+        (module, name)
+        for module in model.modules()
+        for name, child in module._modules.items()
+        if child is product.weight
+    ]
+    (holder, name), *others = held
+    activation = holder._modules.get(input_name(name.removesuffix("_quantizer")))
+    found = None if others else _folded(product.weight, product.bias, norm, 0, activation)
+    if found is None:
+        return False
+    product.weight, bias = found
+    product.weight.register_buffer("bias", bias)
+    holder._modules[name] = product.weight
+    return True
+
+
+def _folded(
+    weight: IntegerWeight, bias: Tensor | None, norm: _Norm, axis: int, activation: nn.Module | None
+) -> tuple[IntegerWeight, Tensor] | None:
+    """A weight and a bias that stand for theirs and a normalization; None where they cannot."""
+    gamma = torch.ones_like(norm.variance) if norm.weight is None else norm.weight
+    factor = gamma.double() / (norm.variance.double() + norm.eps).sqrt()
+    total = torch.zeros_like(factor) if bias is None else bias.double()
+    total = (total - norm.mean.double()) * factor
+    total = (total if norm.bias is None else total + norm.bias.double()).float()
+    made = weight.scaled(factor.float(), axis)
+    if made is None:
+        return None
+    too_many, idle = _out_of_range(activation, made, total, axis)
+    if bool((too_many & ~idle).any()):
+        return None  # a factor so small that its channel's bias finds no room in 32 bits
+    return made, total
 
 
 def _silence(layer: QuantizedLayer) -> None:
@@ -105,14 +155,13 @@ def _silence(layer: QuantizedLayer) -> None:
         return
     if axis == 1 and layer.groups != 1:
         return
-    too_many, idle = _out_of_range(layer, weight, bias, axis)
+    too_many, idle = _out_of_range(layer.input_quantizer, weight, bias, axis)
     if bool((too_many & idle).any()):
         setattr(layer, WEIGHT, weight.silenced(too_many & idle, axis) or weight)
 
 
-def _out_of_range(layer: QuantizedLayer, weight: IntegerWeight, bias: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+def _out_of_range(quantizer: nn.Module | None, weight: IntegerWeight, bias: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Output channels whose bias is beyond 32 bits, and those in which nothing but the bias shows in float32."""
-    quantizer = layer.input_quantizer
     nothing = bias.new_zeros(len(bias), dtype=torch.bool)
     if not isinstance(quantizer, IntegerInput):
         return nothing, nothing
@@ -125,22 +174,16 @@ def _out_of_range(layer: QuantizedLayer, weight: IntegerWeight, bias: Tensor, ax
     return size > MOST_QUANTA * quantum, largest <= size * torch.finfo(torch.float32).eps / 4
 
 
-def _pairs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, _Norm]]:
-    """Names of layers and the normalizations that are the only readers of what they give; each used once."""
-    calls: list[str] = []
+def _pairs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str | _Product, _Norm]]:
+    """Layers, by name, and calls, and the normalizations that alone read what they give; each used once."""
     names = {module: name for name, module in model.named_modules()}
     watch = _Watch(names)
-
-    def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        calls.append(names[module])
-        if isinstance(output, Tensor):
-            watch.kept.append(output)
-            if _channels_second(module, output):
-                watch.outputs[id(output)] = names[module]
-
-    # Before the user's own hooks, which may change or read what a layer gives.
     layers = [module for module in names if isinstance(module, QuantizedLayer)]
-    handles = [layer.register_forward_hook(see, prepend=True) for layer in layers]
+    of_layers: set[nn.Module | None] = {layer.weight_quantizer for layer in layers}
+    weights = [module for module in names if isinstance(module, IntegerWeight) and module not in of_layers]
+    # Before the user's own hooks, which may change or read what a layer gives.
+    handles = [layer.register_forward_hook(watch.see_layer, prepend=True) for layer in layers]
+    handles += [weight.register_forward_hook(watch.see_weight) for weight in weights]
     try:
         rule = f"{type(model).__name__} must take `example_inputs`"
         with torch.no_grad(), watch, explained(rule, args or kwargs, "as `forward` does"):
@@ -150,12 +193,13 @@ def _pairs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
             handle.remove()
     returned = {id(leaf) for leaf in tree_leaves(result)}
     means = [id(norm.mean) for _, norm in watch.norms]
-    return [
-        (watch.outputs[given], norm)
-        for given, norm in watch.norms
-        if means.count(id(norm.mean)) == calls.count(watch.outputs[given]) == watch.count[given] == 1
-        and given not in returned
-    ]
+    found: list[tuple[str | _Product, _Norm]] = []
+    for given, norm in watch.norms:
+        maker = watch.outputs[given]
+        used = watch.used.count(maker.weight if isinstance(maker, _Product) else maker)
+        if means.count(id(norm.mean)) == used == watch.count[given] == 1 and given not in returned:
+            found.append((maker, norm))
+    return found
 
 
 def _is_plain(norm: nn.Module) -> bool:
@@ -180,44 +224,73 @@ def _channels_second(module: nn.Module, output: Tensor) -> bool:
 _BATCH_NORM = inspect.signature(F.batch_norm)
 
 
+_PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d}  # input, weight and bias first, and output channels first
+
+
 class _Watch(TorchFunctionMode):
-    """Notes the normalizations of layers' outputs, and counts the operations that read each of these.
+    """Notes the normalizations of what layers and products give, and counts the operations that read each of these.
 
     Args:
         names: of the model's modules.
 
     Attributes:
-        outputs: the layer that gave a tensor, by the tensor's identity.
+        outputs: what gave a tensor, by the tensor's identity.
+        used: the layers, by name, and the weights in order of use.
         norms: the identity of what was normalized, and how.
     """
 
     def __init__(self, names: dict[nn.Module, str]) -> None:
         super().__init__()
-        self.outputs: dict[int, str] = {}
-        self.kept: list[Tensor] = []  # so that no address is used twice
+        self.outputs: dict[int, str | _Product] = {}
+        self.used: list[str | IntegerWeight] = []
         self.count: dict[int, int] = {}
         self.norms: list[tuple[int, _Norm]] = []
+        self._names = names
+        self._kept: list[Any] = []  # so that no address is used twice
+        self._weights: dict[int, IntegerWeight] = {}
         self._holders = {
             id(buffer): (module, own, name) for module, name in names.items() for own, buffer in module._buffers.items()
         }
 
+    def see_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A hook on layers."""
+        self.used.append(self._names[module])
+        self._kept.append(output)
+        if isinstance(output, Tensor) and _channels_second(module, output):
+            self.outputs[id(output)] = self._names[module]
+
+    def see_weight(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """A hook on weights that modules' own code reads."""
+        assert isinstance(module, IntegerWeight)
+        self.used.append(module)
+        self._kept.append(output)
+        self._weights[id(output)] = module
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
         if function is F.batch_norm:
-            self._note(*args, **(kwargs or {}))
+            self._note_norm(*args, **kwargs)
+        elif function in _PRODUCTS:
+            self._note_product(function, result, args, kwargs)
         name = getattr(function, "__name__", "")
         # Looking at a tensor's shape or grad mode (BatchNorm checks its input's dimensions) is not reading it.
         looks = name in ("dim", "size", "__get__", "numel") and not isinstance(result, Tensor)
         if not looks:
-            for tensor in tree_leaves((args, kwargs or {})):
+            for tensor in tree_leaves((args, kwargs)):
                 if isinstance(tensor, Tensor) and id(tensor) in self.outputs:
                     self.count[id(tensor)] = self.count.get(id(tensor), 0) + 1
         return result
 
-    def _note(self, *args: Any, **kwargs: Any) -> None:
-        bound = _BATCH_NORM.bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
+    def _note_product(self, function: Any, result: Tensor, args: Any, kwargs: Any) -> None:
+        weight, bias = _weight_and_bias(args, kwargs)
+        own = self._weights.get(id(weight))
+        if own is not None and result.ndim == own.codes.ndim:
+            self._kept.append(result)
+            self.outputs[id(result)] = _Product(own, bias)
+
+    def _note_norm(self, *args: Any, **kwargs: Any) -> None:
+        given = _arguments(args, kwargs)
         mean, variance = given["running_mean"], given["running_var"]
         # Without running statistics, its factors are each batch's own.
         if id(given["input"]) in self.outputs and id(mean) in self._holders and not given["training"]:
@@ -227,27 +300,62 @@ class _Watch(TorchFunctionMode):
             self.norms.append((id(given["input"]), norm))
 
 
-def _skip(model: nn.Module, norms: list[tuple[nn.Module, str]]) -> None:
-    """Have a model's forward leave normalizations out, wherever its code calls them."""
+_BATCH_NORM = inspect.signature(F.batch_norm)
+
+
+def _arguments(args: Any, kwargs: Any) -> dict[str, Any]:
+    """Those of `F.batch_norm`, by name."""
+    bound = _BATCH_NORM.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _weight_and_bias(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Those of a product."""
+    return (
+        args[1] if len(args) > 1 else kwargs.get("weight"),
+        args[2] if len(args) > 2 else kwargs.get("bias"),
+    )
+
+
+# ---- a forward that follows -----------------------------------------------------------------------------------------
+
+
+def _have_forward_follow(model: nn.Module, left_out: list[tuple[nn.Module, str]], biased: Sequence[_Product]) -> None:
+    """Have a model's forward leave normalizations out, and give products their biases, wherever its code calls them."""
     kind: type[nn.Module] = type(model)
+    given: dict[int, tuple[Any, Tensor]] = {}
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        given[id(output)] = output, module.bias  # type: ignore[assignment]
+
+    for product in biased:
+        product.weight.register_forward_hook(note)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _Skipping(norms):
+        given.clear()
+        with _Following(left_out, given):
             return kind.forward(self, *args, **kwargs)
 
     members = {"__module__": kind.__module__, "forward": functools.wraps(kind.forward)(forward)}
     model.__class__ = type(kind.__name__, (kind,), members)
 
 
-class _Skipping(TorchFunctionMode):
-    def __init__(self, norms: list[tuple[nn.Module, str]]) -> None:
+class _Following(TorchFunctionMode):
+    def __init__(self, left_out: list[tuple[nn.Module, str]], given: Mapping[int, tuple[Any, Tensor]]) -> None:
         super().__init__()
-        self._norms = norms
+        self._left_out, self._given = left_out, given
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is F.batch_norm:
-            given = _BATCH_NORM.bind(*args, **kwargs).arguments
-            if any(given["running_mean"] is holder._buffers[own] for holder, own in self._norms):
+            given = _arguments(args, kwargs)
+            if any(given["running_mean"] is holder._buffers[own] for holder, own in self._left_out):
                 return given["input"]
+        elif function in _PRODUCTS:
+            _, bias = self._given.get(id(_weight_and_bias(args, kwargs)[0]), (None, None))
+            if bias is not None and len(args) > 2:
+                args = (*args[:2], bias, *args[3:])
+            elif bias is not None:
+                kwargs = kwargs | {"bias": bias}
         return function(*args, **kwargs)

@@ -174,6 +174,39 @@ def test_a_file_says_which_weights_run_in_float(tmp_path: Path) -> None:
     assert in_float() == ["stem", "conv1", "conv2", "last"]  # the matrix is multiplied by as it is stored
 
 
+class PadsItself(nn.Conv2d):
+    """As convolutions do that were ported from TensorFlow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(nn.functional.pad(x, (0, 1, 2, 1)), self.weight, self.bias, self.stride, (0, 1))
+
+
+class Ported(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = PadsItself(3, 4, 3, bias=False), PadsItself(4, 6, 3, stride=2)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(6)])
+        self.pool, self.last = nn.AdaptiveAvgPool2d(1), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, norm in zip((self.first, self.second), self.norms, strict=True):
+            x = nn.functional.relu6(norm(layer(x)))
+        return self.last(self.pool(x).flatten(1))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_a_module_pads_and_normalizes_by_itself_is_in_integers(tmp_path: Path, bits: int) -> None:
+    model, x = Ported(), torch.randn(X) * 3
+    for _ in range(3):
+        model(x)  # statistics of the normalizations
+    activation = QuantSpec(bits, symmetric=False)
+    lfq.attach(model.eval(), bits, activation, rules=[Rule("first", activation=8)], example=x, target="onnxruntime")
+    found = executed(model, tmp_path, x, optimize_for="speed", optimized_tolerance=0.1)
+    assert found["QLinearConv"] == 2
+    assert found["QGemm"] == found["QLinearGlobalAveragePool"] == found["QuantizeLinear"] == 1
+    assert found["Pad"] == found["BatchNormalization"] == 0
+
+
 class Levels(nn.Module):
     """One pooling for two levels, each of which is joined with what came from below."""
 

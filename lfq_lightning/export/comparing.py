@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lfq_lightning.export.integers import IntegerWeight
 from lfq_lightning.export.onnx_file import file_bytes, stored_weights
+from lfq_lightning.export.onnx_passes import Padded
 from lfq_lightning.export.parity import OutputParity, Parity, QuantizerParity
 from lfq_lightning.ops import spread
 from lfq_lightning.placement.points import activations, points, weights
@@ -32,6 +33,7 @@ def run_and_compare(
     reference: nn.Module,
     path: Path,
     watched: Mapping[str, Sequence[str]],
+    padded: Mapping[str, Padded],
     integers: Mapping[str, IntegerWeight],
     batches: Iterable[Inputs],
     float_file_bytes: int,
@@ -44,6 +46,7 @@ def run_and_compare(
         reference: a copy of what was exported, in eval mode on the CPU.
         path: the file.
         watched: what `codes_by_quantizer` gave.
+        padded: what `for_onnxruntime` gave.
         integers: the integer weights by name, which know the signs that BatchNorm gave them.
         batches: positional and keyword inputs, on the CPU.
         float_file_bytes: the size to compare the file's with.
@@ -70,7 +73,7 @@ def run_and_compare(
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         feed = {node.name: x.numpy() for node, x in zip(plain.get_inputs(), tensors, strict=True)}
         values = dict(zip([o.name for o in plain.get_outputs()], plain.run(None, feed), strict=True))
-        given = {name: [values[node] for node in nodes] for name, nodes in watched.items()}
+        given = {name: [_as_the_model_pads(values[n], padded.get(n)) for n in nodes] for name, nodes in watched.items()}
         expected = _run(reference, args, kwargs, _Given(given, tally))
         count += len(tensors[0]) if tensors and tensors[0].ndim else 1
         unoptimized.take_in([values[name] for name in outputs], expected)
@@ -86,6 +89,10 @@ def run_and_compare(
     quantum = _quantum(reference)
     ends = unoptimized.parity(quantum), optimized.parity(quantum)
     return Parity(rows, count, *ends, file_bytes(path), float_file_bytes, **settings)
+
+
+def _as_the_model_pads(codes: np.ndarray, padded: Padded | None) -> np.ndarray:
+    return codes if padded is None else np.pad(codes, padded.widths, constant_values=padded.code)
 
 
 def _are_one(weight: IntegerWeight, other: IntegerWeight) -> bool:

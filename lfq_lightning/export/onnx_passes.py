@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -17,15 +17,28 @@ ROWS_SCALE, ROWS_ZERO_POINT = ".rows_scale", ".rows_zero_point"  # of tables who
 UNCLIPPED = "_unclipped"
 
 
-def for_onnxruntime(proto: onnx.ModelProto, weights: Mapping[str, IntegerWeight], optimize_for: str) -> None:
+class Padded(NamedTuple):
+    """How codes are padded by the convolution that reads them: before and behind each dimension, and with what."""
+
+    widths: tuple[tuple[int, int], ...]
+    code: int
+
+
+def for_onnxruntime(
+    proto: onnx.ModelProto, weights: Mapping[str, IntegerWeight], optimize_for: str
+) -> dict[str, Padded]:
     """Rewrite a graph in place.
 
     Args:
         proto: what torch's exporter wrote.
         weights: the integer weights by name.
         optimize_for: "size" or "speed".
+
+    Returns:
+        The codes, by their tensor, that the model pads before it quantizes them.
     """
     cast_constants(proto)
+    padded = merge_padding(proto)
     flatten_stacks(proto)
     turn_matrices(proto, weights)
     pool_globally(proto)
@@ -34,6 +47,7 @@ def for_onnxruntime(proto: onnx.ModelProto, weights: Mapping[str, IntegerWeight]
     if optimize_for == "speed":
         saturate_codes(proto)
     look_up_codes(proto, weights, optimize_for)
+    return padded
 
 
 def cast_constants(proto: onnx.ModelProto) -> None:
@@ -154,6 +168,47 @@ def saturate_codes(proto: onnx.ModelProto) -> None:
             proto.graph.initializer.append(numpy_helper.from_array(np.array(end, zero_point.dtype), name))
         proto.graph.node.insert(place + 1, onnx.helper.make_node("Clip", [node.output[0], *names], [given]))
     drop_unread(proto)
+
+
+def merge_padding(proto: onnx.ModelProto) -> dict[str, Padded]:
+    """Have convolutions pad what they read with zeros, which every quantizer keeps, in place of a Pad before it."""
+    stored = {kept.name: numpy_helper.to_array(kept) for kept in proto.graph.initializer}
+    readers, padded = readers_of(proto), dict[str, Padded]()
+    for node in list(proto.graph.node):
+        chains = _chains(node.output[0], readers)
+        constants = [name for name in node.input[1:] if name]
+        if node.op_type != "Pad" or len(chains) != 1 or len(readers[node.output[0]]) != 1 or len(constants) > 2:
+            continue
+        convolutions = readers.get(chains[0][-1].output[0], [])
+        widths = stored.get(constants[0])
+        value = stored.get(constants[1]) if len(constants) > 1 else np.zeros(())
+        plain = settings_of(node).get("mode", b"constant") == b"constant" and value is not None and not value.any()
+        if widths is None or not plain or any(widths[[0, 1]]) or widths.min() < 0 or not convolutions:
+            continue
+        before, behind = widths.reshape(2, -1)
+        if any(behind[:2]) or not all(_pads_itself(each, chains[0][-1].output[0]) for each in convolutions):
+            continue
+        for each in convolutions:
+            own = settings_of(each).get("pads", [0] * (len(widths) - 4))
+            kept = [attribute for attribute in each.attribute if attribute.name != "pads"]
+            del each.attribute[:]
+            each.attribute.extend(kept)
+            more = [*before[2:], *behind[2:]]
+            each.attribute.append(
+                onnx.helper.make_attribute("pads", [int(a + b) for a, b in zip(own, more, strict=True)])
+            )
+        (quantize,) = [each for each in chains[0] if each.op_type == "QuantizeLinear"]
+        code = int(stored[quantize.input[2]].flatten()[0])
+        padded[quantize.output[0]] = Padded(tuple((int(a), int(b)) for a, b in zip(before, behind, strict=True)), code)
+        chains[0][0].input[0] = node.input[0]
+        proto.graph.node.remove(node)
+    drop_unread(proto)
+    return padded
+
+
+def _pads_itself(node: onnx.NodeProto, given: str) -> bool:
+    settings = settings_of(node)
+    return node.op_type == "Conv" and node.input[0] == given and settings.get("auto_pad", b"NOTSET") == b"NOTSET"
 
 
 def pool_globally(proto: onnx.ModelProto) -> None:

@@ -148,7 +148,7 @@ def export_onnx(
     proto = _exported(integers, args, kwargs, dynamic_axes, opset)
     modules = integers.named_modules(remove_duplicate=False)  # one that is shared may be stored under any of its names
     weights = {name: module for name, module in modules if isinstance(module, IntegerWeight)}
-    for_onnxruntime(proto, weights, optimize_for)
+    padded = for_onnxruntime(proto, weights, optimize_for)
     if opset >= 21:
         pack(proto, weights, everywhere=optimize_for == "size")
     watched = codes_by_quantizer(proto, reference)
@@ -162,6 +162,7 @@ def export_onnx(
         reference,
         path,
         watched,
+        padded,
         weights,
         itertools.chain([(args, kwargs)], (_of_batch(on_cpu(batch), args, kwargs) for batch in batches)),
         float_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
@@ -18,7 +18,7 @@ from lfq_lightning.placement.quantized_layer import FrozenLayers
 from lfq_lightning.rules import Rule, as_rules
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, as_schedule, weight_spec
-from lfq_lightning.targets import TARGETS
+from lfq_lightning.targets import target_of
 from lfq_lightning.training.exporting import FitExport, check_export
 from lfq_lightning.training.phases import warn_if_float, warn_if_unlearned
 from lfq_lightning.training.run import Run, Training
@@ -61,7 +61,7 @@ class QuantizationAwareTraining(AtRest):
             of keywords, or a batch. None takes the first training batch, which is run through `training_step` without
             computing anything, or else the module's `example_input_array`; False looks at none, and quantizes layers
             of known types alone.
-        target: the runtime that the network is trained for, "onnxruntime"; see `attach`.
+        target: the runtime that the network is trained for, "onnxruntime" or "openvino", or several; see `attach`.
         record_every_n_steps: optimizer steps between two records; None takes `log_every_n_steps`, less in a short run.
         write_files: False leaves records to the loggers; a run without a directory of its own writes none either.
         on_collapse: what happens to a quantizer that passes nothing useful any more: "warn" names it once, "reinit"
@@ -92,7 +92,7 @@ class QuantizationAwareTraining(AtRest):
         compress_saved: bool = False,
         frozen_layers: FrozenLayers = "keep",
         example: Any = None,
-        target: str | None = None,
+        target: str | Sequence[str] | None = None,
         record_every_n_steps: int | None = None,
         write_files: bool = True,
         on_collapse: Reaction = "warn",
@@ -101,12 +101,10 @@ class QuantizationAwareTraining(AtRest):
         check_flags(reobserve=reobserve, compress_saved=compress_saved, write_files=write_files)
         check_choice("frozen_layers", frozen_layers, get_args(FrozenLayers))
         check_export(export)
-        if target is not None:
-            check_choice("target", target, tuple(TARGETS))
-            if example is False:
-                raise ValueError(
-                    f"`target` must know the operations of a batch. Found {target!r} with example=False: leave one out."
-                )
+        if target_of(target) is not None and example is False:
+            raise ValueError(
+                f"`target` must know the operations of a batch. Found {target!r} with example=False: leave one out."
+            )
         check_choice("on_collapse", on_collapse, get_args(Reaction))
         if record_every_n_steps is not None:
             check_whole("record_every_n_steps", record_every_n_steps, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lfq_lightning as lfq
 from lfq_lightning import QuantSpec, Rule
+from lfq_lightning.export.bench import bench
+from lfq_lightning.targets import target_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -259,6 +262,56 @@ def test_a_table_is_looked_up_before_floats_are_made_of_it(tmp_path: Path, rows:
         assert "0.weight_quantizer.codes" not in [n.input[0] for n in nodes if n.op_type == "DequantizeLinear"]
 
 
+OPENVINO = importlib.util.find_spec("openvino") is not None
+
+
+@pytest.mark.skipif(not OPENVINO, reason="openvino is not installed")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("network", [Levels, UNet, Ported, Residual])
+def test_openvino_computes_all_convolutions_in_integers(tmp_path: Path, network: type[nn.Module], bits: int) -> None:
+    model, x = network().eval(), torch.randn(X) * 3
+    placement = lfq.attach(model, bits, 8, example=x, target="openvino")
+    lfq.calibrate(model, [x])
+    lfq.export_onnx(model, x, tmp_path / "m.onnx", optimize_for="speed")
+    (row,) = bench([tmp_path / "m.onnx"], runs=1, batch=4, runtime="openvino").rows
+    assert row.integer == row.products == len(placement.layers)
+    compiled = openvino_of(tmp_path / "m.onnx")
+    found = torch.from_numpy(compiled(x.numpy())[0])
+    expected = model(x).detach()
+    assert (found - expected).square().sum() < 0.01 * expected.square().sum()
+
+
+def openvino_of(path: Path) -> Any:
+    import openvino
+
+    return openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+
+@pytest.mark.parametrize("target", ["openvino", ("onnxruntime", "openvino")])
+def test_what_is_joined_has_one_scale_where_a_runtime_wants_it(target: Any) -> None:
+    model, x = UNet(), torch.randn(X)
+    lfq.attach(model, example=x, target=target)
+    placed = {name: quantizer for name, quantizer in lfq.quantizers(model).items() if "weight" not in name}
+    # The input; what is joined, with what is pooled and made larger of it; the last's input.
+    assert len(set(map(id, placed.values()))) == 3
+
+
+def test_several_targets_take_what_holds_for_all(tmp_path: Path) -> None:
+    both = target_of(["openvino", "onnxruntime"])
+    assert both is not None
+    assert both.unsigned
+    assert both.least_group == 16
+    with pytest.raises(ValueError, match=r"`target` 'openvino and onnxruntime' must have integer kernels"):
+        lfq.attach(Residual(), 8, QuantSpec(), example=torch.randn(X), target=["openvino", "onnxruntime"])
+    assert lfq.attach(Residual(), 8, QuantSpec(), example=torch.randn(X), target="openvino").operands
+    for wrong in ((), ["openvino", "tflite"], 3):
+        with pytest.raises(ValueError, match="`target` must be one of onnxruntime, openvino"):
+            lfq.attach(Residual(), example=torch.randn(X), target=wrong)  # type: ignore[arg-type]
+    model, x = UNet().eval(), torch.randn(X)
+    lfq.attach(model, example=x, target=("onnxruntime", "openvino"))
+    assert executed(model, tmp_path, x)["QLinearConv"] == 3
+
+
 class Tokens(nn.Module):
     def __init__(self, bias: bool) -> None:
         super().__init__()
@@ -315,6 +368,7 @@ def test_a_rule_decides_before_the_target() -> None:
     [
         ({"weight": QuantSpec(symmetric=False)}, "symmetric=True"),
         ({"weight": 12}, "at most 8 bits"),
+        ({"weight": QuantSpec(8, signed=False)}, "leave `signed` out"),
         ({"weight": QuantSpec(4, granularity="per_group", group_size=16)}, "activation=None"),
         ({"weight": QuantSpec(4, granularity="per_group", group_size=4), "activation": None}, "group_size of 16"),
         ({"weight": QuantSpec(4, granularity="per_group", group_size=24), "activation": None}, "group_size of 16"),
@@ -335,9 +389,9 @@ def test_a_target_needs_a_batch_and_a_known_name() -> None:
         ValueError, match=r"must know the operations of a batch\. Found 'onnxruntime' without `example`"
     ):
         lfq.attach(Residual(), target="onnxruntime")
-    with pytest.raises(ValueError, match=r"`target` must be one of onnxruntime\. Found 'tflite'"):
+    with pytest.raises(ValueError, match=r"`target` must be one of onnxruntime, openvino\. Found 'tflite'"):
         lfq.attach(Residual(), target="tflite", example=torch.randn(X))
-    with pytest.raises(ValueError, match="`target` must be one of onnxruntime"):
+    with pytest.raises(ValueError, match="`target` must be one of onnxruntime, openvino"):
         lfq.QuantizationAwareTraining(target="tflite")
     with pytest.raises(ValueError, match="Found 'onnxruntime' with example=False"):
         lfq.QuantizationAwareTraining(target="onnxruntime", example=False)

@@ -15,10 +15,11 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("--against", type=Path, help="the file that the others are a share of, such as the float one")
     parser.add_argument("--batch", type=int, default=1, help="length of dimensions that may vary (%(default)s)")
     parser.add_argument("--runs", type=int, default=50, help="of each file, in turn (%(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of the runtime (%(default)s)")
+    parser.add_argument("--runtime", choices=("onnxruntime", "openvino"), default="onnxruntime", help="(%(default)s)")
     parser.set_defaults(run=_bench)
 
 
 def _bench(given: argparse.Namespace) -> None:
     files = ([] if given.against is None else [given.against]) + given.file
-    print(bench(files, batch=given.batch, runs=given.runs, threads=given.threads))
+    print(bench(files, batch=given.batch, runs=given.runs, threads=given.threads, runtime=given.runtime))

@@ -1,4 +1,4 @@
-"""How fast ONNX files run in ONNX Runtime, how much of them in integers, and how large they are."""
+"""How fast ONNX files run in a runtime, how much of them in integers, and how large they are."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
-from lfq_lightning.checking import check_path, check_whole
+from lfq_lightning.checking import check_choice, check_path, check_whole
 from lfq_lightning.export.to_onnx import require_onnx
 from lfq_lightning.tables import Table
 
@@ -53,6 +53,7 @@ class Bench:
     rows: tuple[BenchRow, ...]
     runs: int
     threads: int
+    runtime: str = "onnxruntime"
 
     def __str__(self) -> str:
         first = self.rows[0]
@@ -68,23 +69,36 @@ class Bench:
             for row in self.rows
         ]
         columns = {"file": "<", "ms": ">", "of the first": ">", "products in integers": ">", "bytes": ">", "share": ">"}
-        note = f"ONNX Runtime, {self.threads} thread{'s' * (self.threads > 1)}; medians of {self.runs} runs in turn"
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        note = f"{_NAMES[self.runtime]}, {threads}; medians of {self.runs} runs in turn"
         return str(Table(columns, cells, ["", note]))
 
 
-def bench(paths: Sequence[str | Path], *, batch: int = 1, runs: int = 50, threads: int = 1) -> Bench:
-    """Run files in ONNX Runtime in turn, with all optimizations, on random inputs.
+_NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+def bench(
+    paths: Sequence[str | Path],
+    *,
+    batch: int = 1,
+    runs: int = 50,
+    threads: int = 1,
+    runtime: Literal["onnxruntime", "openvino"] = "onnxruntime",
+) -> Bench:
+    """Run files in turn, with all optimizations, on random inputs.
 
     Args:
-        paths: the files; give the float file first, to see shares of it.
+        paths: the files; give the float file first, to see shares of it. OpenVINO takes its own format (.xml) as well.
         batch: the length of every dimension that may vary.
         runs: of each file, after three that are not counted.
         threads: of each operation.
+        runtime: in which they run.
 
     Raises:
-        ImportError: if onnx or onnxruntime is missing.
+        ImportError: if onnx, or the runtime, is missing.
         ValueError: if a file is missing, or cannot be run.
     """
+    check_choice("runtime", runtime, tuple(_NAMES))
     require_onnx()
     from lfq_lightning.export.onnx_file import file_bytes
 
@@ -95,7 +109,8 @@ def bench(paths: Sequence[str | Path], *, batch: int = 1, runs: int = 50, thread
             raise ValueError(f"`path` must name an ONNX file. Found no file at `{path}`: export one first.")
     for name, value in {"batch": batch, "runs": runs, "threads": threads}.items():
         check_whole(name, value, 1)
-    made = [_session(path, batch, threads) for path in files]
+    load = _session if runtime == "onnxruntime" else _request
+    made = [load(path, batch, threads) for path in files]
     for run, _ in made * 3:
         run()
     taken: list[list[float]] = [[] for _ in files]
@@ -105,10 +120,15 @@ def bench(paths: Sequence[str | Path], *, batch: int = 1, runs: int = 50, thread
             run()
             times.append(time.perf_counter() - start)
     rows = (
-        BenchRow(path, 1e3 * median(times), *counted, file_bytes(path))
+        BenchRow(path, 1e3 * median(times), *counted, _bytes_of_ir(path) or file_bytes(path))
         for path, times, (_, counted) in zip(files, taken, made, strict=True)
     )
-    return Bench(tuple(rows), runs, threads)
+    return Bench(tuple(rows), runs, threads, runtime)
+
+
+def _bytes_of_ir(path: Path) -> int:
+    """The bytes of a file in OpenVINO's own format, with its tensors; 0 for another."""
+    return path.stat().st_size + path.with_suffix(".bin").stat().st_size if path.suffix == ".xml" else 0
 
 
 def _session(path: Path, batch: int, threads: int) -> tuple[Callable[[], Any], tuple[int, int]]:
@@ -129,16 +149,56 @@ def _session(path: Path, batch: int, threads: int) -> tuple[Callable[[], Any], t
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
     kinds = [node.op_type for node in graph.node]
     integer = sum(kind in INTEGER_PRODUCTS for kind in kinds)
-    feed = {node.name: _random(node, batch) for node in session.get_inputs()}
+    feed = {
+        node.name: _random([n if isinstance(n, int) else batch for n in node.shape], node.type[7:-1])
+        for node in session.get_inputs()
+    }
     return lambda: session.run(None, feed), (integer, integer + sum(kind in FLOAT_PRODUCTS for kind in kinds))
 
 
-def _random(node: Any, batch: int) -> Any:
+# Names that OpenVINO's CPU plugin gives to convolutions and matrix products in the graph that it executes.
+_OPENVINO_PRODUCTS = frozenset(
+    {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "Gemm", "RNNSeq", "RNNCell"}
+)
+
+
+def _request(path: Path, batch: int, threads: int) -> tuple[Callable[[], Any], tuple[int, int]]:
+    """As `_session`, in OpenVINO."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise ImportError(
+            f'Files run in OpenVINO with the extra (found no {error.name}): `pip install "lfq_lightning[openvino]"`.'
+        ) from error
+    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    try:
+        compiled = openvino.Core().compile_model(path, "CPU", settings)
+    except Exception as error:  # of many kinds, which have no common one
+        raise ValueError(f"`path` must name a file that OpenVINO takes. Found `{path}`: {error}") from error
+    notes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+    kinds = [
+        note["runtimePrecision"].astype(str)
+        for note in notes
+        if "layerType" in note and note["layerType"].astype(str) in _OPENVINO_PRODUCTS
+    ]
+    request = compiled.create_infer_request()
+    feed = {
+        node.any_name: _random(
+            [n.get_length() if n.is_static else batch for n in node.partial_shape],
+            _OPENVINO_TYPES.get(node.element_type.get_type_name(), node.element_type.to_string()),
+        )
+        for node in compiled.inputs
+    }
+    return lambda: request.infer(feed), (sum("f" not in kind for kind in kinds), len(kinds))
+
+
+_OPENVINO_TYPES = {"f32": "float", "f64": "double", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}
+
+
+def _random(shape: Sequence[int], kind: str) -> Any:
     """An input of a file's type: normal numbers, or zeros, which are in the range of every table."""
     import numpy as np
 
-    shape = [length if isinstance(length, int) else batch for length in node.shape]
-    kind = node.type.removeprefix("tensor(").removesuffix(")")
     if kind in ("float", "double", "float16"):
         values = np.random.default_rng(0).standard_normal(shape)
         return values.astype({"float": np.float32, "double": np.float64, "float16": np.float16}[kind])

@@ -62,7 +62,7 @@ def attach(
     compress_saved: bool = False,
     frozen_layers: FrozenLayers = "keep",
     example: Any = None,
-    target: str | None = None,
+    target: str | Sequence[str] | None = None,
 ) -> Placement:
     """Put learnable fake quantizers on the weights of a model and on what meets them, in place.
 
@@ -84,9 +84,10 @@ def attach(
             `requires_grad=False`, as a GAN and finetuning need it; "learn" lets them learn whether or not it learns.
         example: what the model is run on: one input, a tuple of positional inputs, a mapping of keyword inputs, or a
             batch of inputs and targets as a DataLoader gives it.
-        target: the runtime that the network is trained for: "onnxruntime", which needs an `example`. Additions,
-            concatenations and poolings between quantized operations, which it computes in integers, are quantized too.
-            None quantizes what meets a parameter alone.
+        target: the runtime that the network is trained for, which needs an `example`: "onnxruntime" or "openvino", or
+            several, for what all of them compute in integers. Additions, concatenations and poolings between quantized
+            operations are quantized too, with one scale where a runtime wants one. None quantizes what meets a
+            parameter alone.
 
     Returns:
         What was placed where. Attaching again with the same arguments changes nothing.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
 from torch import nn
 
-from lfq_lightning.checking import check_choice, check_model
+from lfq_lightning.checking import check_model
 from lfq_lightning.flow.graph import Flow, Owned
 from lfq_lightning.flow.operations import BY_NAME
 from lfq_lightning.placement.layers import (
@@ -30,7 +30,7 @@ from lfq_lightning.private import plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.rules import Rule, check_listed
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, weight_spec
-from lfq_lightning.targets import TARGETS, Target
+from lfq_lightning.targets import Target, target_of
 
 Kind = Literal["weight", "activation"]
 
@@ -83,7 +83,7 @@ def plan(
     rules: Iterable[Rule],
     final: bool = True,
     flow: Flow | None = None,
-    target: str | None = None,
+    target: str | Sequence[str] | None = None,
 ) -> Placement:
     """What `attach` would place.
 
@@ -97,10 +97,7 @@ def plan(
         target: as `attach` takes it.
     """
     check_model(model)
-    runtime = None
-    if target is not None:
-        check_choice("target", target, tuple(TARGETS))
-        runtime = TARGETS[target]
+    runtime = target_of(target)
     defaults: dict[Kind, QuantSpec | None] = {"weight": weight_spec(weight), "activation": activation_spec(activation)}
     check_listed(rules)
     rules = tuple(rules)
@@ -117,7 +114,7 @@ def plan(
     if runtime is not None and flow is not None:
         calls = calls_in_integers(flow, runtime, _quantized_tensors(chosen))
         same = _of_same_scale(flow, runtime, calls)
-        calls = {number for number in calls if flow.calls[number].kernel not in runtime.same_scale}
+        calls = {number for number in calls if flow.calls[number].kernel not in runtime.choosing}
         chosen = [item for item in items if item in chosen or _is_asked_by_target(item, calls, defaults["activation"])]
     ends = _at_ends(chosen, found)
     # Layers that are tied to the first or the last have its weight, and so its bits.
@@ -362,14 +359,20 @@ def _quantized_tensors(chosen: Iterable[_Item]) -> set[int]:
 
 
 def _of_same_scale(flow: Flow, target: Target, calls: Iterable[int]) -> dict[int, int]:
-    """By the result of a call that keeps its operand's scale, the operand, or what it has its own from."""
+    """By tensor that must have another's scale, which it is: one for each group of them."""
     same: dict[int, int] = {}
+
+    def first(tensor: int) -> int:
+        while tensor in same:
+            tensor = same[tensor]
+        return tensor
+
     for number in sorted(calls):
         call = flow.calls[number]
-        if call.kernel in target.same_scale and call.gives is not None:
-            (read,) = call.reads
-            same[call.gives] = same.get(read.identity, read.identity)
-    return same
+        if call.kernel in target.choosing | target.one_scale and call.gives is not None:
+            one, *others = (first(tensor) for tensor in (*(read.identity for read in call.reads), call.gives))
+            same |= {other: one for other in others if other != one}
+    return {tensor: first(tensor) for tensor in same}
 
 
 def _is_asked_by_target(item: _Item, calls: set[int], spec: QuantSpec | None) -> bool:

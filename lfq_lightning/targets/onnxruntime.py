@@ -21,7 +21,8 @@ ONNXRUNTIME = Target(
             "interpolate nearest",  # Resize of unsigned codes; other modes are in float
         }
     ),
-    same_scale=frozenset({"max_pool2d", "interpolate nearest"}),
+    choosing=frozenset({"max_pool2d", "interpolate nearest"}),
+    one_scale=frozenset(),
     unsigned=True,
     least_group=16,  # MatMulNBits, which reads an input that is not quantized
 )

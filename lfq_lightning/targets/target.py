@@ -14,19 +14,32 @@ class Target:
     Args:
         name: by which a user asks for it.
         operations: beside those that read a parameter, the operations that it computes in integers where all their
-            operands and their result are quantized; names of the table of operations, of
-            interpolation with its mode.
-        same_scale: those among them whose result has their operand's scale, and which need no quantizer: they choose
-            among values.
+            operands and their result are quantized; names of the table of operations, of interpolation with its mode.
+        choosing: those among them that choose among values: their result has their operand's scale, and they need no
+            quantizer of their own.
+        one_scale: those among them whose operands and result must all have one scale.
         unsigned: whether activations must have unsigned codes.
-        least_group: how many inputs share a scale at least where a weight has groups; powers of two from there on.
+        least_group: how many inputs share a scale at least where a weight has groups; powers of two from there on;
+            1 for any.
     """
 
     name: str
     operations: frozenset[str]
-    same_scale: frozenset[str]
+    choosing: frozenset[str]
+    one_scale: frozenset[str]
     unsigned: bool
     least_group: int
+
+    def together_with(self, other: Target) -> Target:
+        """What holds for both."""
+        return Target(
+            name=f"{self.name} and {other.name}",
+            operations=self.operations & other.operations,
+            choosing=self.choosing & other.choosing,
+            one_scale=self.one_scale | other.one_scale,
+            unsigned=self.unsigned or other.unsigned,
+            least_group=max(self.least_group, other.least_group),
+        )
 
     def check(self, label: str, weight: QuantSpec | None, activation: QuantSpec | None) -> None:
         """Raise ValueError for specifications that the runtime would compute in float.
@@ -39,6 +52,8 @@ class Target:
         found = ""
         if weight is not None and not weight.symmetric:
             found, remedy = f"weight={weight!r}", "use symmetric codes, with symmetric=True"
+        elif weight is not None and weight.signed is False:
+            found, remedy = f"weight={weight!r}", "leave `signed` out, for codes below zero too"
         elif weight is not None and weight.bits > 8:
             found, remedy = f"weight={weight!r}", "use at most 8 bits"
         elif weight is not None and weight.group_size is not None and not self._has_groups_of(weight.group_size):
@@ -63,4 +78,4 @@ class Target:
             )
 
     def _has_groups_of(self, size: int) -> bool:
-        return size >= self.least_group and not size & (size - 1)
+        return self.least_group == 1 or (size >= self.least_group and not size & (size - 1))

@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,7 +68,7 @@ class FitExport:
         target: what the model is quantized for, or None; with one, files are optimized for speed.
     """
 
-    def __init__(self, export: Export, target: str | None = None) -> None:
+    def __init__(self, export: Export, target: str | Sequence[str] | None = None) -> None:
         settings = dict(export) if isinstance(export, Mapping) else {"path": export}
         if target is not None:
             settings.setdefault("optimize_for", "speed")

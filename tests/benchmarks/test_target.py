@@ -1,4 +1,4 @@
-"""What ONNX Runtime makes of files: quantized for it, without a target, and by its own post-training quantization."""
+"""What runtimes make of files: quantized for them, without a target, and by their own post-training quantization."""
 
 from __future__ import annotations
 
@@ -39,12 +39,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "vit": (ViT, images(96)),
     "bert": (bert, lambda: torch.randint(30522, (16, 128))),
 }
-OURS: dict[str, dict[str, Any]] = {
-    "ours W8A8, no target": {"weight": 8, "activation": 8, "target": None},
-    "ours W8A8": {"weight": 8, "activation": 8, "target": "onnxruntime"},
-    "ours W4A8": {"weight": 4, "activation": 8, "target": "onnxruntime"},
-    "ours W4A4": {"weight": 4, "activation": 4, "target": "onnxruntime"},
-}
+OURS = {"no target": (8, 8), "W8A8": (8, 8), "for both": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
+BOTH = ("onnxruntime", "openvino")
 
 
 class Examples(CalibrationDataReader):  # type: ignore[misc]
@@ -57,7 +53,7 @@ class Examples(CalibrationDataReader):  # type: ignore[misc]
         return next(self._batches, None)
 
 
-def own_quantization(float_file: Path, inputs: Tensor) -> Path:
+def by_onnxruntime(float_file: Path, inputs: Tensor, network: str) -> Path:
     """The file that ONNX Runtime's post-training quantization makes, in W8A8 with a scale for each channel."""
     prepared, own = float_file.with_name("prepared.onnx"), float_file.with_name("own.onnx")
     quant_pre_process(str(float_file), str(prepared))
@@ -65,6 +61,19 @@ def own_quantization(float_file: Path, inputs: Tensor) -> Path:
     reader = Examples(onnx.load(float_file).graph.input[0].name, inputs)
     quantize_static(str(prepared), str(own), reader, per_channel=True, **codes)
     return own
+
+
+def by_nncf(float_file: Path, inputs: Tensor, network: str) -> Path:
+    """The file that NNCF's post-training quantization makes for OpenVINO, as its guide says for a network's kind."""
+    nncf, openvino = pytest.importorskip("nncf"), pytest.importorskip("openvino")
+    model, own = openvino.Core().read_model(float_file), float_file.with_name("own.xml")
+    data = nncf.Dataset([x[None].numpy() for x in inputs])
+    kind = {"model_type": nncf.ModelType.TRANSFORMER} if network in ("vit", "bert") else {}
+    openvino.save_model(nncf.quantize(model, data, subset_size=len(inputs), **kind), own, compress_to_fp16=False)
+    return own
+
+
+OWN = {"onnxruntime": by_onnxruntime, "openvino": by_nncf}
 
 
 def exported(net: nn.Module, inputs: Tensor, path: Path, rules: Any = (), **settings: Any) -> Path:
@@ -80,11 +89,10 @@ def exported(net: nn.Module, inputs: Tensor, path: Path, rules: Any = (), **sett
 
 @pytest.mark.filterwarnings("ignore")  # the exporters, about themselves
 @pytest.mark.parametrize("network", NETWORKS)
-def test_target(table: Table, tmp_path: Path, network: str) -> None:
-    table.name = f"target_{network.replace(' ', '_')}"
-    table.notes.append(
-        "one example, one thread, medians of runs in turn, in multiples of float; output: relative power"
-    )
+@pytest.mark.parametrize("runtime", OWN)
+def test_target(table: Table, tmp_path: Path, runtime: Any, network: str) -> None:
+    table.name = f"target_{runtime}_{network.replace(' ', '_')}"
+    table.notes.append("one example, one thread, medians of runs in turn, in multiples of float")
     make, data = NETWORKS[network]
     torch.manual_seed(0)
     net, inputs = make(), data()
@@ -94,10 +102,12 @@ def test_target(table: Table, tmp_path: Path, network: str) -> None:
     x = inputs[:1]
     files = {"float": tmp_path / "float.onnx"}
     torch.onnx.export(net, (x,), files["float"], dynamo=True, verbose=False, external_data=False)
-    files["its own W8A8"] = own_quantization(files["float"], inputs)
-    for name, settings in OURS.items():
-        files[name] = exported(net, inputs, tmp_path / f"{name}.onnx", **settings)
-    found = bench([*files.values()], runs=100)
+    files["its own W8A8"] = OWN[runtime](files["float"], inputs, network)
+    for name, (weight, activation) in OURS.items():
+        target = {"no target": None, "for both": BOTH}.get(name, runtime)
+        settings = {"weight": weight, "activation": activation, "target": target}
+        files[f"ours, {name}"] = exported(net, inputs, tmp_path / f"{name}.onnx", **settings)
+    found = bench([*files.values()], runs=100, runtime=runtime)
     for name, row in zip(files, found.rows, strict=True):
         table.add(
             network=network,

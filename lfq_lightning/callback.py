@@ -28,7 +28,7 @@ from lfq_lightning.training.stepping.steps import check_makers
 from lfq_lightning.training.stepping.users import UserOptimizers
 from lfq_lightning.training.trainer.example import tell_account
 from lfq_lightning.training.trainer.length import Count
-from lfq_lightning.training.trainer.module import add_note
+from lfq_lightning.training.trainer.module import add_note, as_placed
 from lfq_lightning.training.trainer.neighbours import check_neighbours, require_gradients
 from lfq_lightning.training.trainer.resuming import explain_torn_checkpoint
 from lfq_lightning.training.wrapping import AtRest
@@ -159,6 +159,8 @@ class QuantizationAwareTraining(AtRest):
     def _attach(self, pl_module: L.LightningModule, final: bool) -> None:
         flow, why_none = self._in_run.flow(pl_module, self.example, final)
         placement = plan(pl_module, self.weight, self.activation, self.rules, final, flow, self.target)
+        if flow is None and self.example is not False and not self._in_run.fits:
+            placement = as_placed(pl_module, placement) or placement
         self.placement = self._in_run.agreed(replace(placement, unseen=why_none))
         apply(pl_module, self.placement, self.compress_saved)
         require_gradients(pl_module)

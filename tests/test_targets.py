@@ -116,6 +116,15 @@ def test_an_addition_whose_sum_stays_in_float_is_not_quantized() -> None:
     assert [layer.name for layer in placement.layers] == ["first", "last"]
 
 
+def test_operands_have_8_bits_unless_a_layer_reads_the_same_tensor_in_fewer() -> None:
+    model, x = Residual(), torch.randn(X)
+    placement = lfq.attach(model, 4, 4, example=x, target="onnxruntime")
+    assert [(operand.label, operand.spec.bits) for operand in placement.operands] == [
+        ("add/input", 4),  # which the next convolution reads as well
+        ("add/other", 8),
+    ]
+
+
 class Both(nn.Module):
     """What two layers give is pooled, and shown as it is too."""
 
@@ -136,19 +145,22 @@ def test_what_is_read_in_float_as_well_is_not_quantized() -> None:
 class Classifier(nn.Module):
     """Ends in a mean over all pixels and a linear layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_function: bool = False) -> None:
         super().__init__()
         self.features, self.pool, self.head = Residual(), nn.AdaptiveAvgPool2d(1), nn.Linear(4, 3)
+        self.by_function = by_function
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.pool(torch.relu(self.features(x))).flatten(1))
+        x = torch.relu(self.features(x))
+        return self.head(x.mean((-1, 2)) if self.by_function else self.pool(x).flatten(1))
 
 
+@pytest.mark.parametrize("by_function", [False, True])
 @pytest.mark.parametrize(("weight", "activation"), [(8, 8), (4, 8), (4, 4), (2, 3)])
 def test_optimized_for_speed_a_network_of_any_bits_runs_in_integers(
-    tmp_path: Path, weight: int, activation: int
+    tmp_path: Path, weight: int, activation: int, by_function: bool
 ) -> None:
-    model, x = Classifier().eval(), torch.randn(X)
+    model, x = Classifier(by_function).eval(), torch.randn(X)
     lfq.attach(model, weight, QuantSpec(activation, symmetric=False), example=x, target="onnxruntime")
     found = executed(model, tmp_path, x, optimize_for="speed", optimized_tolerance=0.1)
     assert found["QLinearConv"] == 4
@@ -408,6 +420,9 @@ class Module(L.LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self(batch[0]).square().mean()
 
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("power", self(batch[0]).square().mean())
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 1e-3)
 
@@ -424,7 +439,8 @@ def test_a_fit_for_a_target_ends_in_a_file_of_integers(tmp_path: Path) -> None:
         default_root_dir=tmp_path,
         accelerator="cpu",
     )
-    trainer.fit(Module(), DataLoader(TensorDataset(torch.randn(16, *X[1:])), 4))
+    model, data = Module(), DataLoader(TensorDataset(torch.randn(16, *X[1:])), 4)
+    trainer.fit(model, data)
     assert callback.parity is not None
     assert callback.parity.agrees
     assert callback.placement is not None
@@ -432,3 +448,15 @@ def test_a_fit_for_a_target_ends_in_a_file_of_integers(tmp_path: Path) -> None:
     assert callback.parity.in_float == ("net.last.weight_quantizer",)  # optimized for speed, as it has a target
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node)
     assert kinds["QuantizeLinear"] == 5  # the input, the stem's output, conv1's, conv2's and the sum's
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    [before] = trainer.test(model, data, verbose=False)
+    assert before == trainer.test(model, data, tmp_path / "last.ckpt", verbose=False)[0]
+    other = lfq.QuantizationAwareTraining(weight=4, target="onnxruntime")
+    fresh = L.Trainer(callbacks=[other], logger=False, enable_progress_bar=False, accelerator="cpu")
+    assert before == fresh.test(Module(), data, tmp_path / "last.ckpt", verbose=False)[0]
+    assert before == fresh.test(model, data, verbose=False)[0]
+    assert other.placement is not None
+    assert [operand.label for operand in other.placement.operands] == ["net/add/input", "net/add/other"]
+    with pytest.raises(ValueError, match="is already quantized as"):
+        wrong = lfq.QuantizationAwareTraining(weight=3, target="onnxruntime")
+        L.Trainer(callbacks=[wrong], logger=False, accelerator="cpu").test(model, data, verbose=False)

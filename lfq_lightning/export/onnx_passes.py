@@ -215,14 +215,20 @@ def pool_globally(proto: onnx.ModelProto) -> None:
     """Write means over all pixels as GlobalAveragePool: ReduceMean, as torch's exporter writes it, has no integers."""
     stored = {kept.name: kept for kept in proto.graph.initializer}
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in _values(proto)}
-    for node in proto.graph.node:
+    for place, node in reversed(list(enumerate(proto.graph.node))):
         if node.op_type != "ReduceMean" or len(node.input) != 2 or node.input[1] not in stored:
             continue
         rank, settings = ranks.get(node.input[0], 0), settings_of(node)
         axes = {int(axis) % max(rank, 1) for axis in numpy_helper.to_array(stored[node.input[1]]).flatten()}
-        if rank > 2 and axes == set(range(2, rank)) and settings.get("keepdims", 1):
-            node.op_type = "GlobalAveragePool"
-            del node.input[1:], node.attribute[:]
+        if rank < 3 or axes != set(range(2, rank)):
+            continue
+        node.op_type, given = "GlobalAveragePool", node.output[0]
+        del node.input[1:], node.attribute[:]
+        if not settings.get("keepdims", 1):
+            # Not Flatten, before which ONNX Runtime does not quantize.
+            node.output[0], shape = f"{given}_pooled", f"{given}_shape"
+            proto.graph.initializer.append(numpy_helper.from_array(np.array([0, -1]), shape))
+            proto.graph.node.insert(place + 1, onnx.helper.make_node("Reshape", [node.output[0], shape], [given]))
     drop_unread(proto)
 
 

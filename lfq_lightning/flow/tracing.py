@@ -255,9 +255,7 @@ class _Tracer(TorchFunctionMode):
         if operation.kind != "table" and not any(read.is_activation for read in reads):
             return None
         site = Site("" if frame.name is None else frame.name, operation.name, number if frame.name is not None else -1)
-        mode = ""
-        if operation.name == "interpolate":
-            mode = str(args[3] if len(args) > 3 else kwargs.get("mode", "nearest"))
+        mode = _mode(operation, args, kwargs)
         self._calls.append(Call(site, operation.kind, tuple(reads), after, torch.is_grad_enabled(), mode=mode))
         return len(self._calls) - 1
 
@@ -321,6 +319,21 @@ class _Tracer(TorchFunctionMode):
             else:
                 waiting += [before for before, _ in node.next_functions if before is not None]
         return _Known(found)
+
+
+def _mode(operation: Operation, args: Any, kwargs: Any) -> str:
+    """What a runtime asks of an operation beside its name."""
+    if operation.name == "interpolate":
+        return str(args[3] if len(args) > 3 else kwargs.get("mode", "nearest"))
+    if operation.name == "mean":
+        given = args[1] if len(args) > 1 else kwargs.get("dim")
+        dims = given if isinstance(given, (tuple, list)) else (given,)
+        rank = args[0].ndim if args else 0
+        all_pixels = (
+            rank > 2 and all(isinstance(d, int) for d in dims) and {d % rank for d in dims} == {*range(2, rank)}
+        )
+        return "of pixels" if all_pixels else ""
+    return ""
 
 
 def _result(function: Any, known: list[_Known], after: frozenset[int]) -> _Known:

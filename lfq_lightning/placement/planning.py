@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -115,7 +115,10 @@ def plan(
         calls = calls_in_integers(flow, runtime, _quantized_tensors(chosen))
         same = _of_same_scale(flow, runtime, calls)
         calls = {number for number in calls if flow.calls[number].kernel not in runtime.choosing}
-        chosen = [item for item in items if item in chosen or _is_asked_by_target(item, calls, defaults["activation"])]
+        taken = {same.get(tensor, tensor) for tensor in _quantized_tensors(chosen)}
+        asked = [item for item in items if item not in chosen and not calls.isdisjoint(item.calls)]
+        chosen = chosen + [item for item in asked if _is_asked_by_target(item, defaults["activation"], taken, same)]
+        chosen.sort(key=items.index)
     ends = _at_ends(chosen, found)
     # Layers that are tied to the first or the last have its weight, and so its bits.
     end_weights = {item.tie for item in ends if "weight" not in item.ruled and item.parameter is not None}
@@ -270,6 +273,11 @@ def at_least_8_bits(spec: QuantSpec | None) -> QuantSpec | None:
     return spec.replace(bits=8)
 
 
+def alike_but_at_ends(one: QuantSpec | None, other: QuantSpec | None) -> bool:
+    """Whether two specifications are one, but for the bits of a first or last layer: which it is shows in a flow."""
+    return one == other or at_least_8_bits(one) == other or one == at_least_8_bits(other)
+
+
 def _check_tied(first: PlacedLayer, other: PlacedLayer) -> None:
     if first.weight != other.weight:
         raise ValueError(
@@ -375,11 +383,15 @@ def _of_same_scale(flow: Flow, target: Target, calls: Iterable[int]) -> dict[int
     return {tensor: first(tensor) for tensor in same}
 
 
-def _is_asked_by_target(item: _Item, calls: set[int], spec: QuantSpec | None) -> bool:
-    """Whether a target asks for an operand of which no rule speaks; it gets the specification then."""
-    if not item.asked or item.ruled or spec is None or calls.isdisjoint(item.calls):
+def _is_asked_by_target(item: _Item, spec: QuantSpec | None, taken: Collection[int], same: Mapping[int, int]) -> bool:
+    """Whether a target asks for an operand of which no rule speaks; it gets its specification then.
+
+    That has at least 8 bits, unless a layer reads the tensor in fewer: a runtime quantizes each tensor once.
+    """
+    if not item.asked or item.ruled or spec is None:
         return False
-    item.specs["activation"] = spec
+    also_read = any(same.get(tensor, tensor) in taken for tensor in item.tensors)
+    item.specs["activation"] = spec if also_read else at_least_8_bits(spec)
     return True
 
 

@@ -16,6 +16,7 @@ ONNXRUNTIME = Target(
             "mul",  # QLinearMul, scales of its own
             "cat",  # QLinearConcat, scales of its own
             "adaptive_avg_pool2d",  # QLinearGlobalAveragePool, scales of its own
+            "mean of pixels",  # exported as a global average pooling
             "avg_pool2d",  # QLinearAveragePool, scales of its own
             "max_pool2d",  # MaxPool of unsigned codes
             "interpolate nearest",  # Resize of unsigned codes; other modes are in float

@@ -15,6 +15,7 @@ OPENVINO = Target(
             "mul",
             "cat",
             "adaptive_avg_pool2d",
+            "mean of pixels",
             "avg_pool2d",
             "max_pool2d",
             "interpolate nearest",  # other modes are in float, and what reads them

@@ -169,6 +169,11 @@ class Run:
         note_on_checkpoints(self._until_end, model)
         load_quantizers_whole(self._until_end, trainer, model)
 
+    @property
+    def fits(self) -> bool:
+        """Whether the model is trained."""
+        return self._trainer.state.fn == "fit"
+
     def flow(self, model: L.LightningModule, example: Any, final: bool) -> tuple[Flow | None, str]:
         """What the model does with a batch, or None and the reason; sought anew once the model has other parameters.
 

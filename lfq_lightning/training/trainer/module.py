@@ -14,10 +14,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lfq_lightning.checkpoint import attach_as_saved, check_loadable
-from lfq_lightning.placement.planning import at_least_8_bits
+from lfq_lightning.placement import Placement
+from lfq_lightning.placement.planning import alike_but_at_ends
 from lfq_lightning.placement.quantized_layer import quantized_layers, quantizers, restore_layer
 from lfq_lightning.quantizer.saved import NOTE
-from lfq_lightning.state_dicts import descriptions, fit_to, spec_of
+from lfq_lightning.state_dicts import descriptions, fit_to, placement_of, spec_of
 from lfq_lightning.training.hiding import any_parameter, hidden, hidden_qparams
 from lfq_lightning.training.trainer.strategy import shards
 from lfq_lightning.training.wrapping import Wrappers
@@ -75,10 +76,24 @@ def _quantize_as_saved(model: L.LightningModule, state_dict: Mapping[str, Any]) 
     placed = {name: quantizer for name, quantizer in quantizers(model).items() if quantizer.site is not None}
     if any(quantizer.learned or quantizer.saw_data() for quantizer in placed.values()):
         return
-    both = [(placed[name].spec, spec_of(name, saved[name])) for name in placed.keys() & saved.keys()]
-    agree = all(own == other or at_least_8_bits(own) == other or own == at_least_8_bits(other) for own, other in both)
-    if agree and any(description.site is not None for description in saved.values()):
+    both = ((placed[name].spec, spec_of(name, saved[name])) for name in placed.keys() & saved.keys())
+    if all(alike_but_at_ends(*specs) for specs in both) and any(d.site is not None for d in saved.values()):
         attach_as_saved(model, saved, strict=False)
+
+
+def as_placed(model: L.LightningModule, planned: Placement) -> Placement | None:
+    """What a model is quantized as already, where that is what was planned for it without a flow; None elsewhere.
+
+    A flow shows more than types do: operands, parameters that functions read, and which layers are first and last.
+    """
+    found = placement_of(descriptions(model.state_dict()))
+    own = {(layer.name, layer.parameter): layer for layer in found.layers}
+    for layer in planned.layers:
+        other = own.get((layer.name, layer.parameter))
+        specs = () if other is None else ((layer.weight, other.weight), (layer.activation, other.activation))
+        if not all(alike_but_at_ends(*both) for both in specs):
+            return None
+    return found if found.layers or found.operands else None
 
 
 def note_on_checkpoints(wrappers: Wrappers, model: L.LightningModule) -> None:

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
 import lfq_lightning as lfq
-from lfq_lightning.export.bench import bench
+from lfq_lightning.export import bench, float_file
 
 warnings.filterwarnings("ignore", ".*does not have many workers")  # the digits are in memory
 
@@ -66,7 +66,7 @@ def fit_and_test(cfg: DictConfig, stage: str, model: Any, data: Any, callbacks: 
 
 
 def report(model: Any, data: Any, checkpoint: Path, results: dict[str, dict[str, float]], onnx: bool) -> None:
-    """Print fits and parity; write metrics.json, trajectories.png and quantized.onnx."""
+    """Print fits, parity and latency; write metrics.json, trajectories.png and both networks as ONNX."""
     directory, log_directory = checkpoint.parent.parent, checkpoint.parent
     written = {"checkpoint": checkpoint, "metrics": directory / "metrics.json"}
     written["metrics"].write_text(json.dumps(results, indent=2) + "\n")
@@ -75,23 +75,15 @@ def report(model: Any, data: Any, checkpoint: Path, results: dict[str, dict[str,
         written["trajectory"] = log_directory / "trajectory.csv"
         written["picture"] = lfq.plot_trajectories(log_directory, directory / "trajectories.png")
         if onnx:
-            written |= export(model, data, images, directory)
+            written["ONNX"], written["ONNX, float"] = directory / "quantized.onnx", directory / "float.onnx"
+            batches = data.test_dataloader()
+            print(f"\n{lfq.export_onnx(model, images, written['ONNX'], batches=batches, optimize_for='speed')}")
+            float_file(model, images, written["ONNX, float"])
+            print(f"\n{bench([written['ONNX, float'], written['ONNX']], batch=len(images))}")
     print("", *(f"{name:16}{path}" for name, path in written.items()), sep="\n")
     print(f"\n{'':16}{''.join(f'{stage:>12}' for stage in results)}")
     for name in results["float"]:
         print(f"{name:16}{''.join(f'{metrics[name]:12.6g}' for metrics in results.values())}")
-
-
-def export(model: Any, data: Any, images: torch.Tensor, directory: Path) -> dict[str, Path]:
-    """Export both networks, compare the quantized one with its file, and run both files."""
-    written = {"ONNX": directory / "quantized.onnx", "ONNX, smallest": directory / "smallest.onnx"}
-    parity = lfq.export_onnx(model, images, written["ONNX"], batches=data.test_dataloader(), optimize_for="speed")
-    lfq.export_onnx(model, images, written["ONNX, smallest"])
-    plain = type(model).load_from_checkpoint(directory / "float" / "last_epoch.ckpt").eval().cpu()
-    written["ONNX, float"] = directory / "float.onnx"
-    torch.onnx.export(plain, (images,), written["ONNX, float"], dynamo=True, verbose=False, external_data=False)
-    print(f"\n{parity}\n\n{bench([*reversed(written.values())], batch=len(images))}")
-    return written
 
 
 if __name__ == "__main__":

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 import lfq_lightning as lfq
 from lfq_lightning.__main__ import main
-from lfq_lightning.export.bench import bench
+from lfq_lightning.export import bench, float_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -54,3 +57,28 @@ def test_what_is_no_file_of_onnx_is_said_in_a_line(tmp_path: Path, capsys: pytes
     (tmp_path / "broken.onnx").write_text("no model")
     assert main(["bench", str(tmp_path / "broken.onnx")]) == 1
     assert "must name a file that ONNX Runtime takes" in capsys.readouterr().err
+
+
+def test_the_float_file_of_a_quantized_model_is_that_of_its_weights(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), torch.randn(4, 6)
+    expected = model(x).detach().numpy()
+    lfq.attach(model, 2, 2)
+    lfq.calibrate(model, [x])
+    path = float_file(model, x, tmp_path / "new" / "float.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0], expected, 1e-5, 1e-6)
+    assert len(lfq.quantizers(model)) == 4
+    assert "QuantizeLinear" not in {node.op_type for node in onnx.load(path).graph.node}
+
+
+def test_files_run_in_openvino_too(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openvino")
+    exact, quantized = map(str, files)
+    assert main(["bench", quantized, "--against", exact, "--runs", "2", "--runtime", "openvino"]) == 0
+    said = capsys.readouterr().out
+    assert "3 of 3" in said.splitlines()[3]
+    assert said.rstrip().endswith("OpenVINO, 1 thread; medians of 2 runs in turn")
+    broken = files[0].with_name("broken.onnx")
+    broken.write_text("no model")
+    assert main(["bench", str(broken), "--runtime", "openvino"]) == 1
+    assert "must name a file that OpenVINO takes" in capsys.readouterr().err

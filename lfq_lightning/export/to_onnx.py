@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import itertools
 import logging
@@ -28,6 +29,7 @@ from lfq_lightning.export.exportable import sharing_copy
 from lfq_lightning.export.fold import fold_batch_norm
 from lfq_lightning.export.inputs import arguments, check_dynamic_axes, on_cpu, traced
 from lfq_lightning.export.integers import IntegerWeight, keep_biases_exact, to_integers
+from lfq_lightning.placement import to_float
 
 if TYPE_CHECKING:
     import onnx
@@ -179,6 +181,33 @@ def export_onnx(
             raise ValueError(message)
         warnings.warn(message, stacklevel=2)
     return parity
+
+
+def float_file(model: nn.Module, example_inputs: Any, path: str | Path) -> Path:
+    """Write a model without its quantizers as ONNX, as what the quantized file is compared with.
+
+    Args:
+        model: in float, or quantized, of which a copy is taken; it is not changed.
+        example_inputs: as `export_onnx` takes them.
+        path: the file to write.
+
+    Raises:
+        ImportError: if onnx, onnxscript or onnxruntime is missing.
+        ValueError: if the model cannot be exported.
+    """
+    check_model(model)
+    check_path("path", path, written=True)
+    require_onnx()
+
+    from lfq_lightning.export.onnx_file import save
+
+    plain = copy.deepcopy(model).cpu().eval()
+    to_float(plain)
+    args, kwargs = on_cpu(arguments(model, example_inputs))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(_bare(_exported(plain, args, kwargs, True, 21)), path, None)
+    return path
 
 
 def require_onnx() -> None:

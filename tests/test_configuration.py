@@ -106,6 +106,14 @@ def test_every_schedule_reaches_every_quantizer_configuration(quant: str, schedu
     assert (made.learn, made.freeze) == (700, 900)
 
 
+@pytest.mark.parametrize("target", choices("target"))
+@pytest.mark.parametrize("quant", choices("quant"))
+def test_every_target_reaches_every_quantizer_configuration(quant: str, target: str) -> None:
+    made = instantiate(composed(f"quant={quant}", f"target={target}").quant).target
+    assert made == {"onnxruntime_openvino": ["onnxruntime", "openvino"]}.get(target, target)
+    assert instantiate(composed(f"quant={quant}", "~target", "quant.target=openvino").quant).target == "openvino"
+
+
 @pytest.mark.parametrize("model", [m for m in choices("model") if m not in NEEDS_TORCHVISION])
 def test_every_model_is_made_and_takes_quantizers(model: str) -> None:
     config = composed(f"model={model}")

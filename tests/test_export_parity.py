@@ -102,6 +102,28 @@ def test_a_deep_network_with_random_weights_raises_no_alarm(tmp_path: Path, seed
     assert lfq.export_onnx(model, x, tmp_path / "m.onnx").agrees
 
 
+class Recurs(nn.Module):
+    """One block three times, whose two layers read one tensor, as Albert's query, key and value do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.tanh(self.left(x)) * 2 - torch.relu(self.right(x))
+        return self.head(x)
+
+
+def test_a_tensor_that_several_read_is_one_tensor_of_the_file_in_each_of_many_uses(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Recurs(), torch.randn(20, 6)
+    lfq.attach(model, 8, 8, example=x)
+    lfq.calibrate(model, [x])
+    assert model.left.input_quantizer is model.right.input_quantizer
+    assert lfq.export_onnx(model, x, tmp_path / "m.onnx").agrees
+
+
 def initializer(proto: onnx.ModelProto, name: str) -> onnx.TensorProto:
     return next(each for each in proto.graph.initializer if each.name == name)
 

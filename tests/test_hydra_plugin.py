@@ -37,6 +37,7 @@ defaults:
   - lfq/quant: w4a4
   - lfq/quant@callbacks.qat: w8a8
   - lfq/schedule: freeze
+  - lfq/target: openvino
   - lfq/technique: [batch_norm_reestimated]
   - _self_
 make: true

@@ -222,6 +222,18 @@ def test_what_a_module_pads_and_normalizes_by_itself_is_in_integers(tmp_path: Pa
     assert found["Pad"] == found["BatchNormalization"] == 0
 
 
+def test_weights_within_half_their_range_leave_room_where_sums_saturate(tmp_path: Path) -> None:
+    model, x = Classifier().eval(), torch.randn(X)
+    half = QuantSpec(8, quant_min=-63, quant_max=63)
+    lfq.attach(model, half, 8, rules=[Rule("head", weight=half)], example=x, target="onnxruntime")
+    found = executed(model, tmp_path, x, optimize_for="speed")
+    assert (found["QLinearConv"], found["QGemm"]) == (4, 1)
+    stored = onnx.load(tmp_path / "m.onnx").graph.initializer
+    codes = [onnx.numpy_helper.to_array(kept) for kept in stored if kept.name.endswith("weight_quantizer.codes")]
+    assert len(codes) == 5
+    assert max(abs(int(end)) for each in codes for end in (each.min(), each.max())) <= 63
+
+
 class Levels(nn.Module):
     """One pooling for two levels, each of which is joined with what came from below."""
 

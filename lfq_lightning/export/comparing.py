@@ -170,9 +170,12 @@ class _See:
 
     def __init__(self, given: _Given, name: str) -> None:
         self._given, self._name, self._uses = given, name, 0
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, quantizer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         assert isinstance(quantizer, LearnableFakeQuantize)
+        if self._last is not None and args[0] is self._last[0]:
+            return self._last[1]  # several read one tensor, of which the file has one
         scale, zero_point = (
             spread(p, output.shape, quantizer.axis, quantizer.group_size) for p in quantizer.used_qparams()
         )
@@ -181,6 +184,7 @@ class _See:
         self._uses += 1
         if found is not None:
             output = ((torch.from_numpy(found.astype(np.float32)) - zero_point) * scale).to(output.dtype)
+        self._last = args[0], output
         return output
 
 

@@ -250,7 +250,8 @@ def free_products(proto: onnx.ModelProto) -> None:
         if made[0].input[0] in stored:  # type: ignore[union-attr]
             continue  # a weight on the left, whose rows may have scales of their own
         if node.op_type == "Gemm":
-            if len(node.input) < 3 or node.input[2] not in stored or is_quantized(node.output[0], readers):
+            plain = all(settings_of(node).get(name, 1.0) == 1.0 for name in ("alpha", "beta"))
+            if len(node.input) < 3 or node.input[2] not in stored or is_quantized(node.output[0], readers) or not plain:
                 continue
             given, (bias,) = node.output[0], node.input[2:]
             node.output[0] = f"{given}_product"

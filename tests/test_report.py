@@ -22,6 +22,7 @@ from lfq_lightning.records.curves import sheet_of
 from lfq_lightning.records.trajectory import read_trajectory
 from lfq_lightning.report.findings import bytes_in_float, describe_weights
 from lfq_lightning.report.stored import stored_model
+from tests.operation_networks import ACTIVATIONS, MADE, WEIGHTS, attached
 from tests.processes import run_python
 from tests.runs import Net, every_epoch, fit, images, loader
 
@@ -207,6 +208,15 @@ def test_layers_stored_in_a_checkpoint_are_described_as_those_of_the_model() -> 
     assert (ours.weight_bytes, ours.float_weight_bytes) == (theirs.weight_bytes, theirs.float_weight_bytes)
     assert describe_weights(stored) == describe_weights(model)
     assert bytes_in_float(stored) == bytes_in_float(model) == 4 * (4 + 6 + 3)
+
+
+@pytest.mark.parametrize("kind", ["attention", "standardized", "shared table", "attention in one layer"])
+def test_what_operations_read_is_described_from_a_checkpoint_as_from_the_model(kind: str) -> None:
+    case = {**WEIGHTS, **MADE, **ACTIVATIONS}[kind]
+    model = attached(case, weight=4, activation=8)
+    stored = stored_model(model.state_dict())
+    assert list(lfq.quantizers(stored)) == list(lfq.quantizers(model))
+    assert describe_weights(stored) == describe_weights(model)
 
 
 def test_a_tied_weight_is_described_once_and_a_pruned_one_as_it_is_used() -> None:

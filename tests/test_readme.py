@@ -169,3 +169,16 @@ def test_the_steps_of_the_tables_are_those_of_the_results(path: Path) -> None:
     lines = [line.split(" | ") for line in MEASURED.read_text().splitlines() if line.endswith(f"| {memory} |")]
     [line] = [line for line in lines if line[1] == path.parent.name.upper()]
     assert line[2 : 2 + len(taken)] == taken
+
+
+TARGETS = sorted((RESULTS / "target").glob("target_o*.json"))
+
+
+@pytest.mark.parametrize("path", TARGETS, ids=lambda path: path.stem)
+def test_the_runtimes_of_the_tables_are_those_of_the_results(path: Path) -> None:
+    found = {row["file"]: row for row in rows(path.parent, path.stem)}
+    files = ("its own W8A8", "ours, W8A8", "ours, for both", "ours, W4A8", "ours, W4A4", "ours, no target")
+    figures = " | ".join(found[name]["of_float"] for name in files)
+    counted = [found[name]["products_in_integers"].split(" of ") for name in (files[0], files[1], files[5])]
+    shares = f"{', '.join(integer for integer, _ in counted)} of {counted[1][1]}"
+    assert f" | {figures} | {shares} |" in MEASURED.read_text()

@@ -189,7 +189,7 @@ def _request(path: Path, batch: int, threads: int) -> tuple[Callable[[], Any], t
         )
         for node in compiled.inputs
     }
-    return lambda: request.infer(feed), (sum("f" not in kind for kind in kinds), len(kinds))
+    return lambda: request.infer(feed), (sum(kind[:1] in ("i", "u") for kind in kinds), len(kinds))
 
 
 _OPENVINO_TYPES = {"f32": "float", "f64": "double", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}

@@ -71,6 +71,7 @@ def executed(model: nn.Module, folder: Path, x: Tensor, **settings: Any) -> Coun
     lfq.calibrate(model, [x])
     parity = lfq.export_onnx(model, x, folder / "m.onnx", **settings)
     assert parity.agrees
+    onnx.checker.check_model(folder / "m.onnx", full_check=True)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     options.log_severity_level = 3
@@ -155,8 +156,9 @@ class Classifier(nn.Module):
         return self.head(x.mean((-1, 2)) if self.by_function else self.pool(x).flatten(1))
 
 
-@pytest.mark.parametrize("by_function", [False, True])
-@pytest.mark.parametrize(("weight", "activation"), [(8, 8), (4, 8), (4, 4), (2, 3)])
+@pytest.mark.parametrize(
+    ("weight", "activation", "by_function"), [(8, 8, True), (4, 8, False), (4, 4, True), (2, 3, False)]
+)
 def test_optimized_for_speed_a_network_of_any_bits_runs_in_integers(
     tmp_path: Path, weight: int, activation: int, by_function: bool
 ) -> None:
@@ -234,6 +236,28 @@ def test_weights_within_half_their_range_leave_room_where_sums_saturate(tmp_path
     assert max(abs(int(end)) for each in codes for end in (each.min(), each.max())) <= 63
 
 
+class Guarded(nn.Module):
+    """Pads before a bound that zeros are beyond, pools before one that has one end, and shows what it has padded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.second(nn.functional.pad(self.first(x), (1, 1, 1, 1)).clamp(0.3, 2.0))
+        shown = nn.functional.pad(x, (1, 1, 1, 1))
+        x = self.third(shown)
+        return self.pool(x).clamp(min=0.1) + self.third(self.pool(x).clamp(min=0.1).repeat(1, 1, 3, 3)).mean(), shown
+
+
+@pytest.mark.parametrize("optimize_for", ["size", "speed"])
+def test_bounds_and_paddings_that_must_stay_where_they_are_stay(tmp_path: Path, optimize_for: Any) -> None:
+    model, x = Guarded().eval(), torch.randn(X)
+    lfq.attach(model, 8, 4, rules=[Rule("first", activation=8)], example=x)
+    executed(model, tmp_path, x, optimize_for=optimize_for)
+
+
 class Levels(nn.Module):
     """One pooling for two levels, each of which is joined with what came from below."""
 
@@ -279,6 +303,7 @@ def test_a_table_is_looked_up_before_floats_are_made_of_it(tmp_path: Path, rows:
         lfq.calibrate(model, [words])
         parity = lfq.export_onnx(model, words, tmp_path / "m.onnx")
         assert parity.agrees
+        onnx.checker.check_model(tmp_path / "m.onnx", full_check=True)
         assert rows == 50 or parity.size < 0.65
         nodes = onnx.load(tmp_path / "m.onnx").graph.node
         lookups = [node for node in nodes if node.op_type == "Gather" and node.input[0] == "0.weight_quantizer.codes"]
@@ -345,25 +370,23 @@ class Tokens(nn.Module):
         return self.last(torch.tanh(self.first(x)))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(5, 64), (2, 5, 64)])
-@pytest.mark.parametrize("spec", [QuantSpec(4), QuantSpec(8), QuantSpec(2), QuantSpec(4, granularity="per_tensor")])
+GROUPS = QuantSpec(4, granularity="per_group", group_size=32)
+
+
+@pytest.mark.parametrize(("shape", "bias"), [((5, 64), True), ((5, 64), False), ((2, 5, 64), True)])
+@pytest.mark.parametrize("spec", [QuantSpec(4), QuantSpec(4, granularity="per_tensor"), GROUPS, GROUPS.replace(bits=8)])
 def test_matrices_that_meet_floats_are_multiplied_as_they_are_stored(
     tmp_path: Path, spec: QuantSpec, shape: tuple[int, ...], bias: bool
 ) -> None:
-    x = torch.randn(shape)
-    for group in (None, 32):
-        if group is not None:
-            spec = QuantSpec(spec.bits, granularity="per_group", group_size=group)
-        model = Tokens(bias)
-        lfq.attach(model, weight=spec, activation=None, example=x, target="onnxruntime")
-        found = executed(model, tmp_path, x)
-        assert found["MatMulNBits"] == 2, found
-        options = onnxruntime.SessionOptions()
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        exact = onnxruntime.InferenceSession(tmp_path / "m.onnx", options, providers=["CPUExecutionProvider"])
-        (y,) = exact.run(None, {exact.get_inputs()[0].name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(y), model.eval()(x).detach(), rtol=1e-4, atol=1e-5)
+    model, x = Tokens(bias), torch.randn(shape)
+    lfq.attach(model, weight=spec, activation=None, example=x, target="onnxruntime")
+    found = executed(model, tmp_path, x)
+    assert found["MatMulNBits"] == 2, found
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    exact = onnxruntime.InferenceSession(tmp_path / "m.onnx", options, providers=["CPUExecutionProvider"])
+    (y,) = exact.run(None, {exact.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model.eval()(x).detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(5, 64), (2, 5, 64)])

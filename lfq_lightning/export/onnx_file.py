@@ -22,7 +22,6 @@ from lfq_lightning.export.onnx_passes import (
     ROWS_SCALE,
     ROWS_ZERO_POINT,
     TURNED,
-    UNCLIPPED,
     drop_unread,
     is_quantized,
     readers_of,
@@ -44,11 +43,11 @@ def codes_by_quantizer(proto: onnx.ModelProto, model: nn.Module) -> dict[str, li
     names = {plain_name(name): first[id(module)] for name, module in every if id(module) in first}
     found: dict[str, list[str]] = {}
     for node in proto.graph.node:
-        notes = {note.key: note.value for note in node.metadata_props}
-        if node.op_type == "QuantizeLinear" and MODULES_OF_NODE in notes:
+        if node.op_type == "QuantizeLinear":
+            notes = {note.key: note.value for note in node.metadata_props}
             scopes = [whole_name(scope) for scope in ast.literal_eval(notes[MODULES_OF_NODE])]
             name = next(names[scope] for scope in reversed(scopes) if scope in names)
-            found.setdefault(name, []).append(node.output[0].removesuffix(UNCLIPPED))
+            found.setdefault(name, []).append(node.output[0])
     return found
 
 

@@ -14,7 +14,6 @@ from lfq_lightning.export.integers import IntegerWeight
 
 CODES, TURNED = ".codes", ".codes_turned"  # how the codes of a weight are called, and those of a matrix turned over
 ROWS_SCALE, ROWS_ZERO_POINT = ".rows_scale", ".rows_zero_point"  # of tables whose rows are looked up as codes
-UNCLIPPED = "_unclipped"
 
 
 class Padded(NamedTuple):
@@ -162,7 +161,7 @@ def saturate_codes(proto: onnx.ModelProto) -> None:
         if (lowest, highest) == (limits.min, limits.max):
             continue
         given = node.output[0]
-        node.output[0] = given + UNCLIPPED
+        node.output[0] = f"{given}_unclipped"
         names = [f"{given}_lowest", f"{given}_highest"]
         for end, name in zip((lowest, highest), names, strict=True):
             proto.graph.initializer.append(numpy_helper.from_array(np.array(end, zero_point.dtype), name))
@@ -174,19 +173,22 @@ def merge_padding(proto: onnx.ModelProto) -> dict[str, Padded]:
     """Have convolutions pad what they read with zeros, which every quantizer keeps, in place of a Pad before it."""
     stored = {kept.name: numpy_helper.to_array(kept) for kept in proto.graph.initializer}
     readers, padded = readers_of(proto), dict[str, Padded]()
+    given = {output.name for output in proto.graph.output}
     for node in list(proto.graph.node):
-        chains = _chains(node.output[0], readers)
+        chain = _quantized_behind(node.output[0], readers)
         constants = [name for name in node.input[1:] if name]
-        if node.op_type != "Pad" or len(chains) != 1 or len(readers[node.output[0]]) != 1 or len(constants) > 2:
+        if node.op_type != "Pad" or not chain or len(constants) > 2 or node.output[0] in given:
             continue
-        convolutions = readers.get(chains[0][-1].output[0], [])
+        if not all(_keeps_zero(each, stored) for each in chain):
+            continue
+        convolutions = readers.get(chain[-1].output[0], [])
         widths = stored.get(constants[0])
         value = stored.get(constants[1]) if len(constants) > 1 else np.zeros(())
         plain = settings_of(node).get("mode", b"constant") == b"constant" and value is not None and not value.any()
         if widths is None or not plain or any(widths[[0, 1]]) or widths.min() < 0 or not convolutions:
             continue
         before, behind = widths.reshape(2, -1)
-        if any(behind[:2]) or not all(_pads_itself(each, chains[0][-1].output[0]) for each in convolutions):
+        if any(behind[:2]) or not all(_pads_itself(each, chain[-1].output[0]) for each in convolutions):
             continue
         for each in convolutions:
             own = settings_of(each).get("pads", [0] * (len(widths) - 4))
@@ -197,13 +199,21 @@ def merge_padding(proto: onnx.ModelProto) -> dict[str, Padded]:
             each.attribute.append(
                 onnx.helper.make_attribute("pads", [int(a + b) for a, b in zip(own, more, strict=True)])
             )
-        (quantize,) = [each for each in chains[0] if each.op_type == "QuantizeLinear"]
+        (quantize,) = [each for each in chain if each.op_type == "QuantizeLinear"]
         code = int(stored[quantize.input[2]].flatten()[0])
         padded[quantize.output[0]] = Padded(tuple((int(a), int(b)) for a, b in zip(before, behind, strict=True)), code)
-        chains[0][0].input[0] = node.input[0]
+        chain[0].input[0] = node.input[0]
         proto.graph.node.remove(node)
     drop_unread(proto)
     return padded
+
+
+def _keeps_zero(node: onnx.NodeProto, stored: Mapping[str, np.ndarray]) -> bool:
+    """Whether what saturates gives zero for zero; what quantizes does."""
+    if node.op_type != "Clip":
+        return True
+    ends = [stored.get(name) for name in node.input[1:]]
+    return len(ends) == 2 and all(end is not None for end in ends) and bool(ends[0] <= 0 <= ends[1])  # type: ignore[operator]
 
 
 def _pads_itself(node: onnx.NodeProto, given: str) -> bool:
@@ -304,12 +314,14 @@ def look_up_codes(proto: onnx.ModelProto, weights: Mapping[str, IntegerWeight], 
         if not lookups or not along_rows:
             continue
         scale, zero_point = (numpy_helper.to_array(stored[each]) for each in made[0].input[1:])
-        rows = [numpy_helper.from_array(scale.reshape(-1, 1), name + ROWS_SCALE)]
+        one = scale.size == 1
+        shape = () if one else (-1, 1)
+        rows = [numpy_helper.from_array(scale.reshape(shape), name + ROWS_SCALE)]
         if zero_point.any():
-            rows.append(numpy_helper.from_array(zero_point.astype(np.float32).reshape(-1, 1), name + ROWS_ZERO_POINT))
+            rows.append(numpy_helper.from_array(zero_point.astype(np.float32).reshape(shape), name + ROWS_ZERO_POINT))
         proto.graph.initializer.extend(rows)
         for lookup in lookups:
-            _look_up(proto, lookup, name, [row.name for row in rows], one=len(scale.flatten()) == 1)
+            _look_up(proto, lookup, name, [row.name for row in rows], one)
         proto.graph.node.remove(made[0])
     drop_unread(proto)
 
@@ -349,11 +361,12 @@ def choose_codes(proto: onnx.ModelProto) -> None:
             continue
         readers = readers_of(proto)
         behind = _quantized_behind(node.output[0], readers)
-        if not behind:
+        if not behind or not all(name in stored for each in behind for name in each.input[1:]):
             continue
         same = [chain for chain in _chains(node.input[0], readers) if _are_alike(chain, behind, stored)]
         if same:
             node.input[0] = same[0][-1].output[0]
+            _move_before(proto, same[0], place)
             continue
         made, given = [], node.input[0]
         for each in behind:
@@ -366,6 +379,17 @@ def choose_codes(proto: onnx.ModelProto) -> None:
         node.input[0] = given
         for copied in reversed(made):
             proto.graph.node.insert(place, copied)
+
+
+def _move_before(proto: onnx.ModelProto, chain: list[onnx.NodeProto], place: int) -> None:
+    """Have the nodes of a chain stand before a place, as a node must that another one there reads."""
+    for node in reversed(chain):
+        position = list(proto.graph.node).index(node)
+        if position > place:
+            kept = onnx.NodeProto()
+            kept.CopyFrom(node)
+            del proto.graph.node[position]
+            proto.graph.node.insert(place, kept)
 
 
 def _quantized_behind(tensor: str, readers: Mapping[str, list[onnx.NodeProto]]) -> list[onnx.NodeProto]:
@@ -391,9 +415,12 @@ def _are_alike(
     chain: list[onnx.NodeProto], other: list[onnx.NodeProto], stored: Mapping[str, onnx.TensorProto]
 ) -> bool:
     """Whether two chains have the same constants."""
-    constants = [[stored[name] for node in each for name in node.input[1:]] for each in (chain, other)]
+    constants = [[stored.get(name) for node in each for name in node.input[1:]] for each in (chain, other)]
     return len(constants[0]) == len(constants[1]) and all(
-        a.data_type == b.data_type and np.array_equal(numpy_helper.to_array(a), numpy_helper.to_array(b))
+        a is not None
+        and b is not None
+        and a.data_type == b.data_type
+        and np.array_equal(numpy_helper.to_array(a), numpy_helper.to_array(b))
         for a, b in zip(*constants, strict=True)
     )
 

@@ -150,10 +150,10 @@ def export_onnx(
     proto = _exported(integers, args, kwargs, dynamic_axes, opset)
     modules = integers.named_modules(remove_duplicate=False)  # one that is shared may be stored under any of its names
     weights = {name: module for name, module in modules if isinstance(module, IntegerWeight)}
+    watched = codes_by_quantizer(proto, reference)  # in order of use, and as nodes are called in the end
     padded = for_onnxruntime(proto, weights, optimize_for)
     if opset >= 21:
         pack(proto, weights, everywhere=optimize_for == "size")
-    watched = codes_by_quantizer(proto, reference)
     proto = _bare(proto)
     describe(proto, reference)
     path = Path(path)

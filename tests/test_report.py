@@ -210,13 +210,31 @@ def test_layers_stored_in_a_checkpoint_are_described_as_those_of_the_model() -> 
     assert bytes_in_float(stored) == bytes_in_float(model) == 4 * (4 + 6 + 3)
 
 
-@pytest.mark.parametrize("kind", ["attention", "standardized", "shared table", "attention in one layer"])
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) * self.right(x)
+
+
+@pytest.mark.parametrize("kind", ["two of one tensor", "standardized", "shared table", "attention in one layer"])
 def test_what_operations_read_is_described_from_a_checkpoint_as_from_the_model(kind: str) -> None:
-    case = {**WEIGHTS, **MADE, **ACTIVATIONS}[kind]
-    model = attached(case, weight=4, activation=8)
+    if kind == "two of one tensor":
+        model: nn.Module = Branches()
+        lfq.attach(model, example=torch.randn(3, 4))
+        lfq.calibrate(model, [torch.randn(3, 4)])
+        assert model.left.input_quantizer is model.right.input_quantizer
+    else:
+        model = attached({**WEIGHTS, **MADE, **ACTIVATIONS}[kind], weight=4, activation=8)
     stored = stored_model(model.state_dict())
     assert list(lfq.quantizers(stored)) == list(lfq.quantizers(model))
     assert describe_weights(stored) == describe_weights(model)
+    assert bytes_in_float(stored) == bytes_in_float(model)
+    ours, theirs = lfq.summarize(stored), lfq.summarize(model)
+    assert repr(ours.rows) == repr(theirs.rows)
+    assert (ours.weight_bytes, ours.float_weight_bytes) == (theirs.weight_bytes, theirs.float_weight_bytes)
 
 
 def test_a_tied_weight_is_described_once_and_a_pruned_one_as_it_is_used() -> None:

@@ -127,15 +127,15 @@ def test_operands_have_8_bits_unless_a_layer_reads_the_same_tensor_in_fewer() ->
 
 
 class Both(nn.Module):
-    """What two layers give is pooled, and shown as it is too."""
+    """What two layers give is added, goes on, and is shown as it is too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.pool, self.last = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)
+        self.first, self.second, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        pooled = self.pool(self.first(x))
-        return self.last(pooled), pooled.square()
+        total = self.first(x) + self.second(x)
+        return self.last(total), total.square()
 
 
 def test_what_is_read_in_float_as_well_is_not_quantized() -> None:

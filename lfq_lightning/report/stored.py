@@ -51,7 +51,18 @@ def stored_model(state_dict: Mapping[str, Any]) -> nn.Module:
             parameter, quantizer = shared.setdefault(weight.data_ptr(), kept)
             module.register_parameter(own, parameter)
         module._modules[leaf] = quantizer
+    _tie(root, {place: parameter for place, (parameter, _) in shared.items()})
     return root
+
+
+def _tie(root: nn.Module, quantized: Mapping[int, nn.Parameter]) -> None:
+    """Have modules that hold a quantized weight without a quantizer of their own hold that very parameter."""
+    for module in list(root.modules()):
+        for name, tensor in list(module._buffers.items()):
+            parameter = None if tensor is None or not tensor.numel() else quantized.get(tensor.data_ptr())
+            if parameter is not None and tensor is not None and parameter.shape == tensor.shape:
+                del module._buffers[name]
+                module.register_parameter(name, parameter)
 
 
 def _module(root: nn.Module, path: str) -> nn.Module:

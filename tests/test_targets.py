@@ -168,6 +168,21 @@ def test_optimized_for_speed_a_network_of_any_bits_runs_in_integers(
     assert found["QLinearConv"] == 4
     assert found["QLinearAdd"] == found["QLinearGlobalAveragePool"] == found["QGemm"] == 1
     assert found["Conv"] + found["FusedConv"] + found["Gemm"] == 0
+    assert activation < 8 or found["Clip"] == 0  # 8 bits saturate by themselves
+
+
+def test_codes_that_are_not_zero_at_zero_saturate_where_floats_did(tmp_path: Path) -> None:
+    model, x = Tokens(bias=True), torch.randn(50, 64)
+    spec = QuantSpec(3, symmetric=False)
+    lfq.attach(model, 4, spec, rules=[Rule("*", activation=spec)], example=x)
+    lfq.calibrate(model, [x])
+    with torch.no_grad():  # so that much of what is given is beyond the range
+        for layer in (model.first, model.last):
+            layer.input_quantizer.scale.mul_(0.4)
+            layer.input_quantizer.zero_point.fill_(3)
+    parity = lfq.export_onnx(model, x, tmp_path / "m.onnx", optimize_for="speed", optimized_tolerance=1)
+    assert parity.agrees
+    assert [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node].count("Clip") == 2
 
 
 def test_a_file_says_which_weights_run_in_float(tmp_path: Path) -> None:
@@ -247,7 +262,8 @@ class Guarded(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.second(nn.functional.pad(self.first(x), (1, 1, 1, 1)).clamp(0.3, 2.0))
         shown = nn.functional.pad(x, (1, 1, 1, 1))
-        x = self.third(shown)
+        x = nn.functional.pad(self.third(shown)[:, 2:], (0, 0, 0, 0, 2, 0))  # channels
+        x = self.third(nn.functional.pad(x, (1, 1, 1, 1)))
         return self.pool(x).clamp(min=0.1) + self.third(self.pool(x).clamp(min=0.1).repeat(1, 1, 3, 3)).mean(), shown
 
 
@@ -359,6 +375,13 @@ def test_several_targets_take_what_holds_for_all(tmp_path: Path) -> None:
     model, x = UNet().eval(), torch.randn(X)
     lfq.attach(model, example=x, target=("onnxruntime", "openvino"))
     assert executed(model, tmp_path, x)["QLinearConv"] == 3
+
+
+def test_a_table_with_groups_is_exported_as_it_is(tmp_path: Path) -> None:
+    model, words = nn.Sequential(nn.Embedding(50, 6), nn.Linear(6, 3)), torch.randint(50, (4, 7))
+    groups = QuantSpec(8, granularity="per_group", group_size=2)
+    lfq.attach(model, rules=[Rule("0", weight=groups)], example=words)
+    executed(model, tmp_path, words)
 
 
 class Tokens(nn.Module):

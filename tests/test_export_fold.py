@@ -221,6 +221,27 @@ def test_it_is_folded_into_weights_that_a_modules_own_code_reads(
     assert_same(program.module()(x), model(x))
 
 
+class OwnProduct(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+@pytest.mark.parametrize(("shape", "folded"), [((6, 4), ["norm"]), ((6, 5, 4), [])])
+def test_a_product_of_ones_own_is_folded_where_its_outputs_are_what_is_normalized(
+    shape: tuple[int, ...], folded: list[str]
+) -> None:
+    model, x = Normed(OwnProduct(), nn.BatchNorm1d(5), in_a_row), torch.randn(shape)
+    lfq.attach(model, 8, 8, example=x)
+    lfq.calibrate(model, [x])
+    integers = integer_copy(model.eval())
+    assert fold_batch_norm(integers, (x,)) == folded
+    assert_same(integers(x), model(x))
+
+
 @pytest.mark.parametrize("where", ["another name", "a list"])
 def test_it_is_folded_wherever_the_model_finds_it(where: str) -> None:
     def use(model: Any, x: Tensor) -> Tensor:

@@ -262,8 +262,7 @@ class Guarded(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.second(nn.functional.pad(self.first(x), (1, 1, 1, 1)).clamp(0.3, 2.0))
         shown = nn.functional.pad(x, (1, 1, 1, 1))
-        x = nn.functional.pad(self.third(shown)[:, 2:], (0, 0, 0, 0, 2, 0))  # channels
-        x = self.third(nn.functional.pad(x, (1, 1, 1, 1)))
+        x = self.third(nn.functional.pad(self.third(shown)[:, 2:], (1, 1, 1, 1, 2, 0)))  # channels too
         return self.pool(x).clamp(min=0.1) + self.third(self.pool(x).clamp(min=0.1).repeat(1, 1, 3, 3)).mean(), shown
 
 

@@ -259,17 +259,21 @@ def test_it_is_folded_wherever_the_model_finds_it(where: str) -> None:
     assert_same(integers(x), model(x))
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d, Padded])
 @pytest.mark.parametrize("factor", [1e-9, 1e-20, 1e-42])
-def test_a_channel_that_says_nothing_has_a_bias_that_fits_32_bits(factor: float) -> None:
-    made = Normed(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), in_a_row)
+def test_a_channel_that_says_nothing_has_a_bias_that_fits_32_bits(factor: float, layer: type[nn.Conv2d]) -> None:
+    made = Normed(layer(4, 5, 3), nn.BatchNorm2d(5), in_a_row)
     with torch.no_grad():
         made.norm.weight[2] = factor
     x = images()
-    model = calibrated(made, x)
+    lfq.attach(made, 8, 8, example=x)
+    lfq.calibrate(made, [x])
+    model = made.eval()
     integers = integer_copy(model)
     assert fold_batch_norm(integers, (x,)) == ["norm"]
-    quantum = integers.layer.input_quantizer.scale * integers.layer.weight_quantizer.scale
-    assert (integers.layer.bias.abs() / quantum).max() < 2**31
+    weight = integers.layer.weight_quantizer
+    bias = integers.layer.bias if layer is nn.Conv2d else weight.bias
+    assert (bias.abs() / (integers.layer.input_quantizer.scale * weight.scale)).max() < 2**31
     assert_same(integers(x), model(x))
 
 

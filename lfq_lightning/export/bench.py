@@ -149,10 +149,12 @@ def _session(path: Path, batch: int, threads: int) -> tuple[Callable[[], Any], t
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
     kinds = [node.op_type for node in graph.node]
     integer = sum(kind in INTEGER_PRODUCTS for kind in kinds)
-    feed = {
-        node.name: _random([n if isinstance(n, int) else batch for n in node.shape], node.type[7:-1])
-        for node in session.get_inputs()
-    }
+    names = {"float": "float32", "double": "float64"}
+    feed = {}
+    for node in session.get_inputs():
+        kind = node.type.removeprefix("tensor(").removesuffix(")")
+        shape = [length if isinstance(length, int) else batch for length in node.shape]
+        feed[node.name] = _random(shape, names.get(kind, kind))
     return lambda: session.run(None, feed), (integer, integer + sum(kind in FLOAT_PRODUCTS for kind in kinds))
 
 
@@ -184,22 +186,19 @@ def _request(path: Path, batch: int, threads: int) -> tuple[Callable[[], Any], t
     request = compiled.create_infer_request()
     feed = {
         node.any_name: _random(
-            [n.get_length() if n.is_static else batch for n in node.partial_shape],
-            _OPENVINO_TYPES.get(node.element_type.get_type_name(), node.element_type.to_string()),
+            [length.get_length() if length.is_static else batch for length in node.partial_shape],
+            node.element_type.to_dtype(),
         )
         for node in compiled.inputs
     }
     return lambda: request.infer(feed), (sum(kind[:1] in ("i", "u") for kind in kinds), len(kinds))
 
 
-_OPENVINO_TYPES = {"f32": "float", "f64": "double", "f16": "float16", "i64": "int64", "i32": "int32", "boolean": "bool"}
-
-
-def _random(shape: Sequence[int], kind: str) -> Any:
+def _random(shape: Sequence[int], kind: Any) -> Any:
     """An input of a file's type: normal numbers, or zeros, which are in the range of every table."""
     import numpy as np
 
-    if kind in ("float", "double", "float16"):
-        values = np.random.default_rng(0).standard_normal(shape)
-        return values.astype({"float": np.float32, "double": np.float64, "float16": np.float16}[kind])
-    return np.zeros(shape, kind)
+    dtype = np.dtype(kind)
+    if dtype.kind == "f":
+        return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    return np.zeros(shape, dtype)

@@ -53,7 +53,10 @@ def fold_batch_norm(
         folded.append(norm.name)
         if _is_plain(norm.holder) and not isinstance(maker, _Product):
             # In place: the module may be registered under several names, or be called from a list.
-            for held in (*dict(norm.holder.named_parameters(recurse=False)), *dict(norm.holder.named_buffers())):
+            for held in (
+                *dict(norm.holder.named_parameters(recurse=False)),
+                *dict(norm.holder.named_buffers(recurse=False)),
+            ):
                 delattr(norm.holder, held)
             norm.holder.__class__ = nn.Identity
         else:
@@ -144,7 +147,7 @@ def _folded(
     too_many, idle = _out_of_range(activation, made, total, axis)
     if bool((too_many & ~idle).any()):
         return None  # a factor so small that its channel's bias finds no room in 32 bits
-    return made, total
+    return _with_room(made, too_many & idle, axis), total
 
 
 def _silence(layer: QuantizedLayer) -> None:
@@ -156,8 +159,12 @@ def _silence(layer: QuantizedLayer) -> None:
     if axis == 1 and layer.groups != 1:
         return
     too_many, idle = _out_of_range(layer.input_quantizer, weight, bias, axis)
-    if bool((too_many & idle).any()):
-        setattr(layer, WEIGHT, weight.silenced(too_many & idle, axis) or weight)
+    setattr(layer, WEIGHT, _with_room(weight, too_many & idle, axis))
+
+
+def _with_room(weight: IntegerWeight, channels: Tensor, axis: int) -> IntegerWeight:
+    """The weight with zeros in channels that say nothing, and a scale in whose units their bias fits 32 bits."""
+    return (weight.silenced(channels, axis) or weight) if bool(channels.any()) else weight
 
 
 def _out_of_range(quantizer: nn.Module | None, weight: IntegerWeight, bias: Tensor, axis: int) -> tuple[Tensor, Tensor]:

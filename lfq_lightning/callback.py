@@ -21,7 +21,7 @@ from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, as_schedule
 from lfq_lightning.targets import target_of
 from lfq_lightning.training.exporting import FitExport, check_export
 from lfq_lightning.training.phases import warn_if_float, warn_if_unlearned
-from lfq_lightning.training.run import Run, Training
+from lfq_lightning.training.run import Learn, Run, Training
 from lfq_lightning.training.sentinel import Reaction
 from lfq_lightning.training.stepping.qparams import OptimizerFactory, QParamOptimizer, ScheduleFactory
 from lfq_lightning.training.stepping.steps import check_makers
@@ -48,12 +48,16 @@ class QuantizationAwareTraining(AtRest):
         activation: the same for the inputs of quantized layers. An int means affine per tensor.
         rules: exceptions by name or type; the first that matches a layer decides.
         schedule: when each phase starts; None derives one from the run's length and prints it.
+        learn: what does, "all" that the module trains, or "scales" and zero points alone: every weight and bias and
+            BatchNorm's statistics keep still, whatever the module's optimizer holds. A pretrained network in 8 bits
+            needs no more, in few steps, and no learning rate has to be found; distill it where there are no labels.
         optimizer: makes the optimizer of scales and zero points from a list of parameters, for instance
             `functools.partial(torch.optim.Adam, lr=1e-3)`, which is the default. Its learning rate is relative: 1e-3
             with Adam moves a scale by about a thousandth of its size a step. "user" puts them into the optimizers of
             `configure_optimizers` instead, each with its layer's weight, in a last group without weight decay.
         lr_schedule: makes a learning-rate scheduler for that optimizer, stepped with it; None keeps its rate in
-            proportion to that of the weights' optimizer.
+            proportion to that of the weights' optimizer. With `learn="scales"` and no scheduler of the module's it
+            falls to zero as a cosine by the end of the fit.
         reobserve: start over where the model has learned scales already, which otherwise go on learning.
         compress_saved: make quantized tensors again in backward instead of keeping them, bit for bit; eager only.
         frozen_layers: whether scales and zero points of layers with a frozen weight "keep" still, or "learn" alone.
@@ -86,6 +90,7 @@ class QuantizationAwareTraining(AtRest):
         activation: int | QuantSpec | None = 8,
         rules: Iterable[Rule] = (),
         schedule: PhaseSchedule | None = None,
+        learn: Learn = "all",
         optimizer: Literal["user"] | OptimizerFactory | None = None,
         lr_schedule: ScheduleFactory | None = None,
         reobserve: bool = False,
@@ -99,6 +104,7 @@ class QuantizationAwareTraining(AtRest):
         export: str | Path | dict[str, Any] | None = None,
     ) -> None:
         check_flags(reobserve=reobserve, compress_saved=compress_saved, write_files=write_files)
+        check_choice("learn", learn, get_args(Learn))
         check_choice("frozen_layers", frozen_layers, get_args(FrozenLayers))
         check_export(export)
         if target_of(target) is not None and example is False:
@@ -113,6 +119,7 @@ class QuantizationAwareTraining(AtRest):
         weight_spec(self.weight), activation_spec(self.activation)
         self.rules, self.schedule = as_rules(rules), as_schedule(schedule)
         check_makers(optimizer, lr_schedule)
+        self.learn = learn
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.reobserve, self.compress_saved, self.frozen_layers = reobserve, compress_saved, frozen_layers
         self.example, self.target = example, target
@@ -153,7 +160,7 @@ class QuantizationAwareTraining(AtRest):
         """Attach, and see to it that layers made later, optimizers and checkpoints meet the quantizers in order."""
         check_neighbours(trainer, self)
         export = FitExport(self.export, self.target)
-        self._run = Run(trainer, pl_module, self.schedule, self.reobserve, export, before=self._run)
+        self._run = Run(trainer, pl_module, self.schedule, self.reobserve, self.learn, export, before=self._run)
         self._run.arrange(trainer, pl_module, partial(self._attach, pl_module), self.optimizer)
 
     def _attach(self, pl_module: L.LightningModule, final: bool) -> None:
@@ -164,6 +171,8 @@ class QuantizationAwareTraining(AtRest):
         self.placement = self._in_run.agreed(replace(placement, unseen=why_none))
         apply(pl_module, self.placement, self.compress_saved)
         require_gradients(pl_module)
+        if final:
+            self._in_run.hold_still(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over from the user's optimizers what concerns qparams; refuse what could not be exported."""

@@ -10,7 +10,12 @@ from typing import Any
 from torch import nn
 
 from lfq_lightning.checking import in_words
-from lfq_lightning.private import uncompiled
+from lfq_lightning.private import BatchNorm, uncompiled
+
+
+def batch_norms(model: nn.Module) -> list[BatchNorm]:
+    """The BatchNorm layers of a model that keep running statistics, SyncBatchNorm among them."""
+    return [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
 
 
 @contextmanager

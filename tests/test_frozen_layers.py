@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import lfq_lightning as lfq
 from tests.assertions import assert_bit_equal
-from tests.runs import every_epoch, fit, qat
+from tests.runs import Net, every_epoch, fit, qat
+from tests.test_precision import scaled
 
 pytestmark = pytest.mark.quick
 
@@ -160,3 +164,122 @@ def test_another_choice_is_refused() -> None:
     for make in (lfq.QuantizationAwareTraining, lambda **options: lfq.attach(nn.Linear(2, 2), **options)):
         with pytest.raises(ValueError, match=r"`frozen_layers` must be one of keep, learn\. Found 'both'"):
             make(frozen_layers="both")
+
+
+# ---- learn="scales": all that the module would train keeps still ----------------------------------------------------
+
+
+def others(model: nn.Module) -> dict[str, Tensor]:
+    """All of a state dict but the quantizers."""
+    return {name: value.clone() for name, value in model.state_dict().items() if "quantizer" not in name}
+
+
+class Whole(Net):
+    """Its optimizer holds what requires a gradient, decays it, and has no scheduler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.bias.requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        own = [p for p in self.parameters() if p.requires_grad]
+        self.held = len(own)
+        return torch.optim.AdamW(own, lr=1e-2, weight_decay=0.1)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.rates = [*getattr(self, "rates", []), self.trainer.callbacks[0].qparam_optimizer.learning_rates[0]]
+
+
+@pytest.mark.parametrize("optimizer", [None, "user"])
+def test_scales_alone_leave_every_weight_and_statistic_and_the_module_as_it_was(tmp_path: Path, optimizer: Any) -> None:
+    model = Whole()
+    before, required = others(model), {name: p.requires_grad for name, p in model.named_parameters()}
+    fit(tmp_path, model, callback=qat(learn="scales", optimizer=optimizer))
+    assert model.held == 7  # as in float: all but the frozen bias
+    assert sum(moved(model).values()) >= 5
+    for name, value in before.items():
+        assert_bit_equal(others(model)[name], value)
+    assert {n: p.requires_grad for n, p in model.named_parameters() if "quantizer" not in n} == required
+    assert model.norm.training
+
+
+def test_the_rate_of_scales_alone_falls_to_zero_by_the_end_and_stays_where_somebody_drives_it(tmp_path: Path) -> None:
+    model, _, _ = fit(tmp_path / "a", Whole(), callback=qat(learn="scales"))
+    learning = model.rates[16:]  # from the third epoch on
+    assert model.rates[:16] == [1e-3] * 16
+    assert learning == pytest.approx([1e-3 * 0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(1, 9)], abs=1e-12)
+    freezing = lfq.PhaseSchedule(0, 1, 2, freeze=20, unit="step")
+    assert fit(tmp_path / "b", Whole(), callback=qat(learn="scales", schedule=freezing))[0].rates[19] == pytest.approx(
+        0
+    )
+    constant = partial(torch.optim.lr_scheduler.ConstantLR, factor=0.5, total_iters=1000)
+    given = fit(tmp_path / "c", Whole(), callback=qat(learn="scales", lr_schedule=constant))[0]
+    assert given.rates == [5e-4] * 24
+
+    class Scheduled(Whole):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [{"scheduler": LinearLR(optimizer, 1.0, 0.5, 24), "interval": "step"}]
+
+    followed = fit(tmp_path / "e", Scheduled(), callback=qat(learn="scales"))[0].rates
+    assert followed == pytest.approx([1e-3 * (1 - 0.5 * k / 24) for k in range(1, 25)])
+    unknown = fit(tmp_path / "d", Whole(), callback=qat(learn="scales"), max_epochs=-1, max_time={"seconds": 1})[0]
+    assert set(unknown.rates) == {1e-3}
+
+
+def test_scales_alone_resume_to_the_bit(tmp_path: Path) -> None:
+    def run(directory: Path, resume: Path | None = None) -> nn.Module:
+        options = {"callback": qat(learn="scales"), "callbacks": [every_epoch(directory)], "max_epochs": 4}
+        return fit(directory, Whole(), **options, ckpt_path=resume)[0]
+
+    whole = run(tmp_path / "a").state_dict()
+    for epoch in (0, 2):
+        resumed = run(tmp_path / "b", tmp_path / "a" / f"epoch={epoch}.ckpt").state_dict()
+        for name, value in whole.items():
+            assert_bit_equal(resumed[name], value)
+
+
+def test_what_sets_weights_free_meanwhile_does_not_move_them_and_the_next_fit_does(tmp_path: Path) -> None:
+    class Unfreezes(Whole):
+        def on_train_epoch_start(self) -> None:
+            self.second.requires_grad_(True)
+
+    model = Unfreezes()
+    before = others(model)
+    fit(tmp_path / "a", model, callback=qat(learn="scales"))
+    assert_bit_equal(others(model)["second.weight"], before["second.weight"])
+    fit(tmp_path / "b", model, callback=qat(), max_epochs=4)
+    assert not torch.equal(others(model)["second.weight"], before["second.weight"])
+    assert not torch.equal(others(model)["norm.running_mean"], before["norm.running_mean"])
+
+
+def test_a_fit_of_scales_alone_that_fails_leaves_the_module_as_it_was(tmp_path: Path) -> None:
+    class Fails(Whole):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            if self.trainer.global_step == 18:
+                raise RuntimeError("enough")
+            return super().training_step(batch, batch_idx)
+
+    model = Fails()
+    with pytest.raises(RuntimeError, match="enough"):
+        fit(tmp_path, model, callback=qat(learn="scales"))
+    assert all(p.requires_grad for n, p in model.named_parameters() if n != "head.bias")
+    assert model.norm.training
+
+
+@pytest.mark.parametrize("optimizer", [None, "user"])
+def test_a_gradient_scaler_which_would_find_no_gradient_is_refused_before_anything_moves(
+    tmp_path: Path, optimizer: Any
+) -> None:
+    model = Whole()
+    before = others(model)
+    with pytest.raises(ValueError, match=r'A gradient scaler asks.*Found none.*precision="bf16-mixed"'):
+        fit(tmp_path, model, callback=qat(learn="scales", optimizer=optimizer), **scaled())
+    assert all(torch.equal(others(model)[name], value) for name, value in before.items())
+    fit(tmp_path, model, callback=qat(learn="scales", optimizer=optimizer), precision="bf16-mixed")
+    assert sum(moved(model).values()) >= 5
+
+
+def test_another_word_for_what_learns_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`learn` must be one of all, scales\. Found 'weights'"):
+        lfq.QuantizationAwareTraining(learn="weights")

@@ -11,12 +11,7 @@ from torch import Tensor, nn
 
 from lfq_lightning.checking import check_batches, check_function, check_model
 from lfq_lightning.private import BatchNorm
-from lfq_lightning.running import in_eval_mode, run_by
-
-
-def batch_norms(model: nn.Module) -> list[BatchNorm]:
-    """The BatchNorm layers of a model that keep running statistics, SyncBatchNorm among them."""
-    return [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
+from lfq_lightning.running import batch_norms, in_eval_mode, run_by
 
 
 @contextmanager

@@ -15,11 +15,13 @@ from torch import nn
 
 from lfq_lightning.checking import check_batches, check_function, check_whole, in_words
 from lfq_lightning.phases import model_phase
-from lfq_lightning.private import BatchNorm, training_loaders
+from lfq_lightning.private import training_loaders
+from lfq_lightning.running import batch_norms
 from lfq_lightning.schedule import PHASES
-from lfq_lightning.techniques.batch_norm import batch_norms, reestimate_batch_norm
+from lfq_lightning.techniques.batch_norm import reestimate_batch_norm
 from lfq_lightning.techniques.order import check_order, check_quantized, epochs_before
 from lfq_lightning.techniques.served import Served
+from lfq_lightning.training.still import FixedStatistics
 from lfq_lightning.training.trainer.length import is_dev_run, length_of
 from lfq_lightning.training.wrapping import AtRest
 
@@ -85,7 +87,7 @@ class BatchNormStatistics(AtRest):
     def _rest(self) -> None:
         self._served = Served()
         self._done = False
-        self._frozen: dict[BatchNorm, bool] = {}
+        self._fixed = FixedStatistics()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse an order in which the phase would be the last epoch's, and forget that another model was served."""
@@ -147,24 +149,17 @@ class BatchNormStatistics(AtRest):
     ) -> None:
         """Keep statistics frozen, whoever has called `train()` meanwhile."""
         if _reached(self.freeze, trainer, pl_module):
-            for norm in self._frozen or batch_norms(pl_module):
-                self._frozen.setdefault(norm, norm.training)
-                norm.eval()
+            self._fixed.hold(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Estimate anew where that is asked for at the end, and give BatchNorm its mode back."""
         if self.reestimate == "end":
             self._estimate(trainer, pl_module)
-        self._let_go()
+        self._fixed.give_back()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Give BatchNorm its mode back."""
-        self._let_go()
-
-    def _let_go(self) -> None:
-        for norm, mode in self._frozen.items():
-            norm.training = mode
-        self._frozen = {}
+        self._fixed.give_back()
 
     def _estimate(self, trainer: L.Trainer, model: L.LightningModule) -> None:
         strategy, precision = trainer.strategy, trainer.precision_plugin

@@ -191,6 +191,16 @@ def _over_ranks(trainer: L.Trainer) -> Reduce:
     return lambda flat, operation: trainer.strategy.reduce(flat, reduce_op=operation)
 
 
+def learn_alone(model: nn.Module) -> None:
+    """Let scales and zero points learn in every layer, whose weights do not, and say so."""
+    set_learning_alone(holders(model), True)
+    qparams = sum(p.numel() for quantizer in quantizers(model).values() for p in quantizer.parameters(recurse=False))
+    rank_zero_info(
+        f"Scales and zero points learn alone (learn='scales'): {qparams:,} numbers. Every weight and bias, and the "
+        "statistics of BatchNorm, stay as they are."
+    )
+
+
 def settle_frozen_layers(model: nn.Module, optimizers: Sequence[Optimizer], choice: FrozenLayers) -> None:
     """Decide for each quantized layer, as a fit begins, whether its scales learn without its weight, and say so.
 

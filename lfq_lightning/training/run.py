@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 
@@ -18,10 +18,11 @@ from lfq_lightning.placement.quantized_layer import FrozenLayers, qparams, quant
 from lfq_lightning.records.recorder import Recorder
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.training.exporting import FitExport
-from lfq_lightning.training.phases import RunPhases, begin, settle_frozen_layers, show_phase
+from lfq_lightning.training.phases import RunPhases, begin, learn_alone, settle_frozen_layers, show_phase
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.stepping.qparams import ScheduleFactory
 from lfq_lightning.training.stepping.steps import Choice, Steps, arranged_qparams
+from lfq_lightning.training.still import Still
 from lfq_lightning.training.trainer.example import NoFlow, find_flow, tell_when_met
 from lfq_lightning.training.trainer.length import (
     Count,
@@ -31,6 +32,7 @@ from lfq_lightning.training.trainer.length import (
     count_resumes,
     has_learned,
     is_dev_run,
+    learning_left,
     settle_schedule,
 )
 from lfq_lightning.training.trainer.module import complete_gradients, meet_quantizers, note_on_checkpoints
@@ -38,6 +40,8 @@ from lfq_lightning.training.trainer.neighbours import arrange
 from lfq_lightning.training.trainer.resuming import open_epoch
 from lfq_lightning.training.trainer.strategy import load_quantizers_whole
 from lfq_lightning.training.wrapping import Wrappers
+
+Learn = Literal["all", "scales"]
 
 
 class Training:
@@ -50,6 +54,7 @@ class Training:
         recorder: of this run.
         sentinel: looks at what is recorded.
         export: keeps a batch.
+        still: what is not to move, or None.
     """
 
     def __init__(
@@ -60,13 +65,16 @@ class Training:
         recorder: Recorder,
         sentinel: Sentinel,
         export: FitExport,
+        still: Still | None,
     ) -> None:
         self.phases, self._steps = RunPhases(found, schedule), steps
-        self._recorder, self._sentinel, self._export = recorder, sentinel, export
+        self._recorder, self._sentinel, self._export, self._still = recorder, sentinel, export, still
 
     def before_batch(self, trainer: L.Trainer, model: L.LightningModule, batch: Any) -> None:
         """Enter the step's phase; gather what the batch shows, and measure it where a record is due."""
         open_epoch(trainer)
+        if self._still is not None:
+            self._still.before_batch(model)
         self._steps.begin_batch()
         self.phases.enter(trainer, model)
         self._export.see(model, batch)
@@ -105,6 +113,7 @@ class Run:
         model: the module.
         schedule: the user's, in the model's own epochs or steps.
         anew: whether the model is to start over.
+        learn: what does.
         export: what is written when a fit ends.
         before: the run before, which is over.
 
@@ -124,6 +133,7 @@ class Run:
         model: L.LightningModule,
         schedule: PhaseSchedule | None,
         anew: bool,
+        learn: Learn,
         export: FitExport,
         before: Run | None,
     ) -> None:
@@ -145,6 +155,9 @@ class Run:
             if anew or not has_learned(model):
                 check_configured_length(trainer, schedule, self.since)
             self._ending.callback(self._remember, trainer, model)
+        self._still = Still() if learn == "scales" and trainer.state.fn == "fit" else None
+        if self._still is not None:
+            self._ending.callback(self._still.give_back)
         self._until_fit, self._until_end = Wrappers(), Wrappers()
         self._ending.callback(self._until_end.remove)
         self._ending.callback(self._until_fit.remove)
@@ -165,6 +178,8 @@ class Run:
             optimizer: whose optimizer the qparams will be in.
         """
         meet_quantizers(self._until_fit, model, attach, partial(arranged_qparams, model, optimizer))
+        if self._still is not None:
+            self._until_fit.within(model, "configure_optimizers", self._still.let_go)
         arrange(self._until_end, trainer, model)
         note_on_checkpoints(self._until_end, model)
         load_quantizers_whole(self._until_end, trainer, model)
@@ -201,6 +216,11 @@ class Run:
         made: Placement = self._trainer.strategy.broadcast(placement)
         return made
 
+    def hold_still(self, model: L.LightningModule) -> None:
+        """Take the gradients of all that is not to learn, once all layers are made and quantized."""
+        if self._still is not None:
+            self._still.hold(model)
+
     def start(
         self,
         trainer: L.Trainer,
@@ -215,8 +235,11 @@ class Run:
         self._ending.callback(lambda: set_gathering(quantizers(model).values(), None))
         self._ending.callback(self.steps.remove)
         complete_gradients(self._until_end, model, optimizer != "user")
-        self.steps.follow(trainer, model, optimizer, lr_schedule)
-        settle_frozen_layers(model, trainer.optimizers, frozen_layers)
+        self.steps.follow(trainer, model, optimizer, lr_schedule, alone=self._still is not None)
+        if self._still is None:
+            settle_frozen_layers(model, trainer.optimizers, frozen_layers)
+        else:
+            learn_alone(model)
         begin(model, anew=not self.steps.take_up(self.restored) and self._anew)
 
     def watch_for_absent(self, model: L.LightningModule, placement: Placement | None) -> None:
@@ -233,11 +256,12 @@ class Run:
         self.since = count_resumes(trainer, self._schedule, self.restored, begins)
         before = self.restored.get("schedule")
         schedule, length = settle_schedule(trainer, model, self._schedule, before, self.since)
+        self.steps.fall(*learning_left(trainer, schedule))
         found = points(model)
         recorder = Recorder(trainer, found, every, write_files, length, self.restored.get("recorder", {}))
         self._ending.callback(recorder.close)
         sentinel = Sentinel(on_collapse, self.restored.get("sentinel"))
-        self.training = Training(found, schedule, self.steps, recorder, sentinel, self._export)
+        self.training = Training(found, schedule, self.steps, recorder, sentinel, self._export, self._still)
         show_phase(self._until_end, trainer, self.training.phases)
         self.training.phases.enter(trainer, model)
 

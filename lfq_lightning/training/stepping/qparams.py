@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -74,6 +75,30 @@ class Pace:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
+
+
+class Falling(LRScheduler):
+    """A learning rate that falls to zero as a cosine, from when it is known by which step on.
+
+    Attributes:
+        steps: how many steps it takes; infinite for a rate that stays.
+        end: the optimizer step of the Trainer at which it is zero.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.steps = self.end = math.inf
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        share = (
+            1.0 if math.isinf(self.steps) else 0.5 * (1.0 + math.cos(math.pi * min(1.0, self.last_epoch / self.steps)))
+        )
+        return [rate * share for rate in self.base_lrs]
+
+    def fall(self, left: float, end: float) -> None:
+        """Be zero after so many more steps, when the Trainer has made `end`; a resumed run of that end knows."""
+        if end != self.end:
+            self.steps, self.end = self.last_epoch + left, end
 
 
 class QParamOptimizer:
@@ -169,6 +194,12 @@ class QParamOptimizer:
                 row.write_back(before)
         if self._schedules:
             self._schedules[position].step()
+
+    def fall(self, left: float, end: float) -> None:
+        """Tell learning rates that fall when to be zero: see `Falling`."""
+        for schedule in self._schedules:
+            if isinstance(schedule, Falling):
+                schedule.fall(left, end)
 
     def _follow_devices(self, position: int) -> None:
         """Lay out anew what was moved to another device, with the optimizer's state."""

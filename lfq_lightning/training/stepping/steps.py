@@ -15,6 +15,7 @@ from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.training.hiding import hidden_qparams
 from lfq_lightning.training.stepping.hooks import held_by
 from lfq_lightning.training.stepping.qparams import (
+    Falling,
     OptimizerFactory,
     QParamOptimizer,
     ScheduleFactory,
@@ -53,15 +54,37 @@ class Steps:
         self._weights = WeightSteps()
 
     def follow(
-        self, trainer: L.Trainer, model: L.LightningModule, choice: Choice, schedule: ScheduleFactory | None
+        self,
+        trainer: L.Trainer,
+        model: L.LightningModule,
+        choice: Choice,
+        schedule: ScheduleFactory | None,
+        alone: bool = False,
     ) -> None:
         """Step with the Trainer's optimizers from now on.
 
+        Args:
+            trainer: whose optimizers are made.
+            model: the module.
+            choice: whose optimizer the qparams are in.
+            schedule: of their rate.
+            alone: whether nothing else learns; their rate then falls to zero where nobody has said otherwise.
+
         Raises:
-            ValueError: if qparams are to have an optimizer of their own and one of the user's holds them too.
+            ValueError: if qparams are to have an optimizer of their own and one of the user's holds them too, or a
+                gradient scaler would find nothing to scale.
         """
+        _check_scaler(trainer, model)
+        if alone and schedule is None and choice != "user" and not trainer.lr_scheduler_configs:
+            schedule = Falling
         self.qparams = _make(trainer, model, choice, schedule)
-        self._weights.follow(model, trainer.optimizers)
+        if not alone:
+            self._weights.follow(model, trainer.optimizers)
+
+    def fall(self, left: float, end: float) -> None:
+        """Tell learning rates that fall by which step of the Trainer to be zero, and how many are left until then."""
+        if isinstance(self.qparams, QParamOptimizer):
+            self.qparams.fall(left, end)
 
     @property
     def unseen(self) -> list[str]:
@@ -121,6 +144,17 @@ def _make(
         getattr(trainer.precision_plugin, "scaler", None),
         faces if isinstance(faces, list) else [faces],
         mean_over_shards(trainer),
+    )
+
+
+def _check_scaler(trainer: L.Trainer, model: nn.Module) -> None:
+    held = held_by(trainer.optimizers) - {id(p) for p in qparams(model)}
+    trained = any(p.requires_grad and id(p) in held for p in model.parameters())
+    if getattr(trainer.precision_plugin, "scaler", None) is None or not held or trained:
+        return
+    raise ValueError(
+        "A gradient scaler asks the module's optimizer for gradients at every step. Found none in a run in which "
+        'scales and zero points learn alone: use `precision="bf16-mixed"`, or "32-true".'
     )
 
 

@@ -63,6 +63,22 @@ def _length_for(trainer: L.Trainer, since: Count) -> tuple[float, float]:
     return epochs - since[0], had + left * steps / epochs  # what it had may have been in other epochs
 
 
+def learning_left(trainer: L.Trainer, schedule: PhaseSchedule) -> tuple[float, float]:
+    """How many more steps each optimizer will take while qparams learn, and the Trainer's step at their end.
+
+    Args:
+        trainer: as a fit begins or is resumed.
+        schedule: in force, in the Trainer's own counts.
+    """
+    epochs, steps = length_of(trainer)
+    if math.isinf(steps) or not epochs:
+        return math.inf, math.inf
+    in_an_epoch = steps / epochs if schedule.unit == "epoch" else 1.0
+    end = steps if schedule.freeze is None else min(steps, schedule.freeze * in_an_epoch)
+    begins = max(float(trainer.global_step), schedule.learn * in_an_epoch)
+    return max(0.0, end - begins) / max(1, len(trainer.optimizers)), end
+
+
 def settle_schedule(
     trainer: L.Trainer,
     model: nn.Module,

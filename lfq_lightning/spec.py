@@ -58,8 +58,10 @@ class QuantSpec:
             optimizer of your own, without the callback, steps s itself in each.
         learn_zero_point: whether an affine quantizer's zero point learns (LSQ+), or stays as it was estimated.
         lr_factor: multiplies the steps that the optimizer takes on a weight while it is quantized, under the callback.
-            "bits": 8 at 2 bits, 4 at 3, else 1; three codes are 2 bits, whatever `bits` says. A code changes when its
-            weight has crossed half a step, twice as long with each bit less; an accuracy benchmark chose these.
+            A code changes when its weight has crossed half a quantization step, twice as long with each bit less.
+            "path": below 4 bits, what a weight needs to travel 8 quantization steps on average in what is left of the
+            run, as measured in its first quantized steps, and from 1 to 8; else 1. "bits": 8 at 2 bits, 4 at 3, else 1,
+            whatever the run. Three codes are 2 bits, whatever `bits` says.
 
     Raises:
         TypeError: if a value has the wrong type.
@@ -84,7 +86,7 @@ class QuantSpec:
     saturation: Saturation | None = None
     scale_domain: ScaleDomain = "linear"
     learn_zero_point: bool = True
-    lr_factor: float | Literal["bits"] = "bits"
+    lr_factor: float | Literal["path", "bits"] = "path"
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int):
@@ -102,17 +104,17 @@ class QuantSpec:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}. Found {getattr(self, name)!r}.")
         self._check_granularity()
         self._check_range()
-        for name, word in (("grad_factor", "lsq"), ("lr_factor", "bits")):
-            self._check_factor(name, word)
+        self._check_factor("grad_factor", "lsq")
+        self._check_factor("lr_factor", "path", "bits")
 
-    def _check_factor(self, name: str, word: str) -> None:
-        value = getattr(self, name)
-        if value == word:
+    def _check_factor(self, name: str, *words: str) -> None:
+        value, allowed = getattr(self, name), " or ".join(f'"{word}"' for word in words)
+        if value in words:
             return
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise TypeError(f'`{name}` must be "{word}" or a number. Found {value!r}.')
+            raise TypeError(f"`{name}` must be {allowed} or a number. Found {value!r}.")
         if isinstance(value, str) or not 0 < value < math.inf:
-            raise ValueError(f'`{name}` must be "{word}" or a positive number. Found {value!r}.')
+            raise ValueError(f"`{name}` must be {allowed} or a positive number. Found {value!r}.")
         object.__setattr__(self, name, float(value))
 
     def _check_granularity(self) -> None:
@@ -159,11 +161,17 @@ class QuantSpec:
     def _usual_saturation(self) -> Saturation:
         return "exclusive" if self.scale_domain == "power_of_two" else "lsq"
 
-    def lr_factor_at(self, bits: int) -> float:
-        """By how much a weight's steps are multiplied while it has so many bits."""
-        if self.lr_factor != "bits":
-            return float(self.lr_factor)
-        return 2.0 ** (5 - bits) if bits < 4 else 1.0
+    def lr_factor_at(self, bits: int) -> float | None:
+        """By how much a weight's steps are multiplied while it has so many bits; None where the run decides."""
+        if isinstance(self.lr_factor, float):
+            return self.lr_factor
+        if bits >= 4:
+            return 1.0
+        return None if self.lr_factor == "path" else 2.0 ** (5 - bits)
+
+    def with_usual_steps(self) -> QuantSpec:
+        """These settings with the default `lr_factor`, which is no part of what is computed."""
+        return self.replace(lr_factor="path")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, as `QuantSpec(**values)` takes them."""
@@ -224,7 +232,7 @@ def activation_spec(value: SpecLike) -> QuantSpec | None:
     spec = _as_spec(value, "activation")
     if spec is not None and spec.granularity == "per_group":
         raise ValueError(f"An activation is quantized per tensor or per channel. Found {spec!r}.")
-    if spec is not None and spec.lr_factor != "bits":
+    if spec is not None and isinstance(spec.lr_factor, float):
         raise ValueError(f"`lr_factor` goes with a weight, which an optimizer steps. Found {spec!r} for an activation.")
     return spec
 

@@ -211,10 +211,13 @@ def fit_to(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return fitted
 
 
+def _computed(spec: QuantSpec | None) -> QuantSpec | str:
+    return "no QuantSpec" if spec is None else spec.with_usual_steps()
+
+
 def _differences(mine: Descriptions, theirs: Descriptions) -> list[str]:
     specs = [
-        {name: spec_of(name, description) or "no QuantSpec" for name, description in found.items()}
-        for found in (mine, theirs)
+        {name: _computed(spec_of(name, description)) for name, description in found.items()} for found in (mine, theirs)
     ]
     return [
         f"{name}: the checkpoint has {specs[1].get(name, 'float')}, the model has {specs[0].get(name, 'float')}"

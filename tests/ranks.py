@@ -422,6 +422,7 @@ def every_argument(directory: Path) -> None:
         compress_saved=True,
         record_every_n_steps=1,
         on_collapse="reinit",
+        learn="all",
         frozen_layers="learn",
         example=None,
         target="onnxruntime",

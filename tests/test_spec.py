@@ -43,7 +43,7 @@ def specs(draw: st.DrawFn) -> QuantSpec:
         saturation=draw(st.sampled_from(["lsq", "exclusive", "inclusive"])),
         scale_domain=draw(st.sampled_from(["linear", "log", "power_of_two"])),
         learn_zero_point=draw(st.booleans()),
-        lr_factor=draw(st.just("bits") | st.floats(1e-3, 1e3)),
+        lr_factor=draw(st.sampled_from(["path", "bits"]) | st.floats(1e-3, 1e3)),
     )
 
 
@@ -135,9 +135,9 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"grad_factor": "1e-3"}, ValueError, "`grad_factor` must be .*. Found '1e-3'"),
     ({"grad_factor": True}, TypeError, "`grad_factor` must be .*. Found True"),
     ({"grad_factor": None}, TypeError, "`grad_factor` must be .*. Found None"),
-    ({"lr_factor": 0}, ValueError, '`lr_factor` must be "bits" or a positive number. Found 0'),
-    ({"lr_factor": "lsq"}, ValueError, '`lr_factor` must be "bits" or a positive number. Found .lsq.'),
-    ({"lr_factor": None}, TypeError, '`lr_factor` must be "bits" or a number. Found None'),
+    ({"lr_factor": 0}, ValueError, '`lr_factor` must be "path" or "bits" or a positive number. Found 0'),
+    ({"lr_factor": "lsq"}, ValueError, '`lr_factor` must be "path" or "bits" or a positive number. Found .lsq.'),
+    ({"lr_factor": None}, TypeError, '`lr_factor` must be "path" or "bits" or a number. Found None'),
     ({"bitwidth": 8}, TypeError, "unexpected keyword argument 'bitwidth'"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,8 @@ class Watched(Net):
 
 
 def low_bits(weight: Any = 2, **options: Any) -> lfq.QuantizationAwareTraining:
+    """Weights of so many bits, with the factors that are known beforehand, or of a specification."""
+    weight = spec(weight, lr_factor="bits") if isinstance(weight, int) else weight
     rules = [lfq.Rule("*", weight=weight)]  # the ends too
     return qat(weight=8, activation=None, rules=rules, **{"schedule": SCHEDULE, **options})
 
@@ -109,7 +112,7 @@ def test_steps_by_hand_are_lengthened_too(tmp_path: Path) -> None:
 
 def test_each_step_without_lightning_is_lengthened_too() -> None:
     model = nn.Sequential(nn.Linear(4, 3))
-    lfq.attach(model, weight=spec(), activation=None, rules=[lfq.Rule("*", weight=2)])
+    lfq.attach(model, weight=spec(), activation=None, rules=[lfq.Rule("*", weight=spec(lr_factor="bits"))])
     lfq.calibrate(model, [torch.randn(8, 4)])
     lfq.set_phase(model, "learn")
     optimizer, owner = SGD(model.parameters(), lr=0.1), WeightSteps()
@@ -127,7 +130,7 @@ def test_each_step_without_lightning_is_lengthened_too() -> None:
 
 @pytest.mark.parametrize(
     ("weight", "factor"),
-    [(spec(lr_factor=3), 3.0), (spec(lr_factor=0.5), 0.5), (spec(quant_min=-1, quant_max=1), 8.0)],
+    [(spec(lr_factor=3), 3.0), (spec(lr_factor=0.5), 0.5), (spec(quant_min=-1, quant_max=1, lr_factor="bits"), 8.0)],
     ids=["3", "0.5", "ternary"],
 )
 def test_the_factor_is_a_setting(tmp_path: Path, weight: lfq.QuantSpec, factor: float) -> None:
@@ -141,7 +144,8 @@ def test_the_factor_is_a_setting(tmp_path: Path, weight: lfq.QuantSpec, factor: 
 
 @pytest.mark.parametrize(("bits", "factor"), [(2, 8.0), (3, 4.0), (4, 1.0), (8, 1.0), (16, 1.0)])
 def test_below_four_bits_each_bit_less_doubles_the_step(bits: int, factor: float) -> None:
-    assert spec(bits).lr_factor_at(bits) == factor
+    assert spec(bits, lr_factor="bits").lr_factor_at(bits) == factor
+    assert spec(bits).lr_factor_at(bits) == (None if bits < 4 else 1.0)
 
 
 def test_optimizers_of_four_bits_and_more_are_left_alone(tmp_path: Path) -> None:
@@ -243,7 +247,7 @@ def test_a_run_of_two_bits_resumes_bit_equal(tmp_path: Path) -> None:
 def test_the_run_says_the_factor_that_it_takes_where_codes_are_fewer_than_bits_hold(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, bits: int
 ) -> None:
-    ternary = spec(bits, quant_min=-1, quant_max=1)
+    ternary = spec(bits, quant_min=-1, quant_max=1, lr_factor="bits")
     torch.manual_seed(3)
     plain = steps(tmp_path / "plain", ternary.replace(lr_factor=1), Watched())[1]["second.weight"]
     torch.manual_seed(3)
@@ -276,3 +280,84 @@ def test_an_input_has_no_steps_to_lengthen() -> None:
         lfq.QuantizationAwareTraining(weight=2, activation=activation)
     with pytest.raises(ValueError, match="`lr_factor` goes with a weight"):
         lfq.attach(Net(), rules=[lfq.Rule("*", activation=activation)])
+
+
+# ---- lr_factor="path": the run is looked at --------------------------------------------------------------------------
+
+PATHS = r"Weights of (\d) bits go (\S+) quantization steps on the rest of this run at their learning rate: (.*)"
+
+
+def at_rate(directory: Path, rate: float, weight: lfq.QuantSpec | None = None, **options: Any) -> Any:
+    """A run of 48 steps of Adam at a constant rate."""
+
+    class Constant(Net):
+        on_train_batch_start, on_train_batch_end = Watched.on_train_batch_start, Watched.on_train_batch_end
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: list[dict[str, Tensor]] = []
+
+        def configure_optimizers(self) -> Any:
+            return Adam(self.parameters(), lr=rate)
+
+    torch.manual_seed(3)
+    settings: dict[str, Any] = {"max_epochs": 6, "limit_val_batches": 0} | options
+    return fit(directory, Constant(), callback=low_bits(weight or spec()), **settings)[0]
+
+
+def crossing(directory: Path, rate: float, caplog: pytest.LogCaptureFixture, **options: Any) -> tuple[Any, float]:
+    """The run, and the path that it told."""
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        model = at_rate(directory, rate, **options)
+    told = re.findall(PATHS, caplog.text)
+    return model, float(told[0][1]) if told else 0.0
+
+
+def test_a_run_that_goes_too_short_a_way_takes_longer_steps_from_when_it_is_known_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = at_rate(tmp_path, 0.02, spec(lr_factor=1))
+    model, path = crossing(tmp_path, 0.02, caplog)
+    # A twentieth of 47 steps is let pass and as much measured, from the first that is quantized on.
+    for index in range(1, 5):
+        assert all(torch.equal(model.steps[index][n], plain.steps[index][n]) for n in WEIGHTS)
+    assert 1 < path < 8
+    [[_, _, rest]] = re.findall(PATHS, caplog.text)
+    assert rest == f"they move {8 / path:.2g} times as far a step (`QuantSpec.lr_factor`)."
+    ratios = [float(model.steps[5][n].norm() / plain.steps[5][n].norm()) for n in WEIGHTS]
+    assert ratios == pytest.approx([8 / path] * 3, rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:Quantizers collapsed")  # at such a rate
+def test_a_run_that_goes_far_enough_keeps_its_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, path = crossing(tmp_path, 0.08, caplog)
+    assert path > 8
+    assert "their steps stay as they are." in caplog.text
+    plain = at_rate(tmp_path, 0.08, spec(lr_factor=1))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_run_in_which_hardly_a_code_changes_takes_eight_times_its_steps_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, path = crossing(tmp_path, 1e-4, caplog)
+    assert 0 < path < 0.1
+    assert "they move 8 times as far a step" in caplog.text
+    assert "few codes will change: raise the learning rate" in caplog.text
+
+
+def test_a_run_without_an_end_keeps_its_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, path = crossing(tmp_path, 1e-4, caplog, max_epochs=-1, max_time={"seconds": 1})
+    assert path == 0.0 and "times as far" not in caplog.text
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_what_was_measured_goes_with_a_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture, epoch: int) -> None:
+    def run(directory: Path, **options: Any) -> Any:
+        callbacks = [every_epoch(directory)]
+        return crossing(directory, 0.02, caplog, callbacks=callbacks, max_epochs=12, **options)[0]
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", ckpt_path=tmp_path / f"whole/epoch={epoch}.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))

@@ -275,6 +275,7 @@ def at_least_8_bits(spec: QuantSpec | None) -> QuantSpec | None:
 
 def alike_but_at_ends(one: QuantSpec | None, other: QuantSpec | None) -> bool:
     """Whether two specifications are one, but for the bits of a first or last layer: which it is shows in a flow."""
+    one, other = (None if spec is None else spec.with_usual_steps() for spec in (one, other))
     return one == other or at_least_8_bits(one) == other or one == at_least_8_bits(other)
 
 

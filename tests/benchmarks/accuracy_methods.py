@@ -147,6 +147,7 @@ VARIANTS: dict[str, Method] = {
     "ours, ranges min-max": partial(ours, weight={"observer": "minmax"}, activation={"observer": "moving_average"}),
     "ours, narrow weights": partial(ours, narrow=True),
     "ours, steps not lengthened": partial(ours, weight={"lr_factor": 1.0}),
+    "ours, steps by bits": partial(ours, weight={"lr_factor": "bits"}),
     "ours, steps half as long": lambda cell, network, schedule: ours(
         cell, network, schedule, weight={"lr_factor": max(2.0 ** (4 - cell.weight), 1.0)}
     ),

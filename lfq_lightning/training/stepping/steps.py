@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from lfq_lightning.placement.quantized_layer import qparams
 from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.telling import tell
 from lfq_lightning.training.hiding import hidden_qparams
 from lfq_lightning.training.stepping.hooks import held_by
 from lfq_lightning.training.stepping.qparams import (
@@ -23,6 +25,7 @@ from lfq_lightning.training.stepping.qparams import (
 )
 from lfq_lightning.training.stepping.users import UserOptimizers, grouped_qparams
 from lfq_lightning.training.stepping.weights import WeightSteps
+from lfq_lightning.training.trainer.length import steps_left
 from lfq_lightning.training.trainer.strategy import mean_over_shards
 
 Choice = OptimizerFactory | Literal["user"] | None
@@ -79,7 +82,13 @@ class Steps:
             schedule = Falling
         self.qparams = _make(trainer, model, choice, schedule)
         if not alone:
-            self._weights.follow(model, trainer.optimizers)
+            self._weights.follow(
+                model,
+                trainer.optimizers,
+                partial(steps_left, trainer),
+                mean_over_shards(trainer),
+                partial(tell, trainer),
+            )
 
     def fall(self, left: float, end: float) -> None:
         """Tell learning rates that fall by which step of the Trainer to be zero, and how many are left until then."""
@@ -114,7 +123,8 @@ class Steps:
             self.qparams.remove()
 
     def take_up(self, restored: dict[str, Any]) -> bool:
-        """Take the qparams' state out of what a checkpoint holds of the run, once; whether there was one."""
+        """Take the steps' state out of what a checkpoint holds of the run, once; whether there was one."""
+        self._weights.load_state_dict(restored.pop("weight_steps", {}))
         if "qparam_optimizer" not in restored or self.qparams is None:
             return False
         self.qparams.load_state_dict(restored.pop("qparam_optimizer"))
@@ -122,7 +132,10 @@ class Steps:
 
     def state_dict(self) -> dict[str, Any]:
         """What `take_up` takes; plain values and tensors."""
-        return {} if self.qparams is None else {"qparam_optimizer": self.qparams.state_dict()}
+        if self.qparams is None:
+            return {}
+        measured = self._weights.state_dict()
+        return {"qparam_optimizer": self.qparams.state_dict()} | ({"weight_steps": measured} if measured else {})
 
 
 def _make(

@@ -63,6 +63,11 @@ def _length_for(trainer: L.Trainer, since: Count) -> tuple[float, float]:
     return epochs - since[0], had + left * steps / epochs  # what it had may have been in other epochs
 
 
+def steps_left(trainer: L.Trainer) -> float:
+    """How many more steps each optimizer will take; infinite where it cannot be known."""
+    return max(0.0, length_of(trainer)[1] - trainer.global_step) / max(1, len(trainer.optimizers))
+
+
 def learning_left(trainer: L.Trainer, schedule: PhaseSchedule) -> tuple[float, float]:
     """How many more steps each optimizer will take while qparams learn, and the Trainer's step at their end.
 

@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -89,7 +90,24 @@ def measure(task_name: str, method: str, cell: str, seed: int, folder: Path) -> 
         callbacks = made
     torch.manual_seed(seed)
     fit(task, network, data, seed + 1000, callbacks)
-    return score(task, network, data)
+    return score(task, network, data.test)
+
+
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+
+
+def tune(task_name: str, seeds: range) -> None:
+    """What float scores on the validation data at each learning rate; on the test data, where there is no other."""
+    for rate in RATES:
+        task = replace(TASKS[task_name], learning_rate=rate)
+        found = []
+        for seed in seeds:
+            data = task.data(seed)
+            torch.manual_seed(seed)
+            network = task.network()
+            fit(task, network, data, seed, [])
+            found.append(score(task, network, data.validation or data.test))
+        print(task_name, rate, f"{mean(found):.3f}", flush=True)
 
 
 def runs(arguments: argparse.Namespace) -> Iterator[Key]:
@@ -166,12 +184,19 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS | VARIANTS))
     parser.add_argument("--folder", type=Path, default=Path(".benchmarks"), help="float checkpoints and results")
     parser.add_argument("--report", action="store_true", help="print the tables of what is there, and train nothing")
+    parser.add_argument(
+        "--tune", action="store_true", help="score float at several learning rates, and quantize nothing"
+    )
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
+    if arguments.tune:
+        for name in arguments.tasks:
+            tune(name, range(arguments.first_seed, arguments.first_seed + arguments.seeds))
+        return
     results = Results(arguments.folder / "accuracy.jsonl")
     for key in () if arguments.report else runs(arguments):
         task, cell, method, seed = key

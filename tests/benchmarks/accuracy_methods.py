@@ -29,7 +29,7 @@ class Cell:
         return f"W{self.weight}{group}" + (f"A{self.activation}" if self.activation else "")
 
 
-CELLS = {cell.name: cell for cell in (Cell(8, 8), Cell(4, 4), Cell(3, 3), Cell(2, 2), Cell(4, 0, 32))}
+CELLS = {c.name: c for c in (Cell(8, 8), Cell(4, 8), Cell(4, 4), Cell(3, 3), Cell(2, 2), Cell(4, 0, 32))}
 
 # Makes the callbacks that quantize a network in this cell; None where the method has nothing for it.
 Method = Callable[[Cell, nn.Module, lfq.PhaseSchedule], list[L.Callback] | None]
@@ -73,15 +73,20 @@ class Peer(L.Callback):
         self.now = due
 
 
+def _recurrent(network: nn.Module) -> bool:
+    """Whether peers would leave most of it in float: they have no fake quantizers for the weights of an LSTM."""
+    return any(isinstance(m, nn.RNNBase) for m in network.modules())
+
+
 def torch_ao(cell: Cell, network: nn.Module, schedule: lfq.PhaseSchedule) -> list[L.Callback] | None:
-    if cell.group_size:
+    if cell.group_size or _recurrent(network):
         return None  # it has scales per tensor and per channel
     peers.quantized_by(network, peers.torch_ao_weight, peers.torch_ao_activation, cell.weight, cell.activation)
     return [Peer(peers.torch_ao_phase, schedule)]
 
 
 def brevitas(cell: Cell, network: nn.Module, schedule: lfq.PhaseSchedule) -> list[L.Callback] | None:
-    if cell.group_size:
+    if cell.group_size or _recurrent(network):
         return None  # groups of Linear alone, and not below a quantized convolution
     activation = peers.brevitas_activation(schedule.learn)
     peers.quantized_by(network, peers.BrevitasWeight, activation, cell.weight, cell.activation)
@@ -89,8 +94,8 @@ def brevitas(cell: Cell, network: nn.Module, schedule: lfq.PhaseSchedule) -> lis
 
 
 def torchao(cell: Cell, network: nn.Module, schedule: lfq.PhaseSchedule) -> list[L.Callback] | None:
-    kernels = any(isinstance(m, nn.Conv2d) for m in network.modules())
-    if kernels:
+    kernels = any(isinstance(m, (nn.Conv1d, nn.Conv2d)) for m in network.modules())
+    if kernels or _recurrent(network):
         return None  # it quantizes matrices
     make = partial(_torchao_weight, group_size=cell.group_size)
     peers.quantized_by(network, make, peers.torchao_activation, cell.weight, cell.activation)

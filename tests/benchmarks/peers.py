@@ -15,11 +15,11 @@ INSTALLED = {name: find_spec(name.replace(".", "_")) is not None for name in ("b
 
 
 def quantized_by(model: nn.Module, weight: Make, activation: Make, weight_bits: int, activation_bits: int) -> None:
-    """Quantize the weights and inputs of every Conv2d, Linear and Embedding, the first and last with 8 bits at least.
+    """Quantize weights and inputs of every convolution, Linear and Embedding, the first and last with 8 bits at least.
 
     Bits of 0 mean float. The quantizers are children of their layers, named as ours are.
     """
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))]
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear, nn.Embedding))]
     for layer in layers:
         least = 8 if layer in (layers[0], layers[-1]) else 0
         wide = [max(bits, least) if bits else 0 for bits in (weight_bits, activation_bits)]
@@ -30,19 +30,22 @@ def quantized_by(model: nn.Module, weight: Make, activation: Make, weight_bits: 
 
 
 class _Forward:
+    """The layer's own forward, which reads the quantized weight in place of the parameter."""
+
     def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
+        self.layer, self.own = layer, layer.forward
 
     def __call__(self, x: Tensor) -> Tensor:
         layer = self.layer
-        weight = layer.weight if layer.weight_quantizer is None else layer.weight_quantizer(layer.weight)
         if layer.input_quantizer is not None:
             x = layer.input_quantizer(x)
-        if isinstance(layer, nn.Conv2d):
-            return layer._conv_forward(x, weight, layer.bias)
-        if isinstance(layer, nn.Embedding):
-            return nn.functional.embedding(x, weight)
-        return nn.functional.linear(x, weight, layer.bias)
+        if layer.weight_quantizer is None:
+            return self.own(x)
+        object.__setattr__(layer, "weight", layer.weight_quantizer(layer.weight))
+        try:
+            return self.own(x)
+        finally:
+            object.__delattr__(layer, "weight")
 
 
 # ---- torch.ao -----------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class QuantSpec:
         learn_zero_point: whether an affine quantizer's zero point learns (LSQ+), or stays as it was estimated.
         lr_factor: multiplies the steps that the optimizer takes on a weight while it is quantized, under the callback.
             A code changes when its weight has crossed half a quantization step, twice as long with each bit less.
-            "path": below 4 bits, what a weight needs to travel 8 quantization steps on average in what is left of the
+            "path": below 4 bits, what a weight needs to travel 4 quantization steps on average in what is left of the
             run, as measured in its first quantized steps, and from 1 to 8; else 1. "bits": 8 at 2 bits, 4 at 3, else 1,
             whatever the run. Three codes are 2 bits, whatever `bits` says.
 

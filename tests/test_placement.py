@@ -239,7 +239,7 @@ def test_a_parametrized_weight_is_quantized_after_it_is_computed() -> None:
 
 @pytest.mark.parametrize("option", [{"sparse": True}, {"max_norm": 1.0}])
 def test_an_embedding_whose_weights_cannot_be_quantized_is_left_in_float_and_named(option: dict[str, Any]) -> None:
-    model = nn.Sequential(nn.Embedding(10, 4, **option), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Embedding(10, 4, **option), nn.Linear(4, 64))
     assert next(iter(option)) in dict(lfq.attach(model).left_in_float)["0"]
     tokens = torch.randint(0, 10, (3,))
     lfq.calibrate(model, [tokens])

@@ -317,22 +317,22 @@ def crossing(directory: Path, rate: float, caplog: pytest.LogCaptureFixture, **o
 def test_a_run_that_goes_too_short_a_way_takes_longer_steps_from_when_it_is_known_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = at_rate(tmp_path, 0.02, spec(lr_factor=1))
-    model, path = crossing(tmp_path, 0.02, caplog)
+    plain = at_rate(tmp_path, 0.01, spec(lr_factor=1))
+    model, path = crossing(tmp_path, 0.01, caplog)
     # A twentieth of 47 steps is let pass and as much measured, from the first that is quantized on.
     for index in range(1, 5):
         assert all(torch.equal(model.steps[index][n], plain.steps[index][n]) for n in WEIGHTS)
-    assert 1 < path < 8
+    assert 1 < path < 4
     [[_, _, rest]] = re.findall(PATHS, caplog.text)
-    assert rest == f"they move {8 / path:.2g} times as far a step (`QuantSpec.lr_factor`)."
+    assert rest == f"they move {4 / path:.2g} times as far a step (`QuantSpec.lr_factor`)."
     ratios = [float(model.steps[5][n].norm() / plain.steps[5][n].norm()) for n in WEIGHTS]
-    assert ratios == pytest.approx([8 / path] * 3, rel=0.05)
+    assert ratios == pytest.approx([4 / path] * 3, rel=0.05)
 
 
 @pytest.mark.filterwarnings("ignore:Quantizers collapsed")  # at such a rate
 def test_a_run_that_goes_far_enough_keeps_its_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, path = crossing(tmp_path, 0.08, caplog)
-    assert path > 8
+    assert path > 4
     assert "their steps stay as they are." in caplog.text
     plain = at_rate(tmp_path, 0.08, spec(lr_factor=1))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
@@ -356,7 +356,7 @@ def test_a_run_without_an_end_keeps_its_steps(tmp_path: Path, caplog: pytest.Log
 def test_what_was_measured_goes_with_a_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture, epoch: int) -> None:
     def run(directory: Path, **options: Any) -> Any:
         callbacks = [every_epoch(directory)]
-        return crossing(directory, 0.02, caplog, callbacks=callbacks, max_epochs=12, **options)[0]
+        return crossing(directory, 0.01, caplog, callbacks=callbacks, max_epochs=12, **options)[0]
 
     whole = run(tmp_path / "whole")
     resumed = run(tmp_path / "resumed", ckpt_path=tmp_path / f"whole/epoch={epoch}.ckpt")

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lfq_lightning.checking import check_choice, check_flags, check_model
@@ -90,7 +91,8 @@ def attach(
             parameter alone.
 
     Returns:
-        What was placed where. Attaching again with the same arguments changes nothing.
+        What was placed where. Attaching again with the same arguments changes nothing. Where less than half of the
+        weights are quantized and nobody asked for that, a warning says so.
 
     Raises:
         TypeError, ValueError: if an argument is wrong, a rule matches nothing, or a layer that should be quantized
@@ -117,6 +119,9 @@ def attach(
     placement = plan(model, weight, activation, rules, flow=flow, target=target)
     apply(model, placement, compress_saved)
     set_learning_alone(holders(model), frozen_layers == "learn")
+    shortfall = placement.shortfall("what `attach` returns")
+    if shortfall:
+        rank_zero_warn(shortfall)
     return placement
 
 

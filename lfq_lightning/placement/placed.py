@@ -138,6 +138,20 @@ class Placement:
         asked = {name for name, reason in self.left_in_float if reason == ASKED_FOR}
         return sum(n for name, n in self.left_elements if name in asked) / max(self.elements[1], 1)
 
+    def shortfall(self, where: str) -> str:
+        """What to warn of where less than half of the weights are quantized and nobody asked for that, or nothing.
+
+        Args:
+            where: the placement is at the user's hand.
+        """
+        if not self.elements[1] or self.share + self.share_asked_for >= 0.5:
+            return ""
+        without = "" if self.source else ", and give an `example`, which shows every operation that reads a weight"
+        return (
+            f"Most of a model's weights should be quantized. Found {self.share:.1%} of them: print {where} for all "
+            f"that is in float, and why{without}."
+        )
+
     def __str__(self) -> str:
         rows = []
         for layer in self.layers:

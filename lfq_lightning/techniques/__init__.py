@@ -3,7 +3,7 @@
 from lfq_lightning.techniques.batch_norm import reestimate_batch_norm
 from lfq_lightning.techniques.batch_norm_statistics import BatchNormStatistics
 from lfq_lightning.techniques.bit_annealing import BitAnnealing
-from lfq_lightning.techniques.distillation import Distillation
+from lfq_lightning.techniques.distillation import Distillation, distillation_loss
 from lfq_lightning.techniques.oscillation_control import OscillationControl
 from lfq_lightning.techniques.while_learning import while_learning
 
@@ -12,6 +12,7 @@ __all__ = [
     "BitAnnealing",
     "Distillation",
     "OscillationControl",
+    "distillation_loss",
     "reestimate_batch_norm",
     "while_learning",
 ]

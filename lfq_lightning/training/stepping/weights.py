@@ -18,7 +18,7 @@ from lfq_lightning.private import add_each_, subtract_each_
 from lfq_lightning.spec import QuantSpec
 from lfq_lightning.training.stepping.hooks import StepHooks, held_by, wrapped_by
 
-PATH = 8.0  # quantization steps
+PATH = 4.0  # quantization steps
 MOST = 8.0
 
 _Moved = tuple[float, list[Tensor], list[Tensor]]  # a factor, weights, and what they were before the step

@@ -80,11 +80,9 @@ def tell_account(placement: Placement | None) -> None:
         return
     for line in placement.account:
         rank_zero_info(line)
-    if placement.elements[1] and placement.share + placement.share_asked_for < 0.5:
-        rank_zero_warn(
-            f"Most of a model's weights should be quantized. Found {placement.share:.1%} of them: print the callback's "
-            "`placement` for all that is in float, and why."
-        )
+    shortfall = placement.shortfall("the callback's `placement`")
+    if shortfall:
+        rank_zero_warn(shortfall)
 
 
 def tell_when_met(model: nn.Module, placement: Placement | None) -> list[Any]:

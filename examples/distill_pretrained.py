@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -33,8 +33,11 @@ class Unlabelled(L.LightningModule):
     def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
         return 0.0 * self(images).mean()
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
 def pretrained() -> nn.Module:

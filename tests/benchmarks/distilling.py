@@ -1,0 +1,182 @@
+"""A pretrained EfficientNet-Lite0, quantized by its float outputs on photographs: by us, by peers, and after training.
+
+python -m tests.benchmarks.distilling                      # an hour on one core; goes on where it was stopped
+python -m tests.benchmarks.distilling --cells W8A8 --methods ours torch.ao
+python -m tests.benchmarks.distilling --report --folder tests/benchmarks/results/distilling
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+from distill_pretrained import compare, pretrained
+from photographs import Photographs
+
+import lfq_lightning as lfq
+from lfq_lightning.techniques import distillation_loss
+from tests.benchmarks.accuracy_methods import CELLS, METHODS, Cell
+from tests.benchmarks.measuring import Table, machine
+
+STEPS = {"W8A8": 60, "W4A8": 240, "W4A4": 240}
+WEIGHTS_AT = 1e-4  # the rate of weights, where they learn: the best of three for ours in W4A8 at 60 steps
+SCALES_AT = (1e-3, 1e-4, 1e-5)  # of peers, whose scales learn in their own units
+
+
+class Student(L.LightningModule):
+    """Learns what its teacher says, weights and the quantizers of peers each at a rate that falls to zero."""
+
+    def __init__(self, network: nn.Module, teacher: nn.Module, weights_at: float | None, scales_at: float) -> None:
+        super().__init__()
+        self.network, self.teachers = network, [teacher]  # a list registers no module
+        self.weights_at, self.scales_at = weights_at, scales_at
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+    def training_step(self, images: Tensor, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            wanted = self.teachers[0](images)
+        return distillation_loss(self(images), wanted)
+
+    def configure_optimizers(self) -> Any:
+        named = list(self.named_parameters())
+        scales = [p for name, p in named if "_quantizer." in name]
+        weights = [p for name, p in named if "_quantizer." not in name]
+        groups = [{"params": weights, "lr": self.weights_at or 0.0}]
+        groups += [{"params": scales, "lr": self.scales_at}] if scales else []
+        optimizer = torch.optim.Adam(groups)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def distilled(method: str, cell: Cell, steps: int, scales_at: float) -> nn.Module:
+    """The network after so many steps; the weights learn where they have fewer than 8 bits."""
+    L.seed_everything(0, verbose=False)
+    network, teacher, data = pretrained().eval(), pretrained().eval(), Photographs(steps)
+    alone = cell.weight == 8
+    if method == "ours":
+        learn: Any = "scales" if alone else "all"
+        callbacks: list[L.Callback] = [lfq.QuantizationAwareTraining(cell.weight, cell.activation, learn=learn)]
+    else:
+        made = METHODS[method](cell, network, lfq.PhaseSchedule.for_run(1, steps))
+        assert made is not None
+        callbacks = made
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(not alone or "_quantizer." in name)
+    student = Student(network, teacher, None if alone else WEIGHTS_AT, scales_at)
+    L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*callbacks, lfq.BatchNormStatistics(freeze=0)],
+    ).fit(student, data)
+    return network
+
+
+def calibrated(cell: Cell) -> nn.Module:
+    """Ranges from eight batches, and nothing trained."""
+    network, batches = pretrained().eval(), Photographs(8).train_dataloader()
+    lfq.attach(network, weight=cell.weight, activation=cell.activation, example=next(iter(batches)))
+    lfq.calibrate(network, batches)
+    return network
+
+
+class InOnnxRuntime(nn.Module):
+    """A file as a module, one example at a time."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def forward(self, images: Tensor) -> Tensor:
+        [name] = [each.name for each in self.session.get_inputs()]
+        return torch.cat([torch.as_tensor(self.session.run(None, {name: x[None].numpy()})[0]) for x in images])
+
+
+def by_onnxruntime(folder: Path) -> nn.Module:
+    """ONNX Runtime's own post-training quantization in W8A8, its ranges from the same eight batches."""
+    from tests.benchmarks.test_target import by_onnxruntime as quantized
+
+    images = torch.cat(list(Photographs(8).train_dataloader()))
+    torch.onnx.export(pretrained().eval(), (images[:1],), folder / "float.onnx", dynamo=True, verbose=False)
+    return InOnnxRuntime(quantized(folder / "float.onnx", images, "efficientnet lite0"))
+
+
+def runs(cell: str, methods: list[str]) -> list[tuple[str, float]]:
+    """Each method with the rates of its scales."""
+    found = [(name, 0.0) for name in ("calibrated", "onnxruntime") if cell == "W8A8" or name == "calibrated"]
+    found += [("ours", 0.0)]
+    found += [(name, rate) for name in METHODS if name not in ("ours", "torchao") for rate in SCALES_AT]
+    return [run for run in found if run[0] in methods]
+
+
+def measure(cell: str, method: str, rate: float) -> tuple[float, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        if method == "calibrated":
+            network = calibrated(CELLS[cell])
+        elif method == "onnxruntime":
+            network = by_onnxruntime(Path(folder))
+        else:
+            network = distilled(method, CELLS[cell], STEPS[cell], rate)
+        return compare(network, pretrained(), Photographs(1).test_dataloader())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    everyone = ["calibrated", "onnxruntime", *(name for name in METHODS if name != "torchao")]
+    parser.add_argument("--cells", nargs="+", default=list(STEPS), choices=list(STEPS))
+    parser.add_argument("--methods", nargs="+", default=everyone, choices=everyone)
+    parser.add_argument("--folder", type=Path, default=Path(".benchmarks/distilling"))
+    parser.add_argument("--report", action="store_true", help="print the table of what is there, and train nothing")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    path = arguments.folder / "distilling.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [machine()]
+    warnings.simplefilter("ignore")
+    for name in ("lightning", "lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    for cell in () if arguments.report else arguments.cells:
+        for method, rate in runs(cell, arguments.methods):
+            key = {"cell": cell, "method": method, "rate": rate}
+            if any(key.items() <= row.items() for row in rows):
+                continue
+            divergence, agreement = measure(cell, method, rate)
+            rows.append(key | {"steps": STEPS[cell], "divergence": divergence, "agreement": agreement})
+            path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+            print(rows[-1], flush=True)
+    table = Table("distilling", notes=["KL from float in nats, and the share of images with the same largest output"])
+    for row in rows[1:]:
+        trained = row["method"] not in ("calibrated", "onnxruntime")
+        table.add(
+            cell=row["cell"],
+            method=row["method"],
+            steps=str(row["steps"] if trained else 0),
+            scales_at=f"{row['rate']:g}" if row["rate"] else "default" if trained else "",
+            KL=f"{row['divergence']:.4f}",
+            agreement=f"{100 * row['agreement']:.1f} %",
+        )
+    print("  ".join(f"{name} {value}" for name, value in rows[0].items()))
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

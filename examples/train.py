@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
     L.seed_everything(cfg.seed, workers=True)
     data = instantiate(cfg.data)
     callbacks = [instantiate(cfg.quant)]  # all that makes the second fit a quantization-aware one
-    callbacks += map(instantiate, cfg.get("technique", {}).values())
+    callbacks += map(instantiate, {**cfg.get("recipe", {}).get("callbacks", {}), **cfg.get("technique", {})}.values())
 
     model = instantiate(cfg.model, **cfg.float.model)
     size = sum(4 * parameter.numel() for parameter in model.parameters())

@@ -114,6 +114,17 @@ def test_every_target_reaches_every_quantizer_configuration(quant: str, target: 
     assert instantiate(composed(f"quant={quant}", "~target", "quant.target=openvino").quant).target == "openvino"
 
 
+@pytest.mark.parametrize("recipe", choices("recipe"))
+@pytest.mark.parametrize("quant", choices("quant"))
+def test_every_recipe_reaches_every_quantizer_configuration(quant: str, recipe: str) -> None:
+    config = composed(f"quant={quant}", f"recipe={recipe}")
+    assert instantiate(config.quant).learn == ("scales" if recipe == "scales_alone" else "all")
+    assert (config.recipe.learning_rate > 0) == (recipe != "scales_alone")
+    made = [instantiate(each) for each in config.recipe.callbacks.values()]
+    assert [each.freeze for each in made] == ([0] if recipe == "batch_norm_eval" else [])
+    assert instantiate(composed(f"quant={quant}").quant).learn == "all"
+
+
 @pytest.mark.parametrize("model", [m for m in choices("model") if m not in NEEDS_TORCHVISION])
 def test_every_model_is_made_and_takes_quantizers(model: str) -> None:
     config = composed(f"model={model}")

@@ -27,6 +27,7 @@ def main(cfg):
     assert "torch" not in sys.modules, "composing a configuration imports torch"
     print(OmegaConf.to_yaml(cfg))
     if cfg.make:
+        print("learn:", instantiate(cfg.lfq.quant).learn, instantiate(cfg.callbacks.qat).learn)
         print(instantiate(cfg.lfq.quant), instantiate(cfg.callbacks.qat), *instantiate(cfg.lfq.technique).values())
 
 
@@ -38,6 +39,7 @@ defaults:
   - lfq/quant@callbacks.qat: w8a8
   - lfq/schedule: freeze
   - lfq/target: openvino
+  - lfq/recipe: scales_alone
   - lfq/technique: [batch_norm_reestimated]
   - _self_
 make: true
@@ -100,4 +102,5 @@ def test_an_app_outside_the_repository_finds_the_groups(how: str, tmp_path: Path
     if how == "wheel":
         assert "weight=3, activation=3, rules=(), schedule=PhaseSchedule(observe=0, estimate=1, learn=2" in out
         assert "weight=8, activation=8, rules=(), schedule=None" in out
+        assert "learn: scales all" in out
         assert "BatchNormStatistics" in out

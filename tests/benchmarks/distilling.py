@@ -76,8 +76,6 @@ def distilled(method: str, cell: Cell, steps: int, scales_at: float) -> nn.Modul
         made = METHODS[method](cell, network, lfq.PhaseSchedule.for_run(1, steps))
         assert made is not None
         callbacks = made
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(not alone or "_quantizer." in name)
     student = Student(network, teacher, None if alone else WEIGHTS_AT, scales_at)
     L.Trainer(
         max_epochs=1,

@@ -1,1 +1,1 @@
-"""The Hydra groups `quant`, `schedule` and `technique`, found by every app beside which this is installed."""
+"""The Hydra groups `quant`, `schedule`, `target`, `recipe` and `technique`, found by every app beside which this is installed."""

@@ -1,1 +1,1 @@
-"""The Hydra groups `quant`, `schedule`, `target`, `recipe` and `technique`, found by every app beside which this is installed."""
+"""Hydra groups, which every app finds beside which this package is installed."""

@@ -12,7 +12,7 @@ from lfq_lightning.checking import in_words
 from lfq_lightning.ops import Saturation, check_range
 from lfq_lightning.schedule import PhaseSchedule
 
-Granularity = Literal["per_tensor", "per_channel", "per_group"]
+Granularity = Literal["per_tensor", "per_channel", "per_group", "per_token"]
 ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "lsq", "lsq+"]
 ScaleDomain = Literal["linear", "log", "power_of_two"]
 Kind = TypeVar("Kind", bound=type)
@@ -37,7 +37,9 @@ class QuantSpec:
     Args:
         bits: width of the integer codes, 2 to 16.
         symmetric: True fixes the zero point at 0; False (affine) learns it, with unsigned codes.
-        granularity: which elements share one scale.
+        granularity: which elements share one scale. "per_token", for inputs of layers with features in their last
+            dimension: each vector of features has the scale of its own range, in training and afterwards, and nothing
+            is learned of it (dynamic quantization).
         axis: with "per_channel", the dimension with one scale per index; None for the output channels of a weight
             and the channels of an activation, which are the last dimension for a Linear, and the one before the
             spatial ones for a convolution.
@@ -134,6 +136,19 @@ class QuantSpec:
                 f"`axis` goes with granularity 'per_channel'. Found axis={self.axis} with {self.granularity!r}."
             )
 
+        if self.granularity == "per_token":
+            self._check_nothing_to_learn()
+
+    def _check_nothing_to_learn(self) -> None:
+        usual = {p.name: p.default for p in inspect.signature(QuantSpec).parameters.values()}
+        of_learning = ("observer", "grad_factor", "scale_domain", "learn_zero_point", "lr_factor", "signed")
+        given = [name for name in of_learning if getattr(self, name) != usual[name]]
+        if given:
+            raise ValueError(
+                f"Each token brings its own scale, of which nothing is learned. Found {given[0]}="
+                f"{getattr(self, given[0])!r} with 'per_token': leave it out."
+            )
+
     def _check_range(self) -> None:
         if not self.symmetric and self.signed:
             raise ValueError(
@@ -172,6 +187,11 @@ class QuantSpec:
     def with_usual_steps(self) -> QuantSpec:
         """These settings with the default `lr_factor`, which is no part of what is computed."""
         return self.replace(lr_factor="path")
+
+    @property
+    def has_one_scale(self) -> bool:
+        """Whether no dimension says how many scales there are: one in all, or what each token brings."""
+        return self.granularity in ("per_tensor", "per_token")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, as `QuantSpec(**values)` takes them."""
@@ -222,7 +242,10 @@ def weight_spec(value: SpecLike) -> QuantSpec | None:
     """A weight's specification; an int means that many bits, symmetric and per channel."""
     if isinstance(value, int) and not isinstance(value, bool):
         return made("weight", QuantSpec, {"bits": value, "granularity": "per_channel"})
-    return _as_spec(value, "weight")
+    spec = _as_spec(value, "weight")
+    if spec is not None and spec.granularity == "per_token":
+        raise ValueError(f"A weight is no token. Found {spec!r}: use 'per_channel' or 'per_group'.")
+    return spec
 
 
 def activation_spec(value: SpecLike) -> QuantSpec | None:
@@ -231,7 +254,7 @@ def activation_spec(value: SpecLike) -> QuantSpec | None:
         return made("activation", QuantSpec, {"bits": value, "symmetric": False})
     spec = _as_spec(value, "activation")
     if spec is not None and spec.granularity == "per_group":
-        raise ValueError(f"An activation is quantized per tensor or per channel. Found {spec!r}.")
+        raise ValueError(f"An activation is quantized per tensor, channel or token. Found {spec!r}.")
     if spec is not None and isinstance(spec.lr_factor, float):
         raise ValueError(f"`lr_factor` goes with a weight, which an optimizer steps. Found {spec!r} for an activation.")
     return spec

@@ -70,7 +70,7 @@ def stored_quantizer(
         return None
     state = {key.removeprefix(f"{name}."): value for key, value in state_dict.items() if key.startswith(f"{name}.")}
     try:
-        channels = None if spec.granularity == "per_tensor" else state["scale"].numel()
+        channels = None if spec.has_one_scale else state["scale"].numel()
         weight, axis = description.role == "weight", description.axis
         made = LearnableFakeQuantize.from_spec(spec, channels, weight=weight, axis=axis)
         made.load_state_dict(state)

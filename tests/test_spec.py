@@ -186,7 +186,7 @@ def test_a_number_in_quotes_is_told_to_lose_them() -> None:
 
 
 def test_an_activation_has_no_groups() -> None:
-    with pytest.raises(ValueError, match=r"per tensor or per channel\. Found .*per_group"):
+    with pytest.raises(ValueError, match=r"per tensor, channel or token\. Found .*per_group"):
         activation_spec(QuantSpec(granularity="per_group", group_size=4))
 
 

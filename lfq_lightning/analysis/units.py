@@ -63,7 +63,7 @@ class Unit:
             return
         before, weight = self.weight, self.parameter
         assert before is not None and weight is not None
-        channels = None if spec.granularity == "per_tensor" else before.scale.numel()
+        channels = None if spec.has_one_scale else before.scale.numel()
         made = LearnableFakeQuantize.from_spec(
             spec, channels, weight=True, axis=before.axis, device=before.scale.device
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,13 +58,31 @@ def _copied(model: nn.Module, known: dict[int, Any]) -> nn.Module:
                 known[id(value)] = value.detach().clone()
     copied = copy.deepcopy(model, known).eval().requires_grad_(False)
     if late:
-        _drop_late(copied)
+        _drop(copied, lambda quantizer: quantizer.late)
     return copied
 
 
-def _drop_late(model: nn.Module) -> None:
+def leave_tokens_to_runtime(model: nn.Module) -> list[str]:
+    """Take off a copy the quantizers whose scales tokens bring; their names.
+
+    Raises:
+        ValueError: if there are no others.
+    """
+    every = points(model)
+    found = [name for name, point in every.items() if point.quantizer.per_token]
+    if found and len(found) == len(every):
+        raise ValueError(
+            f"What tokens bring themselves is left to the runtime, which needs integer weights for it. Found "
+            f"{found[0]!r} and no quantized weight: quantize weights too, in groups of 4 bits for instance."
+        )
+    if found:
+        _drop(model, lambda quantizer: quantizer.per_token)
+    return found
+
+
+def _drop(model: nn.Module, which: Callable[[LearnableFakeQuantize], bool]) -> None:
     for path, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, LearnableFakeQuantize) and module.late:
+        if isinstance(module, LearnableFakeQuantize) and which(module):
             parent, _, name = path.rpartition(".")
             # A user calls their own; whoever else asks for one knows that there may be none.
             model.get_submodule(parent)._modules[name] = nn.Identity() if module.site is None else None

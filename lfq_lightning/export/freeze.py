@@ -211,7 +211,10 @@ def _graph(quantizer: LearnableFakeQuantize, write: Callable[[Graph, Callable[[N
     graph, (low, high), axis = Graph(), quantizer.code_range, quantizer.axis
 
     def quantize(x: Node) -> Node:
-        scale, zero_point = graph.get_attr("scale"), graph.get_attr("zero_point")
+        if quantizer.per_token:
+            scale, zero_point = _of_tokens(graph, x, low, high, quantizer.symmetric)
+        else:
+            scale, zero_point = graph.get_attr("scale"), graph.get_attr("zero_point")
         moved = x if axis is None else graph.call_method("movedim", (x, axis, -1))
         codes = graph.call_function(operator.truediv, (graph.call_method("float", (moved,)), scale))
         codes = graph.call_function(operator.add, (graph.call_method("round", (codes,)), zero_point))
@@ -223,6 +226,29 @@ def _graph(quantizer: LearnableFakeQuantize, write: Callable[[Graph, Callable[[N
 
     graph.output(write(graph, quantize))
     return GraphModule(constants, graph).eval()
+
+
+def _of_tokens(graph: Graph, x: Node, low: int, high: int, symmetric: bool) -> tuple[Node, Node | float]:
+    """What `token_qparams` computes, as nodes that keep the last dimension."""
+    wide, call = graph.call_method("float", (x,)), graph.call_function
+    least = call(torch.clamp, (call(torch.amin, (wide, -1, True)),), {"max": 0.0})
+    most = call(torch.clamp, (call(torch.amax, (wide, -1, True)),), {"min": 0.0})
+    if symmetric:
+        scale = call(torch.maximum, (call(operator.truediv, (most, high)), call(operator.truediv, (least, low))))
+    else:
+        scale = call(operator.truediv, (call(operator.sub, (most, least)), float(high - low)))
+    sound = call(torch.isfinite, (scale,))
+    scale = call(torch.clamp, (call(torch.where, (sound, scale, 1.0)),), {"min": torch.finfo(torch.float32).eps})
+    if symmetric:
+        return scale, 0.0
+    middle = (low + high + 1) // 2
+    ends = [(least, low - middle), (most, high - middle)]
+    scaled = [call(operator.truediv, (call(torch.where, (sound, end, 0.0)), scale)) for end, _ in ends]
+    errors = [call(operator.add, (each, code)) for each, (_, code) in zip(scaled, ends, strict=True)]
+    below, above = (call(operator.sub, (code, each)) for each, (_, code) in zip(scaled, ends, strict=True))
+    chosen = call(torch.where, (call(operator.gt, (call(operator.add, tuple(errors)), 0)), below, above))
+    whole = graph.call_method("round", (call(torch.clamp, (chosen, low - middle, high - middle)),))
+    return scale, call(operator.add, (whole, middle))
 
 
 class _Constants(nn.Module):

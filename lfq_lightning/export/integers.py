@@ -21,6 +21,7 @@ from lfq_lightning.placement.quantized_layer import (
 )
 from lfq_lightning.private import quantized_decomposed
 from lfq_lightning.quantizer import LearnableFakeQuantize
+from lfq_lightning.quantizer.tokens import token_qparams
 
 _decomposed = quantized_decomposed()
 
@@ -200,6 +201,38 @@ class IntegerInput(nn.Module):
         return x
 
 
+class TokenInput(nn.Module):
+    """Stands for an input quantizer whose scales tokens bring, with operations that choose them."""
+
+    def __init__(self, quantizer: LearnableFakeQuantize) -> None:
+        super().__init__()
+        low, high = quantizer.code_range
+        self.symmetric = quantizer.symmetric
+        self.known = not self.symmetric and (low, high) == (0, 255)  # what back ends look for, with codes as int8
+        self.range = (-128, 127) if self.known else (low, high)
+        self.dtype = torch.uint8 if self.range[0] >= 0 else torch.int8
+
+    def forward(self, x: Tensor, learn: bool = True) -> Tensor:
+        """X on the grid of each token's codes."""
+        if self.known:
+            scale, zero_point = _decomposed.choose_qparams_per_token_asymmetric(x, self.dtype)
+        else:
+            found = token_qparams(x.reshape(-1, x.shape[-1]), *self.range, self.symmetric)
+            scale, zero_point = (qparam.view(*x.shape[:-1], 1) for qparam in found)
+        codes = _decomposed.quantize_per_token(x, scale, zero_point, *self.range, self.dtype)
+        return cast(
+            Tensor, _decomposed.dequantize_per_token(codes, scale, zero_point, *self.range, self.dtype, torch.float32)
+        )
+
+    def in_graph(self, x: Tensor) -> Tensor:
+        """Nothing more."""
+        return x
+
+
+def _integer_input(quantizer: LearnableFakeQuantize, signed: bool) -> nn.Module:
+    return TokenInput(quantizer) if quantizer.per_token else IntegerInput(quantizer, signed)
+
+
 def integer_copy(model: nn.Module, signed: bool = False) -> nn.Module:
     """A copy in eval mode whose quantizers are `IntegerWeight` and `IntegerInput`; the model is not changed.
 
@@ -229,10 +262,10 @@ def to_integers(model: nn.Module, signed: bool = False) -> None:
         if point.has_parameter:
             made[point.quantizer] = IntegerWeight(point.quantizer, point.whole_parameter())
         elif point.owner is not None:
-            made[point.quantizer] = IntegerInput(point.quantizer, signed and point.role != "weight")
+            made[point.quantizer] = _integer_input(point.quantizer, signed and point.role != "weight")
     for module in model.modules():
         module._modules.update({name: made[child] for name, child in module._modules.items() if child in made})
-    replace_placed(model, lambda _, quantizer: IntegerInput(quantizer, signed))
+    replace_placed(model, lambda _, quantizer: _integer_input(quantizer, signed))
 
 
 class Bias(nn.Module):

@@ -69,7 +69,8 @@ class Parity:
     differences would add up to what hides a fault. `plain` and `optimized` are what the file gives without and with all
     optimizations: these run on by themselves and round biases to 32-bit integers, so they are compared by `noise`.
     `float_file_bytes` is what the same file would take in float. `folded` names BatchNorms, `in_float` the weights
-    of which ONNX Runtime makes floats at each run, as it has no integer kernels for how they are stored and read.
+    of which ONNX Runtime makes floats at each run, as it has no integer kernels for how they are stored and read, and
+    `by_runtime` the inputs that it quantizes itself as they come, which the codes and `plain` say nothing of.
     """
 
     quantizers: tuple[QuantizerParity, ...]
@@ -80,6 +81,7 @@ class Parity:
     float_file_bytes: int
     folded: tuple[str, ...] = ()
     in_float: tuple[str, ...] = ()
+    by_runtime: tuple[str, ...] = ()
     tolerance: float = 0.0005
     output_tolerance: float = 1e-4
     optimized_tolerance: float = 0.05
@@ -118,5 +120,7 @@ class Parity:
                 f"{len(self.in_float)} weights, made floats at each run; quantized inputs, a `target` and "
                 "`optimize_for='speed'` have integers"
             )
+        if self.by_runtime:
+            notes["left to the runtime"] = f"{len(self.by_runtime)} inputs, whose scales come with each token"
         said = ["", *(f"{name:20}  {value}" for name, value in notes.items())]
         return str(Table({"quantizer": "<", "codes": ">", "equal": ">", "largest difference": ">"}, rows, said))

@@ -25,7 +25,7 @@ from lfq_lightning.checking import (
     check_share,
     check_whole,
 )
-from lfq_lightning.export.exportable import sharing_copy
+from lfq_lightning.export.exportable import leave_tokens_to_runtime, sharing_copy
 from lfq_lightning.export.fold import fold_batch_norm
 from lfq_lightning.export.inputs import arguments, check_dynamic_axes, on_cpu, traced
 from lfq_lightning.export.integers import IntegerWeight, keep_biases_exact, to_integers
@@ -62,7 +62,8 @@ def export_onnx(
     a DequantizeLinear, packed in 4 bits where they fit; biases stay float. Each BatchNorm that follows a quantized
     layer alone is folded into it exactly. Matrices whose input is not quantized are stored as (inputs, outputs), by
     which ONNX Runtime multiplies as they are (MatMulNBits): by default it quantizes blocks of the input to 8 bits then,
-    and with the session option "session.qdq_matmulnbits_accuracy_level" at "1" it does not.
+    and with the session option "session.qdq_matmulnbits_accuracy_level" at "1" it does not. Inputs with a scale for
+    each token are such: the file leaves them to the runtime, whose blocks are smaller than tokens.
 
     Args:
         model: a model with quantizers whose qparams are set; it is not changed.
@@ -127,6 +128,7 @@ def export_onnx(
             f"Found {', '.join(bags)}: use `export_pt2`, or an Embedding and a sum."
         )
     reference = sharing_copy(model).cpu()
+    by_runtime = leave_tokens_to_runtime(reference)
     require_onnx()
 
     from lfq_lightning.export.comparing import run_and_compare
@@ -171,6 +173,7 @@ def export_onnx(
         distance,
         folded=tuple(folded),
         in_float=tuple(in_float),
+        by_runtime=tuple(by_runtime),
         tolerance=tolerance,
         output_tolerance=output_tolerance,
         optimized_tolerance=optimized_tolerance,

@@ -392,6 +392,11 @@ def _of_activation(
         raise ValueError(
             f"Scales per channel need to know how many there are. Found {spec!r} for {label}: use 'per_tensor' there."
         )
+    if spec.granularity == "per_token" and axis != -1:
+        raise ValueError(
+            f"A token has its features in the last dimension. Found {spec!r} for {label}, which has them in dimension "
+            f"{axis}: use 'per_tensor' there, with a Rule."
+        )
     made = LearnableFakeQuantize.from_spec(
         spec,
         size if spec.granularity == "per_channel" else None,

@@ -102,7 +102,9 @@ class Described(Switches, nn.Module):
     @property
     def kind(self) -> str:
         """Symmetry and granularity, such as `symmetric per_channel(0)`."""
-        if self.group_size is not None:
+        if self.spec is not None and self.spec.granularity == "per_token":
+            granularity = "per_token"
+        elif self.group_size is not None:
             granularity = f"per_group({self.group_size})"
         else:
             granularity = "per_tensor" if self.axis is None else f"per_channel({self.axis})"

@@ -13,6 +13,7 @@ from lfq_lightning.quantizer.description import Described
 from lfq_lightning.quantizer.lsq_factor import lsq_factor
 from lfq_lightning.quantizer.observing import Observing
 from lfq_lightning.quantizer.start import check_start
+from lfq_lightning.quantizer.tokens import token_qparams
 from lfq_lightning.spec import QuantSpec
 
 
@@ -124,9 +125,9 @@ class LearnableFakeQuantize(Described, Observing):
             feature_dims: see the attribute.
             device: where the qparams are made.
         """
-        if (channels is None) != (spec.granularity == "per_tensor"):
+        if (channels is None) != spec.has_one_scale:
             raise ValueError(
-                f"`channels` must be the number of scales for {spec.granularity!r}, and None per tensor. "
+                f"`channels` must be the number of scales for {spec.granularity!r}, and None per tensor or token. "
                 f"Found {channels}."
             )
         quant_min, quant_max = spec.code_range(signed=True)
@@ -135,7 +136,9 @@ class LearnableFakeQuantize(Described, Observing):
         else:
             axis = None
         ranges = (quant_min, quant_max, spec.symmetric, axis, spec.group_size, channels or 1, device)
-        observer = OBSERVERS[spec.observer](*ranges, whole=weight, power_of_two=spec.scale_domain == "power_of_two")
+        # What tokens bring is not observed, but whether any come is.
+        finder = "minmax" if spec.granularity == "per_token" else spec.observer
+        observer = OBSERVERS[finder](*ranges, whole=weight, power_of_two=spec.scale_domain == "power_of_two")
         made = cls(
             observer,
             quant_min,
@@ -146,7 +149,21 @@ class LearnableFakeQuantize(Described, Observing):
         )
         made.spec, made.role, made.feature_dims = spec, "weight" if weight else None, feature_dims
         made.saturation_rule, made.scale_domain = str(spec.saturation), spec.scale_domain
+        if made.per_token:
+            made._hold_qparams()
         return made
+
+    @property
+    def per_token(self) -> bool:
+        """Whether each token brings its own scale; `scale` is then that of all that was seen, for the record."""
+        return self.spec is not None and self.spec.granularity == "per_token"
+
+    def _hold_qparams(self) -> None:
+        """Make constants of scale and zero point."""
+        for name in ("scale", "zero_point"):
+            value = getattr(self, name).detach()
+            delattr(self, name)
+            self.register_buffer(name, value)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -202,6 +219,9 @@ class LearnableFakeQuantize(Described, Observing):
     @torch.no_grad()
     def measured(self, x: Tensor) -> Tensor:
         """What a record keeps of x: `saturation`, and from the third entry on x / scale of some elements."""
+        if self.per_token:
+            tokens = x.detach().reshape(-1, x.shape[-1])
+            return measure(tokens, *self._of_tokens(tokens), *self.code_range, 0, None)
         return measure(x.detach(), self.used_scale, self.zero_point, *self.code_range, self.axis, self.group_size)
 
     # ---- forward --------------------------------------------------------------------------------------------------
@@ -229,7 +249,7 @@ class LearnableFakeQuantize(Described, Observing):
 
     def in_graph(self, x: Tensor) -> Tensor:
         """x, with the qparams in its graph in every phase: DDP wants each parameter used in each backward."""
-        if self.quantizes or not torch.is_grad_enabled():
+        if self.quantizes or self.per_token or not torch.is_grad_enabled():
             return x
         return in_graph_of(x, self.scale, self.zero_point)
 
@@ -262,7 +282,14 @@ class LearnableFakeQuantize(Described, Observing):
         rows = quantize(F.embedding(chosen, table, padding_idx), own[0], own[1], settings)
         return rows.view(*index.shape, table.shape[1])
 
+    def _of_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return token_qparams(tokens, self.quant_min, self.quant_max, self.symmetric)
+
     def _quantized(self, x: Tensor, scale: Tensor, grad_factor: float) -> Tensor:
+        if self.per_token:
+            tokens = x.reshape(-1, x.shape[-1])
+            own = (self.quant_min, self.quant_max, 0, None, 0.0, self.saturation_rule)
+            return quantize(tokens, *self._of_tokens(tokens), own).view(x.shape)
         used = nearest_power_of_two(scale) if self.scale_domain == "power_of_two" else scale
         settings = (self.quant_min, self.quant_max, self.axis, self.group_size, grad_factor, self.saturation_rule)
         return quantize(x, used, self.zero_point, settings)

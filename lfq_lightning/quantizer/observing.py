@@ -80,6 +80,8 @@ class Observing(nn.Module):
         """
         observer = self.observer
         spec = None if self.role == "weight" or not sign else self.spec
+        if spec is not None and spec.granularity == "per_token":
+            spec = None  # what tokens are yet to come may have either sign
         if isinstance(observer, Observer) and spec is not None and spec.symmetric and spec.signed is None:
             self.quant_min, self.quant_max = spec.code_range(signed=bool((observer.minimum < 0).any()))
             observer.quant_min, observer.quant_max = self.quant_min, self.quant_max

@@ -63,6 +63,9 @@ class Target:
             )
         elif activation is None:
             return
+        elif activation.granularity == "per_token":
+            found = f"activation={activation!r}"
+            remedy = "leave `target` out, and the runtime quantizes inputs itself as they come"
         elif weight is not None and weight.granularity == "per_group":
             found, remedy = f"weight={weight!r} with a quantized input", "use activation=None, or per_channel weights"
         elif activation.granularity != "per_tensor":

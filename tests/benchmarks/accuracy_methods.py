@@ -17,19 +17,27 @@ from tests.benchmarks import peers
 
 @dataclass(frozen=True)
 class Cell:
-    """Bits of weights and inputs, 0 for float, and the group size of weights."""
+    """Bits of weights and inputs, 0 for float, the group size of weights, and whether tokens bring inputs' scales."""
 
     weight: int
     activation: int
     group_size: int | None = None
+    per_token: bool = False
 
     @property
     def name(self) -> str:
         group = f" g{self.group_size}" if self.group_size else ""
-        return f"W{self.weight}{group}" + (f"A{self.activation}" if self.activation else "")
+        tokens = " tokens" if self.per_token else ""
+        return f"W{self.weight}{group}" + (f"A{self.activation}" if self.activation else "") + tokens
 
 
-CELLS = {c.name: c for c in (Cell(8, 8), Cell(4, 8), Cell(4, 4), Cell(3, 3), Cell(2, 2), Cell(4, 0, 32))}
+CELLS = {
+    cell.name: cell
+    for cell in (
+        *(Cell(8, 8), Cell(4, 8), Cell(4, 4), Cell(3, 3), Cell(2, 2)),
+        *(Cell(4, 0, 32), Cell(4, 8, 32, per_token=True)),
+    )
+}
 
 # Makes the callbacks that quantize a network in this cell; None where the method has nothing for it.
 Method = Callable[[Cell, nn.Module, lfq.PhaseSchedule], list[L.Callback] | None]
@@ -43,9 +51,13 @@ def ours(
     activation: dict[str, Any] | None = None,
     narrow: bool = False,
     **options: Any,
-) -> list[L.Callback]:
+) -> list[L.Callback] | None:
     """The defaults, but for the fields given; the schedule is the one that the run derives."""
     specs: dict[str, Any] = {"weight": cell.weight, "activation": cell.activation or None}
+    if cell.per_token:
+        if any(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.RNNBase)) for m in network.modules()):
+            return None  # it has no tokens
+        specs["activation"] = lfq.QuantSpec(bits=cell.activation, symmetric=False, granularity="per_token")
     if cell.group_size:
         specs["weight"] = lfq.QuantSpec(bits=cell.weight, granularity="per_group", group_size=cell.group_size)
     if narrow:

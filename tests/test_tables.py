@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Callable
@@ -124,3 +125,10 @@ def test_the_bytes_of_all_parameters_stand_beside_those_of_quantized_layers() ->
     assert summary.parameter_bytes == summary.weight_bytes + others
     assert f"all parameters: {summary.float_parameter_bytes:,} -> {summary.parameter_bytes:,} bytes" in str(summary)
     assert torch.isfinite(model(torch.randn(2, 10))).all()
+
+
+def test_a_process_without_a_console_prints_nothing_and_goes_on() -> None:
+    model = nn.Linear(2, 2)
+    lfq.attach(model)
+    with contextlib.redirect_stdout(None):
+        assert lfq.summarize(model).rows

@@ -63,14 +63,15 @@ class Series(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An LSTM over the steps of a series, the mean of its states, and a classifier."""
+    """An LSTM over the steps of a series, the mean of its states, and a classifier; a layer before it is the first."""
 
     def __init__(self, channels: int, classes: int, width: int = 64) -> None:
         super().__init__()
-        self.lstm, self.head = nn.LSTM(channels, width, batch_first=True), nn.Linear(width, classes)
+        self.inputs, self.lstm = nn.Linear(channels, width), nn.LSTM(width, width, batch_first=True)
+        self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x.transpose(1, 2))[0].mean(1))
+        return self.head(self.lstm(torch.relu(self.inputs(x.transpose(1, 2))))[0].mean(1))
 
 
 def percent(loss: Tensor, right: Tensor) -> float:

@@ -162,6 +162,29 @@ def overview(results: Results) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def differences(results: Results) -> str:
+    """What ours has over each other method as a Markdown table: the mean difference by seed and its standard error.
+
+    A positive number is in our favour, whichever direction the score has.
+    """
+    by_seed: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
+    for (task, cell, method, seed), value in results.scores.items():
+        by_seed[task, cell, method][seed] = value
+    others = [FLOAT, *(name for name in METHODS if name != "ours")]
+    rows = [["network and bits", "seeds", "ours", *(f"over {name}" for name in others)]]
+    rows.append(["---"] * len(rows[0]))
+    for task in TASKS:
+        sign = 1 if TASKS[task].higher_is_better else -1
+        for cell in CELLS:
+            own = by_seed[task, cell, "ours"]
+            if own:
+                found = [by_seed[task, "" if name == FLOAT else cell, name] for name in others]
+                over = [[sign * (own[seed] - other[seed]) for seed in own.keys() & other.keys()] for other in found]
+                shown = [f"{mean(d):+.2f} ± {stdev(d) / len(d) ** 0.5:.2f}" if len(d) > 1 else "" for d in over]
+                rows.append([f"{task} {cell}", str(len(own)), f"{mean(own.values()):.2f}", *shown])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def _shown(scores: dict[int, float], base: dict[int, float]) -> str:
     if not scores:
         return ""
@@ -209,6 +232,7 @@ def main() -> None:
         print("  ".join(f"{name} {value}" for name, value in facts.items()))
     for table in tables(results):
         print(f"\n{table}")
+    print(f"\nours over others: mean difference by seed ± its standard error\n\n{differences(results)}")
     print(f"\nmean ± standard deviation (mean difference from float by seed), seeds\n\n{overview(results)}")
 
 

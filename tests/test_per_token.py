@@ -148,6 +148,21 @@ def test_a_frozen_copy_and_a_program_compute_the_same(bits: int, symmetric: bool
     assert chooses == (bits == 8 and not symmetric)
 
 
+def test_attention_meets_its_inputs_token_by_token_in_every_format(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), nn.Linear(64, 8))
+    model.eval()
+    x = sequences(4)
+    lfq.attach(model, WEIGHT, tokens_of(), example=x)
+    lfq.calibrate(model, [x])
+    with torch.no_grad():
+        expected = model(x)
+        assert_bit_equal(lfq.freeze(model)(x), expected)
+        torch.testing.assert_close(lfq.export_pt2(model, x).module()(x), expected)
+    parity = lfq.export_onnx(model, x, tmp_path / "model.onnx")
+    assert len(parity.by_runtime) == 6 and parity.agrees
+
+
 def test_an_onnx_file_leaves_them_to_the_runtime_and_multiplies_packed_weights(tmp_path: Path) -> None:
     import onnx
     import onnxruntime

@@ -212,6 +212,7 @@ def _graph(quantizer: LearnableFakeQuantize, write: Callable[[Graph, Callable[[N
 
     def quantize(x: Node) -> Node:
         if quantizer.per_token:
+            x = graph.call_method("contiguous", (x,))  # as the tokens are laid out in training
             scale, zero_point = _of_tokens(graph, x, low, high, quantizer.symmetric)
         else:
             scale, zero_point = graph.get_attr("scale"), graph.get_attr("zero_point")

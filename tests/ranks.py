@@ -247,6 +247,12 @@ def fifty(directory: Path, ranks: int, **options: Any) -> Any:
     return run(directory, ranks=ranks, callback=qat(schedule=schedule, rules=TWO_BITS), max_epochs=1, **options)
 
 
+def alone(directory: Path, ranks: int) -> Any:
+    """Scales and zero points learn alone, and BatchNorm, which ranks would each count for themselves, keeps still."""
+    callback = qat(schedule=SCHEDULE, record_every_n_steps=1, rules=TWO_BITS, learn="scales")
+    return run(directory, Net, ranks, callback=callback, limit_val_batches=0)
+
+
 def from_zero(directory: Path, ranks: int) -> Any:
     """Learn from the second step on, when the weight is still next to nothing."""
     callback = qat(schedule=lfq.PhaseSchedule(observe=0, estimate=0, learn=1, unit="step"))
@@ -290,6 +296,7 @@ def operations(directory: Path, ranks: int, model: type[L.LightningModule] = Ope
 
 DDP: dict[str, Callable[[Path], Any]] = {
     "plain": lambda d: run(d),
+    "alone": lambda d: alone(d, 2),
     "fifty": lambda d: fifty(d, 2),
     "fifty accumulated": lambda d: fifty(d, 2, accumulate_grad_batches=2),
     "saved": lambda d: run(d, callbacks=kept(d), max_epochs=4),

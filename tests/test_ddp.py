@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lfq_lightning as lfq
 from lfq_lightning.training.trainer.strategy import check_strategy
-from tests.ranks import DDP, ByHand, fifty, from_zero, kept, operations, run, start_two
+from tests.ranks import DDP, ByHand, alone, fifty, from_zero, kept, operations, run, start_two
 from tests.runs import Net, qat, trainer
 
 
@@ -128,6 +128,13 @@ def test_a_weight_that_grows_from_zero_on_two_ranks_follows_one_process(runs: An
     assert_near(found, torch.load(tmp_path / "quantizers.pt"))
     assert found["second.weight_quantizer.observer.blank"].tolist() == [False, True, False, False]
     assert found["second.weight_quantizer.scale"][1] > 1e-3
+
+
+def test_scales_that_learn_alone_on_two_ranks_follow_one_process_through_batchnorm_too(
+    runs: Any, tmp_path: Path
+) -> None:
+    alone(tmp_path, 1)
+    assert_near(state(runs, "alone"), torch.load(tmp_path / "quantizers.pt"))
 
 
 def test_what_operations_read_follows_one_process_on_two_ranks(runs: Any, tmp_path: Path) -> None:

@@ -247,10 +247,10 @@ def fifty(directory: Path, ranks: int, **options: Any) -> Any:
     return run(directory, ranks=ranks, callback=qat(schedule=schedule, rules=TWO_BITS), max_epochs=1, **options)
 
 
-def alone(directory: Path, ranks: int) -> Any:
+def alone(directory: Path, ranks: int, model: type[L.LightningModule] = Net, **options: Any) -> Any:
     """Scales and zero points learn alone, and BatchNorm, which ranks would each count for themselves, keeps still."""
     callback = qat(schedule=SCHEDULE, record_every_n_steps=1, rules=TWO_BITS, learn="scales")
-    return run(directory, Net, ranks, callback=callback, limit_val_batches=0)
+    return run(directory, model, ranks, callback=callback, limit_val_batches=0, **options)
 
 
 def from_zero(directory: Path, ranks: int) -> Any:
@@ -374,6 +374,7 @@ def predicted(directory: Path) -> None:
 
 FSDP: dict[str, Callable[[Path], Any]] = {
     "sharded": lambda d: run(d, Sharded, strategy=parallel()),
+    "alone": lambda d: alone(d, 2, Sharded, strategy=parallel()),
     "operations": lambda d: operations(d, 2, ShardedOperations, strategy=parallel()),
     "whole": lambda d: sharded(d, distributed=False),
     "saved": sharded,

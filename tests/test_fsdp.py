@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import lfq_lightning as lfq
 from lfq_lightning.training.trainer.strategy import check_strategy
-from tests.ranks import FSDP, NormFree, operations, run, start_two
+from tests.ranks import FSDP, NormFree, alone, operations, run, start_two
 from tests.runs import Net, images, qat, trainer
 
 
@@ -42,6 +42,13 @@ def test_what_operations_read_is_quantized_alike_where_it_is_sharded(runs: Any, 
     operations(tmp_path, 1)
     found, expected = state(runs, "operations"), torch.load(tmp_path / "quantizers.pt")
     assert list(found) == list(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5 if "zero_point" in key else 0.0, msg=key)
+
+
+def test_scales_learn_alone_where_weights_are_sharded(runs: Any, tmp_path: Path) -> None:
+    alone(tmp_path, 1, NormFree)
+    found, expected = state(runs, "alone"), torch.load(tmp_path / "quantizers.pt")
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5 if "zero_point" in key else 0.0, msg=key)
 

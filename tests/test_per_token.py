@@ -181,6 +181,17 @@ def test_an_onnx_file_leaves_them_to_the_runtime_and_multiplies_packed_weights(t
     assert noise < 1e-3  # blocks of 16 values instead of tokens of 32
 
 
+def test_what_is_made_again_for_backward_is_what_forward_computed() -> None:
+    found = []
+    for compress_saved in (False, True):
+        model = quantized(compress_saved=compress_saved)
+        lfq.set_phase(model, "learn")
+        model(sequences()).square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) == 9
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_it_compiles_as_one_graph() -> None:
     torch._dynamo.reset()
     model, x = quantized(), sequences()

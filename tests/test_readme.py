@@ -126,12 +126,16 @@ def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(made) > 20
 
 
-def test_the_accuracy_of_the_tables_is_that_of_the_results() -> None:
-    from tests.benchmarks.accuracy import Results, overview  # it loads libraries that nothing else here needs
+@pytest.mark.parametrize("kind", ["overview", "differences"])
+def test_the_accuracy_of_the_tables_is_that_of_the_results(kind: str) -> None:
+    from tests.benchmarks import accuracy  # it loads libraries that nothing else here needs
 
     # The columns are of the libraries that are installed.
-    columns, _, *found = cells(overview(Results(RESULTS / "accuracy.jsonl")))
-    header, *table = cells(MEASURED.read_text().replace("| Brevitas |", "| brevitas |"))
+    file = RESULTS / {"overview": "accuracy.jsonl", "differences": "other_data/accuracy.jsonl"}[kind]
+    columns, _, *found = cells(getattr(accuracy, kind)(accuracy.Results(file)))
+    every = cells(MEASURED.read_text().replace("Brevitas |", "brevitas |"))
+    [header] = [row for row in every if set(columns) <= set(row)]
+    table = [row for row in every if len(row) == len(header)]
     places = [header.index(column) for column in columns]
     for row in found:
         assert row in [[cell[place] for place in places] for cell in table if len(cell) == len(header)]
@@ -139,6 +143,15 @@ def test_the_accuracy_of_the_tables_is_that_of_the_results() -> None:
 
 def cells(tables: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in tables.splitlines() if line[:1] == "|"]
+
+
+def test_what_became_of_a_pretrained_network_is_what_the_results_say() -> None:
+    table = MEASURED.read_text()
+    lines = (RESULTS / "pretrained/distilling.jsonl").read_text().splitlines()
+    for row in map(json.loads, lines[1:]):
+        assert f"{row['divergence']:.4f}, {100 * row['agreement']:.1f} %" in table, row
+    for row in json.loads((RESULTS / "pretrained/mixed_bits.json").read_text())["rows"]:
+        assert f"| {row['weights']} | {row['bytes']} | {row['KL']} | {row['agreement']} |" in table, row
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:

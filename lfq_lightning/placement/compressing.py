@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lfq_lightning.ops import quantize
 from lfq_lightning.private import saved_tensors_are_hooked, version_of
 from lfq_lightning.quantizer import LearnableFakeQuantize
 
@@ -40,8 +39,8 @@ class _Recipe:
     def __init__(self, quantized: Quantized) -> None:
         _, source, quantizer = quantized
         self._source, self._version = source.detach(), version_of(source)
-        self._qparams = quantizer.used_qparams()
-        self._settings = (*quantizer.code_range, quantizer.axis, quantizer.group_size, 0.0, quantizer.saturation_rule)
+        self._quantize = quantizer.as_now()
+        self._nbytes = sum(p.nbytes for p in quantizer.used_qparams())
 
     def rebuild(self) -> Tensor:
         """The tensor, bit for bit, as the forward pass computed it.
@@ -56,12 +55,12 @@ class _Recipe:
                 "operation out of place there (relu instead of relu_)."
             )
         with torch.no_grad():
-            return quantize(self._source, *self._qparams, self._settings)
+            return self._quantize(self._source)
 
     @property
     def nbytes(self) -> int:
         """Bytes beyond what is kept anyway: the qparams'."""
-        return sum(p.nbytes for p in self._qparams)
+        return self._nbytes
 
 
 @contextmanager

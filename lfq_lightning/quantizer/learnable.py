@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from lfq_lightning.quantizer.description import Described
 from lfq_lightning.quantizer.lsq_factor import lsq_factor
 from lfq_lightning.quantizer.observing import Observing
 from lfq_lightning.quantizer.start import check_start
-from lfq_lightning.quantizer.tokens import token_qparams
+from lfq_lightning.quantizer.tokens import quantize_tokens, token_qparams
 from lfq_lightning.spec import QuantSpec
 
 
@@ -221,7 +223,8 @@ class LearnableFakeQuantize(Described, Observing):
         """What a record keeps of x: `saturation`, and from the third entry on x / scale of some elements."""
         if self.per_token:
             tokens = x.detach().reshape(-1, x.shape[-1])
-            return measure(tokens, *self._of_tokens(tokens), *self.code_range, 0, None)
+            own = token_qparams(tokens, *self.code_range, self.symmetric)
+            return measure(tokens, *own, *self.code_range, 0, None)
         return measure(x.detach(), self.used_scale, self.zero_point, *self.code_range, self.axis, self.group_size)
 
     # ---- forward --------------------------------------------------------------------------------------------------
@@ -246,6 +249,15 @@ class LearnableFakeQuantize(Described, Observing):
         scale = self.scale  # once: nn.Module finds a parameter last of all
         factor = self._gradient_factor(x, scale.numel()) if self.learning_enabled and learn else 0.0
         return self._quantized(x, scale, factor)
+
+    def as_now(self) -> Callable[[Tensor], Tensor]:
+        """What quantizes a tensor as the module does now, without gradients, whatever becomes of its qparams."""
+        if self.per_token:
+            own = (*self.code_range, self.symmetric, self.saturation_rule)
+            return lambda x: quantize_tokens(x, *own)
+        qparams = self.used_qparams()
+        settings = (*self.code_range, self.axis, self.group_size, 0.0, self.saturation_rule)
+        return lambda x: quantize(x, *qparams, settings)
 
     def in_graph(self, x: Tensor) -> Tensor:
         """x, with the qparams in its graph in every phase: DDP wants each parameter used in each backward."""
@@ -282,14 +294,9 @@ class LearnableFakeQuantize(Described, Observing):
         rows = quantize(F.embedding(chosen, table, padding_idx), own[0], own[1], settings)
         return rows.view(*index.shape, table.shape[1])
 
-    def _of_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return token_qparams(tokens, self.quant_min, self.quant_max, self.symmetric)
-
     def _quantized(self, x: Tensor, scale: Tensor, grad_factor: float) -> Tensor:
         if self.per_token:
-            tokens = x.reshape(-1, x.shape[-1])
-            own = (self.quant_min, self.quant_max, 0, None, 0.0, self.saturation_rule)
-            return quantize(tokens, *self._of_tokens(tokens), own).view(x.shape)
+            return quantize_tokens(x, *self.code_range, self.symmetric, self.saturation_rule)
         used = nearest_power_of_two(scale) if self.scale_domain == "power_of_two" else scale
         settings = (self.quant_min, self.quant_max, self.axis, self.group_size, grad_factor, self.saturation_rule)
         return quantize(x, used, self.zero_point, settings)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lfq_lightning.ops import quantize
+
 _EPS = torch.finfo(torch.float32).eps
 
 
@@ -39,3 +41,10 @@ def token_qparams(tokens: Tensor, low: int, high: int, symmetric: bool) -> tuple
     middle = (low + high + 1) // 2  # the errors are compared as for codes on both sides of zero
     z = torch.where((low - middle + below) + (high - middle + above) > 0, low - middle - below, high - middle - above)
     return scale, z.clamp(low - middle, high - middle).round() + middle
+
+
+def quantize_tokens(x: Tensor, low: int, high: int, symmetric: bool, saturation: str) -> Tensor:
+    """X with each of its tokens, which are its last dimension, on the grid of its own codes; gradients pass to x."""
+    tokens = x.reshape(-1, x.shape[-1])
+    settings = (low, high, 0, None, 0.0, saturation)
+    return quantize(tokens, *token_qparams(tokens, low, high, symmetric), settings).view(x.shape)

@@ -28,7 +28,7 @@ from photographs import Photographs
 
 import lfq_lightning as lfq
 from lfq_lightning.techniques import distillation_loss
-from tests.benchmarks.accuracy_methods import CELLS, METHODS, Cell
+from tests.benchmarks.accuracy_methods import CELLS, METHODS, Cell, adam
 from tests.benchmarks.measuring import Table, machine
 
 STEPS = {"W8A8": 60, "W4A8": 120, "W4A4": 120}
@@ -71,7 +71,9 @@ def distilled(method: str, cell: Cell, steps: int, scales_at: float) -> nn.Modul
     alone = cell.weight == 8
     if method == "ours":
         learn: Any = "scales" if alone else "all"
-        callbacks: list[L.Callback] = [lfq.QuantizationAwareTraining(cell.weight, cell.activation, learn=learn)]
+        optimizer = adam(scales_at) if scales_at else None
+        qat = lfq.QuantizationAwareTraining(cell.weight, cell.activation, learn=learn, optimizer=optimizer)
+        callbacks: list[L.Callback] = [qat]
     else:
         made = METHODS[method](cell, network, lfq.PhaseSchedule.for_run(1, steps))
         assert made is not None
@@ -121,7 +123,7 @@ def by_onnxruntime(folder: Path) -> nn.Module:
 def runs(cell: str, methods: list[str]) -> list[tuple[str, float]]:
     """Each method with the rates of its scales."""
     found = [(name, 0.0) for name in ("calibrated", "onnxruntime") if cell == "W8A8" or name == "calibrated"]
-    found += [("ours", 0.0)]
+    found += [("ours", rate) for rate in ((0.0,) if cell == "W8A8" else (0.0, 3e-3))]  # 0: the default
     found += [(name, rate) for name in METHODS if name not in ("ours", "torchao") for rate in SCALES_AT[cell]]
     return [run for run in found if run[0] in methods]
 

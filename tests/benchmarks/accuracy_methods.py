@@ -151,6 +151,7 @@ VARIANTS: dict[str, Method] = {
     "ours, log domain": partial(ours, **scales_in("log")),
     "ours, powers of two": partial(ours, **scales_in("power_of_two")),
     "ours, BatchNorm re-estimated": ours_with(partial(lfq.BatchNormStatistics, reestimate="end")),
+    "ours, BatchNorm frozen from epoch 6": ours_with(partial(lfq.BatchNormStatistics, freeze=6)),
     "ours, distilled": ours_with(partial(lfq.Distillation, weight=0.5)),
     "ours, zero points fixed": partial(ours, activation={"learn_zero_point": False}),
     "ours, an epoch to observe and one to estimate": partial(ours, **EPOCHS),

@@ -174,14 +174,16 @@ def differences(results: Results) -> str:
     rows = [["network and bits", "seeds", "ours", *(f"over {name}" for name in others)]]
     rows.append(["---"] * len(rows[0]))
     for task in TASKS:
-        sign = 1 if TASKS[task].higher_is_better else -1
+        sign, digits = (1, 2) if TASKS[task].higher_is_better else (-1, 4)
         for cell in CELLS:
             own = by_seed[task, cell, "ours"]
             if own:
                 found = [by_seed[task, "" if name == FLOAT else cell, name] for name in others]
                 over = [[sign * (own[seed] - other[seed]) for seed in own.keys() & other.keys()] for other in found]
-                shown = [f"{mean(d):+.2f} ± {stdev(d) / len(d) ** 0.5:.2f}" if len(d) > 1 else "" for d in over]
-                rows.append([f"{task} {cell}", str(len(own)), f"{mean(own.values()):.2f}", *shown])
+                shown = [
+                    f"{mean(d):+.{digits}f} ± {stdev(d) / len(d) ** 0.5:.{digits}f}" if len(d) > 1 else "" for d in over
+                ]
+                rows.append([f"{task} {cell}", str(len(own)), f"{mean(own.values()):.{digits}f}", *shown])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

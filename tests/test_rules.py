@@ -91,7 +91,11 @@ def test_a_rule_holds_plain_values_whatever_it_was_given() -> None:
         ({"match": "a", "weight": 1}, ValueError, "`bits` must be between 2 and 16. Found 1"),
         ({"match": "a", "activation": "eight"}, TypeError, "`activation` must be a number of bits"),
         ({"match": "a", "weight": {"bit": 1}}, ValueError, "`weight` has unknown keys"),
-        ({"match": "a", "activation": {"granularity": "per_group", "group_size": 4}}, ValueError, "per tensor, channel or token"),
+        (
+            {"match": "a", "activation": {"granularity": "per_group", "group_size": 4}},
+            ValueError,
+            "per tensor, channel or token",
+        ),
     ],
     ids=str,
 )

@@ -90,10 +90,8 @@ class Falling(LRScheduler):
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | Tensor]:
-        share = (
-            1.0 if math.isinf(self.steps) else 0.5 * (1.0 + math.cos(math.pi * min(1.0, self.last_epoch / self.steps)))
-        )
-        return [rate * share for rate in self.base_lrs]
+        gone = min(1.0, self.last_epoch / max(1.0, self.steps))  # 0 of an endless run
+        return [rate * 0.5 * (1.0 + math.cos(math.pi * gone)) for rate in self.base_lrs]
 
     def fall(self, left: float, end: float) -> None:
         """Be zero after so many more steps, when the Trainer has made `end`; a resumed run of that end knows."""

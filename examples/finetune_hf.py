@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import copy
 import sys
-import sysconfig
-from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
 import lightning as L
 import torch
-from language_model import CONTEXT, Windows
+from language_model import source_code
 from low_rank import adapted
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lfq_lightning as lfq
@@ -43,10 +40,7 @@ class Causal(L.LightningModule):
 
 def main(steps: int = 300) -> None:
     L.seed_everything(0)
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    text = Windows([file for i, file in enumerate(files) if i % 10])
-    batches = DataLoader(text, batch_size=32, sampler=RandomSampler(text, num_samples=32 * steps))
-    test = DataLoader(Windows(files[::10]), batch_size=64, sampler=range(0, 64 * CONTEXT * 16, CONTEXT))
+    batches, test = source_code(steps)
     options = {"vocab_size": 256, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2}
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
     base = LlamaForCausalLM(LlamaConfig(**options, **ends, num_attention_heads=4))

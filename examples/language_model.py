@@ -68,12 +68,17 @@ class LanguageModel(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
-def main(steps: int = 300) -> None:
-    L.seed_everything(0)
+def source_code(steps: int) -> tuple[DataLoader[Tensor], DataLoader[Tensor]]:
+    """So many batches of the standard library's source to train with, and some of every tenth file to test."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     train = Windows([file for i, file in enumerate(files) if i % 10])
     batches = DataLoader(train, batch_size=32, sampler=RandomSampler(train, num_samples=32 * steps))
-    test = DataLoader(Windows(files[::10]), batch_size=64, sampler=range(0, 64 * CONTEXT * 16, CONTEXT))
+    return batches, DataLoader(Windows(files[::10]), batch_size=64, sampler=range(0, 64 * CONTEXT * 16, CONTEXT))
+
+
+def main(steps: int = 300) -> None:
+    L.seed_everything(0)
+    batches, test = source_code(steps)
     model = LanguageModel()
     weight = lfq.QuantSpec(bits=4, granularity="per_group", group_size=32)
     qat = lfq.QuantizationAwareTraining(weight=weight, activation=8)

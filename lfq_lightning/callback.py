@@ -50,7 +50,7 @@ class QuantizationAwareTraining(AtRest):
         schedule: when each phase starts; None derives one from the run's length and prints it.
         learn: what does, "all" that the module trains, or "scales" and zero points alone: every weight and bias and
             BatchNorm's statistics keep still, whatever the module's optimizer holds. A pretrained network in 8 bits
-            needs no more, in few steps, and no learning rate has to be found; distill it where there are no labels.
+            often needs no more, in few steps, and no learning rate of weights; distill it where there are no labels.
         optimizer: makes the optimizer of scales and zero points from a list of parameters, for instance
             `functools.partial(torch.optim.Adam, lr=1e-3)`, which is the default. Its learning rate is relative: 1e-3
             with Adam moves a scale by about a thousandth of its size a step. "user" puts them into the optimizers of

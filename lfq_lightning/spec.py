@@ -148,6 +148,12 @@ class QuantSpec:
                 f"Each token brings its own scale, of which nothing is learned. Found {given[0]}="
                 f"{getattr(self, given[0])!r} with 'per_token': leave it out."
             )
+        ends = self.quant_min, self.quant_max
+        if self.symmetric and None not in ends and not (ends[0] or 0) < 0 < (ends[1] or 0):
+            raise ValueError(
+                "Symmetric codes of tokens have both signs, as what is yet to come may. Found quant_min="
+                f"{self.quant_min} and quant_max={self.quant_max}: leave them out, or use symmetric=False."
+            )
 
     def _check_range(self) -> None:
         if not self.symmetric and self.signed:

@@ -102,6 +102,14 @@ def test_tokens_of_zeros_nothing_or_no_finite_value_give_no_nan_of_their_own() -
     assert quantizer(x).isfinite().all()
 
 
+def test_symmetric_codes_keep_both_signs_whatever_was_seen_at_first() -> None:
+    model = nn.Sequential(nn.Linear(32, 4))
+    lfq.attach(model, activation=tokens_of(symmetric=True))
+    lfq.calibrate(model, [sequences().abs()])
+    x = sequences()
+    assert model[0].input_quantizer(x).min() < 0.95 * x.min()
+
+
 def test_a_fit_learns_weights_and_their_scales_and_resumes_to_the_bit(tmp_path: Path) -> None:
     def run(directory: Path, resume: Path | None = None) -> nn.Module:
         callback = qat(weight=WEIGHT, activation=tokens_of())
@@ -209,6 +217,10 @@ def test_it_compiles_as_one_graph() -> None:
         (lambda: lfq.attach(nn.Linear(2, 2), weight=tokens_of()), "A weight is no token.*'per_channel' or 'per_group'"),
         (lambda: tokens_of().replace(observer="minmax"), "nothing is learned. Found observer='minmax'.*leave it out"),
         (lambda: tokens_of(symmetric=True).replace(signed=False), "nothing is learned. Found signed=False"),
+        (
+            lambda: tokens_of(symmetric=True).replace(quant_min=0, quant_max=127),
+            "have both signs.*Found quant_min=0 and quant_max=127.*symmetric=False",
+        ),
         (lambda: tokens_of().replace(axis=1), "`axis` goes with granularity 'per_channel'"),
         (
             lambda: lfq.attach(Tokens(), WEIGHT, tokens_of(), example=sequences(), target="onnxruntime"),

@@ -247,6 +247,20 @@ def test_an_embedding_whose_weights_cannot_be_quantized_is_left_in_float_and_nam
     model(tokens).sum().backward()
 
 
+def test_attach_warns_where_most_weights_stay_in_float_and_nobody_asked_for_that() -> None:
+    class Own(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(input, self.weight, self.bias)
+
+    def network() -> nn.Module:
+        return nn.Sequential(Own(8, 8), Own(8, 8), nn.Linear(8, 2))
+
+    with pytest.warns(UserWarning, match=r"Found 11.1% of them: print what `attach` returns .* give an `example`"):
+        lfq.attach(network())
+    lfq.attach(network(), example=torch.randn(2, 8))
+    lfq.attach(network(), rules=[lfq.Rule(Own, weight=None, activation=None)])
+
+
 def test_layers_inside_a_metric_are_left_in_float_and_named() -> None:
     class Score(torchmetrics.Metric):
         def __init__(self, shared: nn.Module) -> None:

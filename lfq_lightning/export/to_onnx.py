@@ -63,7 +63,7 @@ def export_onnx(
     layer alone is folded into it exactly. Matrices whose input is not quantized are stored as (inputs, outputs), by
     which ONNX Runtime multiplies as they are (MatMulNBits): by default it quantizes blocks of the input to 8 bits then,
     and with the session option "session.qdq_matmulnbits_accuracy_level" at "1" it does not. Inputs with a scale for
-    each token are such: the file leaves them to the runtime, whose blocks are smaller than tokens.
+    each token are such: the file leaves them to the runtime, whose blocks are the groups of the weights.
 
     Args:
         model: a model with quantizers whose qparams are set; it is not changed.

@@ -151,7 +151,8 @@ def plan(
             stacklevel=3,
         )
     placement = Placement(tuple(layers), (), tuple(operands))
-    return placement.accounted(*_left(model, placement, left, flow), flow.source if flow is not None else "")
+    told = {name for item in items if "weight" in item.ruled for name in names[item.module]}
+    return placement.accounted(*_left(model, placement, left, told, flow), flow.source if flow is not None else "")
 
 
 def _items(
@@ -414,12 +415,15 @@ def _outputs(model: nn.Module, rules: tuple[Rule, ...]) -> dict[str, QuantSpec |
 
 
 def _left(
-    model: nn.Module, placement: Placement, left: Mapping[str, str], flow: Flow | None
+    model: nn.Module, placement: Placement, left: Mapping[str, str], told: set[str], flow: Flow | None
 ) -> tuple[dict[str, str], dict[str, int], tuple[int, int]]:
-    """Every module with a parameter of two or more dimensions that no quantizer serves; and counts of elements."""
+    """Every module with a parameter of two or more dimensions that no quantizer serves; and counts of elements.
+
+    A layer of a known type, or one that a rule has `told` about, is in float because that was asked for.
+    """
     modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     served = _served(modules, placement, flow)
-    asked = {name for name, module in modules.items() if computes_directly(module)}
+    asked = told | {name for name, module in modules.items() if computes_directly(module)}
     inside = {
         inner for module in model.modules() if isinstance(module, LearnableFakeQuantize) for inner in module.modules()
     }

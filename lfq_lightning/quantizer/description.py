@@ -100,9 +100,14 @@ class Described(Switches, nn.Module):
         return math.ceil(math.log2(self.quant_max - self.quant_min + 1))
 
     @property
+    def per_token(self) -> bool:
+        """Whether each token brings its own scale; `scale` is then that of all that was seen, for the record."""
+        return self.spec is not None and self.spec.granularity == "per_token"
+
+    @property
     def kind(self) -> str:
         """Symmetry and granularity, such as `symmetric per_channel(0)`."""
-        if self.spec is not None and self.spec.granularity == "per_token":
+        if self.per_token:
             granularity = "per_token"
         elif self.group_size is not None:
             granularity = f"per_group({self.group_size})"

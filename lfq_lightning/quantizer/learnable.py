@@ -155,11 +155,6 @@ class LearnableFakeQuantize(Described, Observing):
             made._hold_qparams()
         return made
 
-    @property
-    def per_token(self) -> bool:
-        """Whether each token brings its own scale; `scale` is then that of all that was seen, for the record."""
-        return self.spec is not None and self.spec.granularity == "per_token"
-
     def _hold_qparams(self) -> None:
         """Make constants of scale and zero point."""
         for name in ("scale", "zero_point"):

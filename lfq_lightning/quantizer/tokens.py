@@ -19,19 +19,17 @@ def token_qparams(tokens: Tensor, low: int, high: int, symmetric: bool) -> tuple
 
     Args:
         tokens: shape (tokens, features), in any floating dtype.
-        low: the smallest integer code.
-        high: the largest.
+        low: the smallest integer code, below 0 where they are symmetric.
+        high: the largest, above 0.
         symmetric: whether the zero point is 0.
 
     Returns:
         float32, each of shape (tokens,). A token that is not finite has a scale of 1.
     """
-    if tokens.shape[1] == 0:
-        return tokens.new_ones(len(tokens), dtype=torch.float32), tokens.new_zeros(len(tokens), dtype=torch.float32)
     least, most = tokens.float().aminmax(dim=1)
     least, most = least.clamp(max=0.0), most.clamp(min=0.0)
     if symmetric:
-        scale = torch.maximum(most / high, least / low if low else torch.zeros_like(least))
+        scale = torch.maximum(most / high, least / low)
         scale = torch.where(scale.isfinite(), scale, 1.0).clamp(min=_EPS)
         return scale, torch.zeros_like(scale)
     scale = (most - least) / float(high - low)

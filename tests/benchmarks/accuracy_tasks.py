@@ -102,7 +102,7 @@ TASKS = {
     "separable_fast": _images("separable", [32, 64], 1.2e-2, depth=2),
     "shallow_separable": _images("separable", [32, 64], 3e-3),
     "transformer": Task(LanguageModel, data_of.source_code, "bits per byte", bits_per_byte, False, 3, 64, 3e-3),
-    # None of these chose a default. Rates are the best of four for float, on validation data where there is any.
+    # None of these chose a default but `lr_factor`; see the README for how rates were chosen.
     "transformer_long": Task(LanguageModel, data_of.source_code, "bits per byte", bits_per_byte, False, 8, 64, 1e-2),
     "mnist_residual": _images("residual", [16, 32], 1e-2, data=data_of.mnist, epochs=8),
     "mnist_separable": _images("separable", [16, 32], 1e-2, depth=2, data=data_of.mnist, epochs=8),

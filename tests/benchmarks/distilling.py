@@ -32,7 +32,7 @@ from tests.benchmarks.accuracy_methods import CELLS, METHODS, Cell, adam
 from tests.benchmarks.measuring import Table, machine
 
 STEPS = {"W8A8": 60, "W4A8": 120, "W4A4": 120}
-WEIGHTS_AT = 1e-4  # the rate of weights, where they learn: the best of three for ours in W4A8 at 60 steps
+WEIGHTS_AT = 1e-4  # the rate of weights, where they learn
 SCALES_AT = {"W8A8": (1e-3, 1e-4, 1e-5), "W4A8": (1e-3, 1e-4), "W4A4": (1e-3, 1e-4)}  # of peers, in their units
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 import lfq_lightning as lfq
 from lfq_lightning.quantizer.saved import described
@@ -299,3 +299,20 @@ def test_a_quantized_fit_starts_from_a_float_checkpoint(tmp_path: Path) -> None:
     model, made, _ = fit(tmp_path / "qat", ckpt_path=tmp_path / "epoch=0.ckpt", **more)
     assert made.current_epoch == 4
     assert {q.phase for q in lfq.quantizers(model).values()} == {"learn"}
+
+
+def test_a_checkpoint_of_other_steps_is_tested_where_no_batch_shows_what_is_quantized(tmp_path: Path) -> None:
+    class Read(Net):
+        """Its head is read by a function, which types do not show."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.second(torch.relu(self.norm(self.first(x)))))
+            return nn.functional.linear(x.flatten(1), self.head.weight, self.head.bias)
+
+    earlier = lfq.QuantSpec(bits=4, granularity="per_channel", lr_factor="bits")  # the default then
+    fit(tmp_path, Read(), callback=qat(weight=earlier), callbacks=[every_epoch(tmp_path)])
+    made = trainer(tmp_path, [qat(weight=earlier.with_usual_steps())])
+    [found] = made.test(Read(), loader(), ckpt_path=tmp_path / "epoch=2.ckpt", verbose=False, weights_only=True)
+    again = trainer(tmp_path, [qat(weight=earlier)])
+    [expected] = again.test(Read(), loader(), ckpt_path=tmp_path / "epoch=2.ckpt", verbose=False, weights_only=True)
+    assert found == expected

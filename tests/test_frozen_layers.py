@@ -239,6 +239,35 @@ def test_scales_alone_resume_to_the_bit(tmp_path: Path) -> None:
             assert_bit_equal(resumed[name], value)
 
 
+class Uneven(Net):
+    """Two optimizers by hand, of which the second steps every third time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(layer.parameters(), lr=1e-2) for layer in (self.second, self.head)]
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+        for index, optimizer in enumerate(self.optimizers()):
+            if not index or batch_idx % 3 == 0:
+                optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_rates_of_optimizers_that_step_unevenly_resume_to_the_bit(tmp_path: Path) -> None:
+    def run(directory: Path, resume: Path | None = None) -> nn.Module:
+        options = {"callback": qat(learn="scales"), "callbacks": [every_epoch(directory)], "max_epochs": 5}
+        return fit(directory, Uneven(), **options, ckpt_path=resume)[0]
+
+    whole = run(tmp_path / "a").state_dict()
+    resumed = run(tmp_path / "b", tmp_path / "a/epoch=3.ckpt").state_dict()
+    for name, value in whole.items():
+        assert_bit_equal(resumed[name], value)
+
+
 def test_what_sets_weights_free_meanwhile_does_not_move_them_and_the_next_fit_does(tmp_path: Path) -> None:
     class Unfreezes(Whole):
         def on_train_epoch_start(self) -> None:

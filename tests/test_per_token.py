@@ -171,6 +171,20 @@ def test_attention_meets_its_inputs_token_by_token_in_every_format(tmp_path: Pat
     assert len(parity.by_runtime) == 6 and parity.agrees
 
 
+def test_what_a_frozen_copy_gives_lies_in_memory_as_in_training() -> None:
+    model, x = quantized(), sequences().transpose(0, 1)  # its bits may depend on it
+    frozen = lfq.freeze(model)
+    ((found,), _) = frozen.first.quantize_input(frozen.first, (x,), {})
+    expected = model.first.input_quantizer(x)
+    assert_bit_equal(found, expected)
+    assert found.stride() == expected.stride()
+
+
+def test_a_record_measures_tokens_by_their_own_scales() -> None:
+    quantizer = quantized().first.input_quantizer
+    assert quantizer.saturation(100 * sequences()).tolist() == [0.0, 0.0]
+
+
 def test_an_onnx_file_leaves_them_to_the_runtime_and_multiplies_packed_weights(tmp_path: Path) -> None:
     import onnx
     import onnxruntime

@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 from torch.optim import LBFGS, SGD, Adam, AdamW
 
 import lfq_lightning as lfq
-from lfq_lightning.training.stepping.weights import WeightSteps
+from lfq_lightning.training.stepping.weights import Travel, WeightSteps
 from tests.runs import BATCHES, Net, every_epoch, fit, qat
 from tests.test_precision import scaled
 
@@ -345,6 +345,19 @@ def test_a_run_in_which_hardly_a_code_changes_takes_eight_times_its_steps_and_sa
     assert 0 < path < 0.1
     assert "they move 8 times as far a step" in caplog.text
     assert "few codes will change: raise the learning rate" in caplog.text
+
+
+def test_the_first_steps_of_an_optimizer_which_differ_from_all_that_follow_are_let_pass() -> None:
+    travel, measured = Travel(), []
+    for moved in (9.0, 9.0, 0.5, 1.5):  # 40 are left: two pass, and two are measured
+        measured.append(travel.begin(40.0))
+        if measured[-1]:
+            travel.measure(torch.full((5,), moved), torch.tensor([2.0]))
+        last = travel.end()
+    assert measured == [False, False, True, True]
+    assert last and not travel.known
+    assert travel.settle(4.0, None) == pytest.approx(4.0 * 0.5)
+    assert travel.factor == pytest.approx(2.0) and travel.known
 
 
 def test_a_run_without_an_end_keeps_its_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

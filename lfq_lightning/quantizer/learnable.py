@@ -256,7 +256,7 @@ class LearnableFakeQuantize(Described, Observing):
 
     def in_graph(self, x: Tensor) -> Tensor:
         """x, with the qparams in its graph in every phase: DDP wants each parameter used in each backward."""
-        if self.quantizes or self.per_token or not torch.is_grad_enabled():
+        if self.quantizes or not torch.is_grad_enabled():
             return x
         return in_graph_of(x, self.scale, self.zero_point)
 

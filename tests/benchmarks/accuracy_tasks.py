@@ -107,8 +107,8 @@ TASKS = {
     "mnist_residual": _images("residual", [16, 32], 1e-2, data=data_of.mnist, epochs=8),
     "mnist_separable": _images("separable", [16, 32], 1e-2, depth=2, data=data_of.mnist, epochs=8),
     "mnist_1d": Task(partial(Series, 1, 10), data_of.mnist_1d, "%", percent, True, 20, 64, 1e-2),
-    "vowels_convolutions": Task(partial(Series, 12, 9), data_of.vowels, "%", percent, True, 40, 16, 3e-3),
-    "vowels_lstm": Task(partial(Recurrent, 12, 9), data_of.vowels, "%", percent, True, 40, 16, 1e-2),
+    "vowels_convolutions": Task(partial(Series, 12, 9), data_of.vowels, "%", percent, True, 40, 16, 1e-2),
+    "vowels_lstm": Task(partial(Recurrent, 12, 9), data_of.vowels, "%", percent, True, 40, 16, 3e-2),
 }
 
 

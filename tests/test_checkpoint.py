@@ -311,8 +311,8 @@ def test_a_checkpoint_of_other_steps_is_tested_where_no_batch_shows_what_is_quan
 
     earlier = lfq.QuantSpec(bits=4, granularity="per_channel", lr_factor="bits")  # the default then
     fit(tmp_path, Read(), callback=qat(weight=earlier), callbacks=[every_epoch(tmp_path)])
-    made = trainer(tmp_path, [qat(weight=earlier.with_usual_steps())])
+    made = trainer(tmp_path, [qat(weight=earlier.with_usual_steps()), every_epoch(tmp_path)])
     [found] = made.test(Read(), loader(), ckpt_path=tmp_path / "epoch=2.ckpt", verbose=False, weights_only=True)
-    again = trainer(tmp_path, [qat(weight=earlier)])
+    again = trainer(tmp_path, [qat(weight=earlier), every_epoch(tmp_path)])
     [expected] = again.test(Read(), loader(), ckpt_path=tmp_path / "epoch=2.ckpt", verbose=False, weights_only=True)
     assert found == expected

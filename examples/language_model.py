@@ -9,29 +9,23 @@ import math
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 
 import lfq_lightning as lfq
 
 CONTEXT, WIDTH, HEADS, DEPTH = 64, 96, 4, 2
 
 
-class Windows(Dataset[Tensor]):
-    """Every window of CONTEXT + 1 bytes of some files."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self.text = torch.frombuffer(bytearray(b"".join(map(Path.read_bytes, files))), dtype=torch.uint8)
-
-    def __len__(self) -> int:
-        return len(self.text) - CONTEXT
-
-    def __getitem__(self, start: int) -> Tensor:
-        return self.text[start : start + CONTEXT + 1].long()
+def windows(files: list[Path]) -> Any:
+    """Every window of CONTEXT + 1 bytes of some files: a tensor is a dataset of its rows."""
+    text = torch.frombuffer(bytearray(b"".join(map(Path.read_bytes, files))), dtype=torch.uint8)
+    return text.long().unfold(0, CONTEXT + 1, 1)
 
 
 class Block(nn.Module):
@@ -71,9 +65,9 @@ class LanguageModel(L.LightningModule):
 def source_code(steps: int) -> tuple[DataLoader[Tensor], DataLoader[Tensor]]:
     """So many batches of the standard library's source to train with, and some of every tenth file to test."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    train = Windows([file for i, file in enumerate(files) if i % 10])
+    train = windows([file for i, file in enumerate(files) if i % 10])
     batches = DataLoader(train, batch_size=32, sampler=RandomSampler(train, num_samples=32 * steps))
-    return batches, DataLoader(Windows(files[::10]), batch_size=64, sampler=range(0, 64 * CONTEXT * 16, CONTEXT))
+    return batches, DataLoader(windows(files[::10]), batch_size=64, sampler=range(0, 64 * CONTEXT * 16, CONTEXT))
 
 
 def main(steps: int = 300) -> None:

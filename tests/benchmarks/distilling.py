@@ -123,7 +123,7 @@ def by_onnxruntime(folder: Path) -> nn.Module:
 def runs(cell: str, methods: list[str]) -> list[tuple[str, float]]:
     """Each method with the rates of its scales."""
     found = [(name, 0.0) for name in ("calibrated", "onnxruntime") if cell == "W8A8" or name == "calibrated"]
-    found += [("ours", rate) for rate in ((0.0,) if cell == "W8A8" else (0.0, 3e-3))]  # 0: the default
+    found += [("ours", rate) for rate in ((0.0, 3e-4, 3e-3) if cell == "W8A8" else (0.0, 3e-3))]  # 0: the default
     found += [(name, rate) for name in METHODS if name not in ("ours", "torchao") for rate in SCALES_AT[cell]]
     return [run for run in found if run[0] in methods]
 

@@ -337,6 +337,22 @@ def test_what_is_computed_from_constants_alone_is_named_and_left() -> None:
     assert placement.left_in_float == (("table", "what it computes is the same for every batch"),)
 
 
+class Places(nn.Module):
+    """The rows of a table that no index chooses are added to what a layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.places = nn.Linear(6, 6), nn.Embedding(3, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.places.weight[: len(x)]
+
+
+def test_a_table_that_is_added_without_a_call_of_its_layer_is_named_by_what_reads_it() -> None:
+    placement = lfq.attach(Places(), example=torch.randn(3, 6))
+    assert placement.left_in_float == (("places", "`add` reads it, and no sum of products"),)
+
+
 def test_looking_at_a_weight_that_is_computed_changes_nothing() -> None:
     model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 4))).train()
     before = copy.deepcopy(model.state_dict())

@@ -194,7 +194,7 @@ def _items(
         ):
             items.append(_layer_item(name, layer, names))
         else:
-            why = THE_SAME if name in flow.called else NO_PART + flow.source
+            why = THE_SAME if name in flow.called else _why_left(name, "weight", False, flow)
             left[name] = outside.get(name, why)
     for name, reason in outside.items():
         left.setdefault(name, reason)

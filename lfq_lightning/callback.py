@@ -20,7 +20,8 @@ from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, as_schedule, weight_spec
 from lfq_lightning.targets import target_of
 from lfq_lightning.training.exporting import FitExport, check_export
-from lfq_lightning.training.phases import warn_if_float, warn_if_unlearned
+from lfq_lightning.training.last_statistics import Statistics
+from lfq_lightning.training.phases import warn_if_float
 from lfq_lightning.training.run import Learn, Run, Training
 from lfq_lightning.training.sentinel import Reaction
 from lfq_lightning.training.stepping.qparams import OptimizerFactory, QParamOptimizer, ScheduleFactory
@@ -51,6 +52,11 @@ class QuantizationAwareTraining(AtRest):
         learn: what does, "all" that the module trains, or "scales" and zero points alone: every weight and bias and
             BatchNorm's statistics keep still, whatever the module's optimizer holds. A pretrained network in 8 bits
             often needs no more, in few steps, and no learning rate of weights; distill it where there are no labels.
+        batch_norm: BatchNorm's running statistics: "reestimate" estimates them anew after the last step, before its
+            validation and checkpoints, from training batches that `forward` is run on, as many as a tenth of the run's
+            steps, and 20 to 100; "keep" leaves them; "auto" is "reestimate" where a weight has fewer than 4 bits, whose
+            oscillation leaves statistics behind that may fit no batch (Nagel et al. 2022, arXiv 2203.11086), and no
+            `BatchNormStatistics` is among the callbacks.
         optimizer: makes the optimizer of scales and zero points from a list of parameters, for instance
             `functools.partial(torch.optim.Adam, lr=1e-3)`, which is the default. Its learning rate is relative: 1e-3
             with Adam moves a scale by about a thousandth of its size a step. "user" puts them into the optimizers of
@@ -91,6 +97,7 @@ class QuantizationAwareTraining(AtRest):
         rules: Iterable[Rule] = (),
         schedule: PhaseSchedule | None = None,
         learn: Learn = "all",
+        batch_norm: Statistics = "auto",
         optimizer: Literal["user"] | OptimizerFactory | None = None,
         lr_schedule: ScheduleFactory | None = None,
         reobserve: bool = False,
@@ -105,6 +112,7 @@ class QuantizationAwareTraining(AtRest):
     ) -> None:
         check_flags(reobserve=reobserve, compress_saved=compress_saved, write_files=write_files)
         check_choice("learn", learn, get_args(Learn))
+        check_choice("batch_norm", batch_norm, get_args(Statistics))
         check_choice("frozen_layers", frozen_layers, get_args(FrozenLayers))
         check_export(export)
         if target_of(target) is not None and example is False:
@@ -119,7 +127,7 @@ class QuantizationAwareTraining(AtRest):
         weight_spec(self.weight), activation_spec(self.activation)
         self.rules, self.schedule = as_rules(rules), as_schedule(schedule)
         check_makers(optimizer, lr_schedule)
-        self.learn = learn
+        self.learn, self.batch_norm = learn, batch_norm
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.reobserve, self.compress_saved, self.frozen_layers = reobserve, compress_saved, frozen_layers
         self.example, self.target = example, target
@@ -182,7 +190,9 @@ class QuantizationAwareTraining(AtRest):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up a checkpoint, settle the schedule and where the trajectory goes, and enter the phase."""
-        self._in_run.train(trainer, pl_module, self.record_every_n_steps, self.write_files, self.on_collapse)
+        self._in_run.train(
+            trainer, pl_module, self.record_every_n_steps, self.write_files, self.on_collapse, self.batch_norm
+        )
 
     # ---- the run --------------------------------------------------------------------------------------------------
 
@@ -199,7 +209,7 @@ class QuantizationAwareTraining(AtRest):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Merge the batch's statistics over ranks, and record."""
+        """Merge the batch's statistics over ranks, and record; after the last step, settle BatchNorm's statistics."""
         self._training.after_batch(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -213,8 +223,8 @@ class QuantizationAwareTraining(AtRest):
     # ---- after the run ----------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say so if the run ended before anything was learned."""
-        warn_if_unlearned(trainer, pl_module)
+        """Estimate BatchNorm's statistics if the end was not foreseen, and say so if nothing was learned."""
+        self._training.after_steps(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show what was recorded, and export, on rank zero."""

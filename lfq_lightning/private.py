@@ -158,6 +158,13 @@ def training_loaders(trainer: L.Trainer) -> Any:
     return trainer.fit_loop._combined_loader
 
 
+def on_its_device(trainer: L.Trainer, batch: Any) -> Any:
+    """A batch of a training loader as `training_step` gets it: in the run's precision, through all transfer hooks."""
+    model: Any = trainer.lightning_module
+    batch = model._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))  # also a datamodule's
+    return trainer.strategy.batch_to_device(batch)
+
+
 def training_source(trainer: L.Trainer) -> Any:
     """Where the training loop takes its loaders from: the user's own, or a hook; known before the loop begins."""
     return trainer.fit_loop._data_source

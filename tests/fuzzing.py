@@ -33,7 +33,7 @@ import lfq_lightning as lfq
 from lfq_lightning import observers
 from lfq_lightning.__main__ import main as command_line
 from lfq_lightning.records.comparison import compare
-from lfq_lightning.techniques.batch_norm import reestimate_batch_norm
+from lfq_lightning.training.batch_norm import reestimate_batch_norm
 
 PACKAGE = Path(lfq.__file__).parent
 X = torch.linspace(-1, 1, 8).view(2, 4)

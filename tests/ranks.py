@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lfq_lightning as lfq
 from lfq_lightning.placement.quantized_layer import FrozenLayers, qparams
-from lfq_lightning.techniques.batch_norm import reestimate_batch_norm
+from lfq_lightning.training.batch_norm import reestimate_batch_norm
 from tests.processes import Program
 from tests.runs import Net, fit, images, qat, trainer
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lfq_lightning as lfq
-from lfq_lightning.techniques.batch_norm import batch_norms, reestimate_batch_norm
+from lfq_lightning.running import batch_norms
+from lfq_lightning.training.batch_norm import reestimate_batch_norm
 from tests.ranks import start_two
 from tests.runs import Net, StatefulLoader, every_epoch, fit, images, loader, qat, trainer
 from tests.test_resume import assert_same_run

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lfq_lightning.checking import check_batches, check_function, check_whole, in_words
 from lfq_lightning.phases import model_phase
-from lfq_lightning.private import training_loaders
 from lfq_lightning.running import batch_norms
 from lfq_lightning.schedule import PHASES
-from lfq_lightning.techniques.batch_norm import reestimate_batch_norm
 from lfq_lightning.techniques.order import check_order, check_quantized, epochs_before
 from lfq_lightning.techniques.served import Served
+from lfq_lightning.training.batch_norm import Forward, check_can_estimate, estimate
+from lfq_lightning.training.last_statistics import DecidesStatistics, LastStatistics
 from lfq_lightning.training.still import FixedStatistics
 from lfq_lightning.training.trainer.length import is_dev_run, length_of
 from lfq_lightning.training.wrapping import AtRest
@@ -28,7 +24,7 @@ from lfq_lightning.training.wrapping import AtRest
 Moment = int | Literal["off", "observe", "estimate", "learn", "freeze"]
 
 
-class BatchNormStatistics(AtRest):
+class BatchNormStatistics(AtRest, DecidesStatistics):
     """Freezes BatchNorm's running statistics from a point of the run on, or estimates them anew there.
 
     Frozen statistics are those that BatchNorm then normalizes by, as in eval mode; its affine parameters go on
@@ -39,9 +35,9 @@ class BatchNormStatistics(AtRest):
 
     Args:
         freeze: the epoch, or the phase, from which statistics are frozen; None for never.
-        reestimate: the epoch or the phase at whose start statistics are estimated anew, or "end" for the end of the
-            fit: checkpoints that are saved during the fit are then from before, so save one with
-            `trainer.save_checkpoint`. None for never.
+        reestimate: the epoch or the phase at whose start statistics are estimated anew, or "end" for after
+            the last step, before the last validation and the last checkpoints; where a fit ends unforeseen, as by early
+            stopping, at its end, and what fails then is a warning. None for never.
         batches: how many batches each rank estimates from.
         loader: gives these batches in place of the training data; needed where the training loader has persistent
             workers or a state of its own.
@@ -66,7 +62,7 @@ class BatchNormStatistics(AtRest):
         reestimate: Moment | Literal["end"] | None = None,
         batches: int = 100,
         loader: Iterable[Any] | None = None,
-        forward: Callable[[nn.Module, Any], Any] | None = None,
+        forward: Forward | None = None,
     ) -> None:
         _check_moment("freeze", freeze, PHASES)
         _check_moment("reestimate", reestimate, (*PHASES, "end"))
@@ -87,11 +83,12 @@ class BatchNormStatistics(AtRest):
     def _rest(self) -> None:
         self._served = Served()
         self._done = False
-        self._fixed = FixedStatistics()
+        self._fixed, self._last = FixedStatistics(), LastStatistics(self.batches, self.forward, self.loader)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse an order in which the phase would be the last epoch's, and forget that another model was served."""
         check_order(trainer, self)
+        self._last = LastStatistics(self.batches, self.forward, self.loader)
         if self._served.is_another(pl_module):
             self._done = False
 
@@ -100,29 +97,8 @@ class BatchNormStatistics(AtRest):
         if not batch_norms(pl_module):
             rank_zero_warn(f"BatchNormStatistics has nothing to do: {type(pl_module).__name__} has no BatchNorm.")
         self._check_moments(trainer, pl_module)
-        if self.reestimate is None:
-            return
-        combined = training_loaders(trainer)
-        if self.forward is None and type(pl_module).forward is L.LightningModule.forward:
-            raise ValueError(
-                f"Estimating BatchNorm runs the module on batches. Found no `forward` in {type(pl_module).__name__}: "
-                "define it, or pass `forward=lambda module, batch: module.network(batch[0])`."
-            )
-        if self.loader is not None:
-            return
-        if self.forward is None and combined.flattened != [combined.iterables]:
-            raise ValueError(
-                "Estimating BatchNorm runs the module on inputs alone. Found training loaders in a "
-                f"{type(combined.iterables).__name__}, which give one batch of them all: pass `forward`, such as "
-                '`lambda module, batch: module(batch["name"][0])`, or one `loader`.'
-            )
-        if any(
-            getattr(part, "persistent_workers", False) or hasattr(part, "state_dict") for part in combined.flattened
-        ):
-            raise ValueError(
-                "Estimating BatchNorm must not disturb the training loader. Found one with persistent workers or a "
-                "state: pass another as `loader`."
-            )
+        if self.reestimate is not None:
+            check_can_estimate(trainer, pl_module, self.forward, self.loader)
 
     def _check_moments(self, trainer: L.Trainer, model: L.LightningModule) -> None:
         epochs = length_of(trainer)[0] - epochs_before(trainer)
@@ -142,7 +118,8 @@ class BatchNormStatistics(AtRest):
         else:
             due = not self._done and self.reestimate != "end" and _reached(self.reestimate, trainer, pl_module)
         if due:
-            self._estimate(trainer, pl_module)
+            estimate(trainer, pl_module, self.batches, self.forward, self.loader)
+            self._done = True
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -151,25 +128,21 @@ class BatchNormStatistics(AtRest):
         if _reached(self.freeze, trainer, pl_module):
             self._fixed.hold(pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Estimate anew where that is asked for at the end, and give BatchNorm its mode back."""
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Estimate anew after the last step, where that is asked for at the end."""
         if self.reestimate == "end":
-            self._estimate(trainer, pl_module)
+            self._last.after_batch(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Estimate anew where the end was not foreseen, and give BatchNorm its mode back."""
+        self._last.settle(trainer, pl_module)
         self._fixed.give_back()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Give BatchNorm its mode back."""
         self._fixed.give_back()
-
-    def _estimate(self, trainer: L.Trainer, model: L.LightningModule) -> None:
-        strategy, precision = trainer.strategy, trainer.precision_plugin
-        # In a copy of the random numbers' state, as a shuffling loader draws from it.
-        with isolate_rng(), precision.forward_context():
-            loader = _batches(training_loaders(trainer)) if self.loader is None else self.loader
-            moved = (precision.convert_input(strategy.batch_to_device(b)) for b in islice(loader, self.batches))
-            total = (lambda flat: strategy.reduce(flat, reduce_op="sum")) if trainer.world_size > 1 else None
-            reestimate_batch_norm(model, moved, self.forward, total)
-        self._done = True
 
     def state_dict(self) -> dict[str, Any]:
         """Whether statistics were estimated anew."""
@@ -191,12 +164,6 @@ def _check_moment(name: str, value: object, words: Sequence[str]) -> None:
         f"`{name}` must be an epoch, counted from 0, or one of {', '.join(words)}. Found {in_words(value)}: leave "
         "it out."
     )
-
-
-def _batches(combined: CombinedLoader) -> Iterator[Any]:
-    """From the beginning, in an iterator of its own: the training loop's may be in use."""
-    for batch, _, _ in copy.copy(combined):
-        yield batch
 
 
 def _reached(moment: Moment | str | None, trainer: L.Trainer, model: nn.Module) -> bool:

@@ -13,15 +13,24 @@ from lfq_lightning.export.parity import Parity
 from lfq_lightning.flow.graph import Flow
 from lfq_lightning.gathering import set_gathering
 from lfq_lightning.placement import Placement
-from lfq_lightning.placement.points import Points, points
+from lfq_lightning.placement.points import Points, points, weights
 from lfq_lightning.placement.quantized_layer import FrozenLayers, qparams, quantizers
 from lfq_lightning.records.recorder import Recorder
 from lfq_lightning.schedule import PhaseSchedule
 from lfq_lightning.training.exporting import FitExport
-from lfq_lightning.training.phases import RunPhases, begin, learn_alone, settle_frozen_layers, show_phase
+from lfq_lightning.training.last_statistics import LastStatistics, Statistics, last_statistics
+from lfq_lightning.training.phases import (
+    RunPhases,
+    begin,
+    learn_alone,
+    settle_frozen_layers,
+    show_phase,
+    warn_if_unlearned,
+)
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.stepping.qparams import ScheduleFactory
 from lfq_lightning.training.stepping.steps import Choice, Steps, arranged_qparams
+from lfq_lightning.training.stepping.weights import bits_at_last
 from lfq_lightning.training.still import Still
 from lfq_lightning.training.trainer.example import NoFlow, find_flow, tell_when_met
 from lfq_lightning.training.trainer.length import (
@@ -55,6 +64,7 @@ class Training:
         sentinel: looks at what is recorded.
         export: keeps a batch.
         still: what is not to move, or None.
+        statistics: what estimates BatchNorm's anew after the last step, or None.
     """
 
     def __init__(
@@ -66,8 +76,9 @@ class Training:
         sentinel: Sentinel,
         export: FitExport,
         still: Still | None,
+        statistics: LastStatistics | None,
     ) -> None:
-        self.phases, self._steps = RunPhases(found, schedule), steps
+        self.phases, self._steps, self._statistics = RunPhases(found, schedule), steps, statistics
         self._recorder, self._sentinel, self._export, self._still = recorder, sentinel, export, still
 
     def before_batch(self, trainer: L.Trainer, model: L.LightningModule, batch: Any) -> None:
@@ -75,6 +86,8 @@ class Training:
         open_epoch(trainer)
         if self._still is not None:
             self._still.before_batch(model)
+        if self._statistics is not None:
+            self._statistics.before_batch(trainer, model, batch)
         self._steps.begin_batch()
         self.phases.enter(trainer, model)
         self._export.see(model, batch)
@@ -86,11 +99,19 @@ class Training:
         self.phases.after_batch(trainer, model)
         self._steps.forget(self.phases.follow_blank())
         self._steps.forget(self._sentinel.watch(trainer, model, *self._recorder.after_batch(trainer, model)))
+        if self._statistics is not None:
+            self._statistics.after_batch(trainer, model)
 
     def after_epoch(self, trainer: L.Trainer) -> None:
         """Keep the scales and zero points of every channel, and say so if nothing moves them."""
         self._recorder.after_epoch(trainer)
         self.phases.warn_if_still(trainer, self._steps.unseen)
+
+    def after_steps(self, trainer: L.Trainer, model: L.LightningModule) -> None:
+        """Estimate BatchNorm's statistics where the last step was not foreseen, and say if nothing was learned."""
+        if self._statistics is not None:
+            self._statistics.settle(trainer, model)
+        warn_if_unlearned(trainer, model)
 
     def after_fit(self, trainer: L.Trainer) -> None:
         """Show what was recorded."""
@@ -248,7 +269,13 @@ class Run:
             self._ending.callback(handle.remove)
 
     def train(
-        self, trainer: L.Trainer, model: L.LightningModule, every: int | None, write_files: bool, on_collapse: Reaction
+        self,
+        trainer: L.Trainer,
+        model: L.LightningModule,
+        every: int | None,
+        write_files: bool,
+        on_collapse: Reaction,
+        batch_norm: Statistics,
     ) -> None:
         """Take up a checkpoint, settle the schedule and where the record goes, and enter the phase."""
         self.steps.take_up(self.restored)  # strategies that shard restore it after `start`
@@ -261,7 +288,9 @@ class Run:
         recorder = Recorder(trainer, found, every, write_files, length, self.restored.get("recorder", {}))
         self._ending.callback(recorder.close)
         sentinel = Sentinel(on_collapse, self.restored.get("sentinel"))
-        self.training = Training(found, schedule, self.steps, recorder, sentinel, self._export, self._still)
+        few_bits = any(bits_at_last(each.quantizer.spec) < 4 for each in weights(found) if each.quantizer.spec)
+        statistics = last_statistics(trainer, model, batch_norm, few_bits, length)
+        self.training = Training(found, schedule, self.steps, recorder, sentinel, self._export, self._still, statistics)
         show_phase(self._until_end, trainer, self.training.phases)
         self.training.phases.enter(trainer, model)
 

@@ -150,7 +150,7 @@ EPOCHS = {"schedule": lfq.PhaseSchedule(observe=0, estimate=1, learn=2)}
 VARIANTS: dict[str, Method] = {
     "ours, log domain": partial(ours, **scales_in("log")),
     "ours, powers of two": partial(ours, **scales_in("power_of_two")),
-    "ours, BatchNorm re-estimated": ours_with(partial(lfq.BatchNormStatistics, reestimate="end")),
+    "ours, BatchNorm as training leaves it": partial(ours, batch_norm="keep"),
     "ours, BatchNorm frozen from epoch 6": ours_with(partial(lfq.BatchNormStatistics, freeze=6)),
     "ours, distilled": ours_with(partial(lfq.Distillation, weight=0.5)),
     "ours, zero points fixed": partial(ours, activation={"learn_zero_point": False}),

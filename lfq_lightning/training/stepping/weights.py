@@ -114,7 +114,7 @@ class WeightSteps:
             spec = point.quantizer.spec
             if spec is None:
                 continue
-            bits = _bits_at_last(spec)
+            bits = bits_at_last(spec)
             factor = spec.lr_factor_at(bits)
             if factor != 1.0:
                 self._points.append((point, spec))
@@ -204,7 +204,7 @@ class WeightSteps:
             self._travels[key].load_state_dict(measured)
 
 
-def _bits_at_last(spec: QuantSpec) -> int:
+def bits_at_last(spec: QuantSpec) -> int:
     """Bits that hold every code, once annealing is over: the number of codes says how far it is to the next one."""
     lowest, highest = spec.code_range(signed=True)
     return (highest - lowest).bit_length()

@@ -404,8 +404,37 @@ def reestimated(directory: Path) -> None:
     torch.save(mean, directory / "mean.pt")
 
 
+class Stumbles(Net):
+    """Cannot be run on a batch on one of the ranks, but by its training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.trainer.global_rank == 1 and not self.training:
+            raise RuntimeError("stumbled")
+        return super().forward(x)
+
+    validation_step = L.LightningModule.validation_step
+
+
+def few_bits(directory: Path) -> None:
+    """Below 4 bits both ranks end with statistics of both; what one cannot estimate none does, and none waits."""
+
+    def mean(model: type[Net], choice: Any) -> Tensor:
+        inside = directory / f"{model.__name__} {choice}"
+        inside.mkdir(exist_ok=True)
+        callback = qat(schedule=SCHEDULE, rules=TWO_BITS, batch_norm=choice, example=False)
+        return run(inside, model, callback=callback, limit_val_batches=1).lightning_module.norm.running_mean
+
+    estimated, kept = mean(Net, "auto"), mean(Net, "keep")
+    assert not torch.equal(estimated, kept)
+    both = [torch.empty_like(estimated) for _ in range(2)]
+    torch.distributed.all_gather(both, estimated)
+    assert torch.equal(*both)
+    assert torch.equal(mean(Stumbles, "auto"), mean(Stumbles, "keep"))
+
+
 TECHNIQUES: dict[str, Callable[[Path], Any]] = {
     "batch norm": reestimated,
+    "few bits": few_bits,
     "distilled": lambda d: run(d, Net, callbacks=[lfq.Distillation()], limit_val_batches=1),
     "frozen weights": lambda d: run(
         d,
@@ -431,6 +460,7 @@ def every_argument(directory: Path) -> None:
         record_every_n_steps=1,
         on_collapse="reinit",
         learn="all",
+        batch_norm="auto",
         frozen_layers="learn",
         example=None,
         target="onnxruntime",

@@ -49,13 +49,11 @@ def only_training(model: nn.Module, norms: Sequence[BatchNorm]) -> Iterator[Call
             norm.momentum = momentum
 
 
-@torch.no_grad()
 def reestimate_batch_norm(
     model: nn.Module,
     batches: Iterable[Any],
     forward: Forward | None = None,
     total: Callable[[Tensor], Tensor] | None = None,
-    norms: Sequence[BatchNorm] | None = None,
 ) -> None:
     """Replace BatchNorm's running statistics by the mean of those of some batches, of the model as it is quantized now.
 
@@ -69,8 +67,6 @@ def reestimate_batch_norm(
         forward: how to run the model on one batch. By default a mapping is passed as keywords, of a tuple or list as
             many entries as `forward` must be given, and anything else as it is.
         total: the sum of a flat tensor over all ranks, where each rank has its own batches.
-
-        norms: the layers; None for all of the model.
 
     Raises:
         ValueError: if `batches` is empty. After an error, the statistics are as they were.
@@ -86,7 +82,18 @@ def reestimate_batch_norm(
     check_batches("batches", batches)
     check_function("forward", forward, "the model and a batch")
     check_function("total", total, "a flat tensor")
-    norms = batch_norms(model) if norms is None else norms
+    _reestimate(model, batches, forward, total, batch_norms(model))
+
+
+@torch.no_grad()
+def _reestimate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward | None,
+    total: Callable[[Tensor], Tensor] | None,
+    norms: Sequence[BatchNorm],
+) -> None:
+    """Of these layers."""
     if not norms:
         return
     with only_training(model, norms) as undo:
@@ -163,7 +170,7 @@ def estimate(
         source = _batches(training_loaders(trainer)) if loader is None else loader
         moved = (on_its_device(trainer, batch) for batch in islice(source, batches))
         total = (lambda flat: trainer.strategy.reduce(flat, reduce_op="sum")) if trainer.world_size > 1 else None
-        reestimate_batch_norm(model, moved, forward, total, norms)
+        _reestimate(model, moved, forward, total, batch_norms(model) if norms is None else norms)
 
 
 @contextmanager

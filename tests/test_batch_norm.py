@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import lfq_lightning as lfq
 from lfq_lightning.training.batch_norm import reestimate_batch_norm
@@ -211,6 +212,42 @@ class Siamese(Net):
 
 def test_augmentation_and_several_passes_are_no_difference(tmp_path: Path) -> None:
     assert_of_its_weights(fit(tmp_path, Siamese(), callback=few())[0])
+
+
+class Moves(Net):
+    """Has a batch normalized on its way to the device, before and after."""
+
+    def on_before_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
+        return [batch[0] - 0.5, batch[1]]
+
+    def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
+        return [batch[0] / 0.25, batch[1]]
+
+
+def test_a_batch_goes_through_the_hooks_of_its_transfer(tmp_path: Path) -> None:
+    model, _, _ = fit(tmp_path, Moves(), callback=few())
+    model.eval()
+    with torch.no_grad():
+        parts = [model.first((x - 0.5) / 0.25).transpose(0, 1).flatten(1) for x, _ in loader()]
+    torch.testing.assert_close(model.norm.running_mean, torch.stack([part.mean(1) for part in parts]).mean(0))
+
+
+def test_estimating_compiles_nothing(tmp_path: Path) -> None:
+    class Silent(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])  # Dynamo cannot trace Lightning's `log`
+
+        validation_step = L.LightningModule.validation_step
+
+    graphs = []
+    for choice in ("auto", "keep"):
+        torch.compiler.reset()
+        counter = CompileCounterWithBackend("eager")
+        model: Any = torch.compile(made(Silent), backend=counter)
+        fit(tmp_path / choice, model, callback=few(batch_norm=choice))
+        graphs.append(counter.frame_count)
+    torch.compiler.reset()
+    assert graphs[0] == graphs[1] > 0
 
 
 def test_a_failure_after_the_last_step_costs_nobody_the_fit(tmp_path: Path) -> None:

@@ -46,6 +46,17 @@ def gathering(quantizers: Iterable[LearnableFakeQuantize]) -> Iterator[None]:
         set_gathering(quantizers, None)
 
 
+@contextmanager
+def gathering_paused(quantizers: Iterable[LearnableFakeQuantize]) -> Iterator[None]:
+    """Within it, quantizers that gather the statistics of a batch gather nothing."""
+    paused = [quantizer for quantizer in quantizers if quantizer.gathering]
+    set_gathering(paused, False)
+    try:
+        yield
+    finally:
+        set_gathering(paused, True)
+
+
 class Gathered:
     """Quantizers whose statistics are merged after one batch and the next, and what no batch needs to find out again.
 

@@ -129,6 +129,24 @@ def test_statistics_that_do_not_move_in_training_keep_still(tmp_path: Path, opti
     assert torch.equal(model.norm.running_mean, before)
 
 
+class Half(Net):
+    """One of its BatchNorms normalizes by the statistics that it came with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fixed = nn.BatchNorm2d(4).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(self.fixed(self.norm(self.first(x))))).flatten(1))
+
+
+@pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode")
+def test_of_two_layers_the_one_that_moves_in_training_is_estimated(tmp_path: Path) -> None:
+    model, _, _ = fit(tmp_path, Half(), callback=few())
+    assert torch.equal(model.fixed.running_mean, torch.zeros(4))
+    assert_of_its_weights(model)
+
+
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     def run(directory: Path, **more: Any) -> tuple[Any, ...]:
         return fit(directory, callback=few(), callbacks=[every_epoch(tmp_path)], max_epochs=4, **more)
@@ -169,6 +187,13 @@ class Normalizes(Net):
         return super().training_step([(batch[0] - 0.5) / 0.25, batch[1]], batch_idx)
 
 
+class Shifts(Net):
+    """Prepares it otherwise, with the spread that it has."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step([batch[0] + 1.0, batch[1]], batch_idx)
+
+
 class Wraps(Net):
     """Its `forward` cannot be run on a batch."""
 
@@ -189,6 +214,7 @@ class Wraps(Net):
     [
         (Scales, "'norm' meets means .* and .* times the variance"),
         (Normalizes, "'norm' meets means .* and .* times the variance"),
+        (Shifts, "'norm' meets means .* standard deviations apart, and 1.* times the variance"),
         (Wraps, "RuntimeError: give videos Wraps must take the inputs of a batch"),
     ],
 )

@@ -149,6 +149,16 @@ def test_several_training_loaders_are_run_as_they_are_trained_on(tmp_path: Path)
     torch.testing.assert_close(model.norm.running_mean, by_hand(model, 4)[0])
 
 
+@pytest.mark.quick
+def test_a_guess_at_how_to_run_the_module_that_is_wrong_is_said(tmp_path: Path) -> None:
+    class Normalizes(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step([(batch[0] - 0.5) / 0.25, batch[1]], batch_idx)
+
+    with pytest.warns(UserWarning, match="estimates from wrong batches: .* Found that 'norm' meets means"):
+        fit(tmp_path, Normalizes(), callbacks=[lfq.BatchNormStatistics(reestimate="end")])
+
+
 def test_statistics_survive_a_batch_that_fails() -> None:
     model = Net()
     model(next(iter(loader()))[0])

@@ -16,7 +16,7 @@ from lfq_lightning.schedule import PHASES
 from lfq_lightning.techniques.order import check_order, check_quantized, epochs_before
 from lfq_lightning.techniques.served import Served
 from lfq_lightning.training.batch_norm import Forward, check_can_estimate, estimate
-from lfq_lightning.training.last_statistics import DecidesStatistics, LastStatistics
+from lfq_lightning.training.last_statistics import NOT_ALIKE, DecidesStatistics, LastStatistics, Rehearsal
 from lfq_lightning.training.still import FixedStatistics
 from lfq_lightning.training.trainer.length import is_dev_run, length_of
 from lfq_lightning.training.wrapping import AtRest
@@ -84,11 +84,14 @@ class BatchNormStatistics(AtRest, DecidesStatistics):
         self._served = Served()
         self._done = False
         self._fixed, self._last = FixedStatistics(), LastStatistics(self.batches, self.forward, self.loader)
+        self._rehearsal: Rehearsal | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse an order in which the phase would be the last epoch's, and forget that another model was served."""
         check_order(trainer, self)
         self._last = LastStatistics(self.batches, self.forward, self.loader)
+        guessed = self.reestimate is not None and self.forward is None and self.loader is None
+        self._rehearsal = Rehearsal() if guessed else None
         if self._served.is_another(pl_module):
             self._done = False
 
@@ -124,14 +127,21 @@ class BatchNormStatistics(AtRest, DecidesStatistics):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep statistics frozen, whoever has called `train()` meanwhile."""
+        """Keep statistics frozen, whoever has called `train()` meanwhile, and try `forward` on the first batch."""
         if _reached(self.freeze, trainer, pl_module):
             self._fixed.hold(pl_module)
+        if self._rehearsal is not None:
+            self._rehearsal.before_batch(trainer, pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Estimate anew after the last step, where that is asked for at the end."""
+        """Say so where `forward` is no way to estimate; after the last step, estimate where that is asked for."""
+        if self._rehearsal is not None and self._rehearsal.after_batch(trainer, pl_module) and self._rehearsal.differs:
+            rank_zero_warn(
+                f"BatchNormStatistics estimates from wrong batches: {NOT_ALIKE}{self._rehearsal.differs}. Pass "
+                "`forward=lambda module, batch: ...`, which runs the module as training does."
+            )
         if self.reestimate == "end":
             self._last.after_batch(trainer, pl_module)
 

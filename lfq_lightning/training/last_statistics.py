@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lfq_lightning.gathering import gathering_paused
+from lfq_lightning.placement.quantized_layer import quantizers
 from lfq_lightning.private import BatchNorm
 from lfq_lightning.running import batch_norms, run_by
 from lfq_lightning.telling import tell
@@ -25,6 +27,7 @@ from lfq_lightning.training.trainer.length import is_dev_run
 
 Statistics = Literal["auto", "reestimate", "keep"]
 
+NOT_ALIKE = "what `forward` does with a batch is not what `training_step` does with it. Found that "
 FEWEST, MOST = 20, 100  # batches: running statistics average about the last 20, and a hundred are enough
 
 
@@ -52,7 +55,8 @@ class Rehearsal:
         norms = moving(model)
         self._before = {norm: (*_moments(norm), _batches(norm)) for norm in norms}
         try:
-            with beside_training(trainer), only_training(model, norms) as undo:
+            paused = gathering_paused(quantizers(model).values())
+            with beside_training(trainer), paused, only_training(model, norms) as undo:
                 for norm in norms:
                     norm.reset_running_stats()
                 run_by(None, model, batch)
@@ -140,9 +144,9 @@ class LastStatistics:
     def _tell(self, trainer: L.Trainer, differs: str | None) -> None:
         if differs:
             rank_zero_warn(
-                "BatchNorm's running statistics stay as training leaves them, and with few bits may fit no batch: what "
-                f"`forward` does with a batch is not what `training_step` does with it. Found that {differs}. Tell how "
-                'to run the module, `BatchNormStatistics(reestimate="end", forward=...)`, or pass `batch_norm="keep"`.'
+                "BatchNorm's running statistics stay as training leaves them, and with few bits may fit no batch: "
+                f"{NOT_ALIKE}{differs}. Tell how to run the module, "
+                '`BatchNormStatistics(reestimate="end", forward=...)`, or pass `batch_norm="keep"`.'
             )
         else:
             tell(

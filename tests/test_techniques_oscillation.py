@@ -200,7 +200,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, options: dic
         control = lfq.OscillationControl(**options)
         fitted = fit(
             directory,
-            callback=qat(weight=2),
+            callback=qat(weight=2, batch_norm="keep"),  # whose loader has a state
             callbacks=[control, every_epoch(tmp_path)],
             max_epochs=6,
             data=StatefulLoader(),

@@ -30,8 +30,8 @@ class BatchNormStatistics(AtRest, DecidesStatistics):
     Frozen statistics are those that BatchNorm then normalizes by, as in eval mode; its affine parameters go on
     learning. Estimating runs the module's `forward`, or the one given, in eval mode, BatchNorm apart, over batches of
     the training data (or `loader`); the random numbers of the run are not touched, and all ranks end with the same
-    statistics. A phase counts for estimating from the first epoch that starts in it, and estimating comes before
-    freezing.
+    statistics. Where the module's own `forward` does with the first batch what training does not, a warning says so.
+    A phase counts for estimating from the first epoch that starts in it, and estimating comes before freezing.
 
     Args:
         freeze: the epoch, or the phase, from which statistics are frozen; None for never.

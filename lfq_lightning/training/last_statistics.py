@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lfq_lightning.gathering import gathering_paused
+from lfq_lightning.placement.points import Points, weights
 from lfq_lightning.placement.quantized_layer import quantizers
 from lfq_lightning.private import BatchNorm
 from lfq_lightning.running import batch_norms, run_by
@@ -23,6 +24,7 @@ from lfq_lightning.training.batch_norm import (
     moving,
     only_training,
 )
+from lfq_lightning.training.stepping.weights import bits_at_last
 from lfq_lightning.training.trainer.length import is_dev_run
 
 Statistics = Literal["auto", "reestimate", "keep"]
@@ -52,7 +54,7 @@ class Rehearsal:
         """Run `forward` on the batch that is about to be trained on; nothing is left of it."""
         if self.differs is not None:
             return
-        norms = moving(model)
+        norms, self._failed = moving(model), ""
         self._before = {norm: (*_moments(norm), _batches(norm)) for norm in norms}
         try:
             paused = gathering_paused(quantizers(model).values())
@@ -179,7 +181,7 @@ class DecidesStatistics:
 
 
 def last_statistics(
-    trainer: L.Trainer, model: L.LightningModule, asked: Statistics, few_bits: bool, length: float
+    trainer: L.Trainer, model: L.LightningModule, asked: Statistics, found: Points, length: float
 ) -> LastStatistics | None:
     """What estimates BatchNorm's statistics after a fit's last step; None where nothing does.
 
@@ -187,12 +189,13 @@ def last_statistics(
         trainer: as training begins.
         model: the module.
         asked: the user's choice.
-        few_bits: whether "auto" is to estimate.
+        found: its points, whose weights decide for "auto".
         length: optimizer steps of the run, of which a tenth are as many batches; it may be infinite.
 
     Raises:
         ValueError: if the user asked for it and it cannot be done.
     """
+    few_bits = any(bits_at_last(each.quantizer.spec) < 4 for each in weights(found) if each.quantizer.spec)
     if asked == "keep" or (asked == "auto" and not few_bits) or not moving(model) or is_dev_run(trainer):
         return None
     if any(isinstance(callback, DecidesStatistics) for callback in trainer.callbacks):  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from lfq_lightning.export.parity import Parity
 from lfq_lightning.flow.graph import Flow
 from lfq_lightning.gathering import set_gathering
 from lfq_lightning.placement import Placement
-from lfq_lightning.placement.points import Points, points, weights
+from lfq_lightning.placement.points import Points, points
 from lfq_lightning.placement.quantized_layer import FrozenLayers, qparams, quantizers
 from lfq_lightning.records.recorder import Recorder
 from lfq_lightning.schedule import PhaseSchedule
@@ -30,7 +30,6 @@ from lfq_lightning.training.phases import (
 from lfq_lightning.training.sentinel import Reaction, Sentinel
 from lfq_lightning.training.stepping.qparams import ScheduleFactory
 from lfq_lightning.training.stepping.steps import Choice, Steps, arranged_qparams
-from lfq_lightning.training.stepping.weights import bits_at_last
 from lfq_lightning.training.still import Still
 from lfq_lightning.training.trainer.example import NoFlow, find_flow, tell_when_met
 from lfq_lightning.training.trainer.length import (
@@ -288,8 +287,7 @@ class Run:
         recorder = Recorder(trainer, found, every, write_files, length, self.restored.get("recorder", {}))
         self._ending.callback(recorder.close)
         sentinel = Sentinel(on_collapse, self.restored.get("sentinel"))
-        few_bits = any(bits_at_last(each.quantizer.spec) < 4 for each in weights(found) if each.quantizer.spec)
-        statistics = last_statistics(trainer, model, batch_norm, few_bits, length)
+        statistics = last_statistics(trainer, model, batch_norm, found, length)
         self.training = Training(found, schedule, self.steps, recorder, sentinel, self._export, self._still, statistics)
         show_phase(self._until_end, trainer, self.training.phases)
         self.training.phases.enter(trainer, model)

@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks.distilling                      # an hour on one core; goes on where it was stopped
 python -m tests.benchmarks.distilling --cells W8A8 --methods ours torch.ao
-python -m tests.benchmarks.distilling --report --folder tests/benchmarks/results/distilling
+python -m tests.benchmarks.distilling --report --folder tests/benchmarks/results/pretrained
 """
 
 from __future__ import annotations

@@ -115,6 +115,13 @@ def test_from_4_bits_on_or_by_choice_they_are_as_training_leaves_them(
         assert_of_its_weights(model)
 
 
+def test_3_bits_are_fewer_than_4_and_a_dev_run_goes_through_it_too(tmp_path: Path) -> None:
+    three = [lfq.Rule("second", weight=3)]
+    assert_of_its_weights(fit(tmp_path, callback=qat(rules=three))[0])
+    model, _, _ = fit(tmp_path, callback=qat(rules=three), fast_dev_run=True)
+    torch.testing.assert_close(model.norm.running_mean, by_hand(model, 1)[0])
+
+
 def test_at_any_width_they_are_estimated_where_that_is_asked_for(tmp_path: Path) -> None:
     assert_of_its_weights(fit(tmp_path, callback=qat(batch_norm="reestimate"))[0])
 

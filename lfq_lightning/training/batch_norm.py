@@ -162,13 +162,14 @@ def estimate(
     loader: Iterable[Any] | None = None,
     norms: Sequence[BatchNorm] | None = None,
 ) -> None:
-    """Estimate anew from so many batches of each rank, of the training data or of a loader; all ranks end alike.
+    """Estimate anew from so many batches of each rank, of an epoch or of a loader; all ranks end alike.
 
     The random numbers of the run are not touched.
     """
     with beside_training(trainer):  # in a copy of the random numbers' state, as a shuffling loader draws from it
-        source = _batches(training_loaders(trainer)) if loader is None else loader
-        moved = (on_its_device(trainer, batch) for batch in islice(source, batches))
+        if loader is None:  # which a limit of the Trainer's makes shorter
+            loader, batches = _batches(training_loaders(trainer)), int(min(batches, trainer.num_training_batches))
+        moved = (on_its_device(trainer, batch) for batch in islice(loader, batches))
         total = (lambda flat: trainer.strategy.reduce(flat, reduce_op="sum")) if trainer.world_size > 1 else None
         _reestimate(model, moved, forward, total, batch_norms(model) if norms is None else norms)
 

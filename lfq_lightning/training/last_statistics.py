@@ -25,7 +25,6 @@ from lfq_lightning.training.batch_norm import (
     only_training,
 )
 from lfq_lightning.training.stepping.weights import bits_at_last
-from lfq_lightning.training.trainer.length import is_dev_run
 
 Statistics = Literal["auto", "reestimate", "keep"]
 
@@ -196,7 +195,7 @@ def last_statistics(
         ValueError: if the user asked for it and it cannot be done.
     """
     few_bits = any(bits_at_last(each.quantizer.spec) < 4 for each in weights(found) if each.quantizer.spec)
-    if asked == "keep" or (asked == "auto" and not few_bits) or not moving(model) or is_dev_run(trainer):
+    if asked == "keep" or (asked == "auto" and not few_bits) or not moving(model):
         return None
     if any(isinstance(callback, DecidesStatistics) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         return None

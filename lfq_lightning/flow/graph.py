@@ -47,7 +47,9 @@ class Tensor:
         part: which part of the parameter, by offset and count of elements; None for anything else.
         channels: the parameter's dimension with one output each, or, of what is made of parameters, the tensor's own.
         features: the dimension of an activation's features, counted from the last.
-        source: the number of the call whose result it is, at most clipped, dropped out or in another place; or None.
+        source: the number of the call whose result it is, at most clipped, dropped out or in another place, or of a
+            product, normalized by BatchNorm; or None.
+        clipped: whether it is that result clipped.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Tensor:
     channels: int | None = None
     features: int = -1
     source: int | None = None
+    clipped: bool = False
 
     @property
     def is_weight(self) -> bool:
@@ -85,6 +88,7 @@ class Call:
         gives: the identity of its result; None where no call reads it as it is.
         mode: of interpolation; empty for other operations.
         read_elsewhere: whether its result, clipped or not, meets a function that is no operation.
+        ends_in: the first module that gives its result as others read it: clipped or normalized, where it is.
     """
 
     site: Site
@@ -95,6 +99,7 @@ class Call:
     gives: int | None = None
     mode: str = ""
     read_elsewhere: bool = False
+    ends_in: str | None = None
 
     @property
     def kernel(self) -> str:

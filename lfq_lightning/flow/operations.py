@@ -277,7 +277,8 @@ def _moves() -> Iterator[Any]:
 MOVES = frozenset(_moves())
 
 # What runtimes compute within the operation before it, and dropout, which they do not compute; by name.
-FUSED = frozenset(("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "dropout", "dropout1d", "dropout2d", "dropout3d"))
+CLIPS = frozenset(("relu", "relu_", "relu6", "hardtanh", "hardtanh_"))
+FUSED = CLIPS | {"dropout", "dropout1d", "dropout2d", "dropout3d"}
 
 # What takes no more than shape and kind from its arguments.
 FACTORIES = frozenset((torch.zeros, torch.ones, torch.empty)) | frozenset(

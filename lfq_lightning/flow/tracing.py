@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from lfq_lightning.flow.graph import Call, Flow, Origin, Owned, Site, Tensor
 from lfq_lightning.flow.operations import (
     BY_FUNCTION,
+    CLIPS,
     DRAWN,
     FACTORIES,
     FUSED,
@@ -127,6 +128,7 @@ class _Known:
     parameter: Owned | None = None
     made_of: frozenset[Owned] = frozenset()
     source: int | None = None
+    clipped: bool = False
 
 
 @dataclass
@@ -154,6 +156,7 @@ class _Tracer(TorchFunctionMode):
         self._identities: dict[tuple[int, int], int] = {}
         self._gives: dict[int, tuple[int, int]] = {}
         self._read_elsewhere: set[int] = set()
+        self._ends_in: dict[int, tuple[str, tuple[int, int]]] = {}
         for path, module in model.named_modules():
             name = self._names[module] = plain_name(path)
             for own, parameter in module.named_parameters(recurse=False):
@@ -175,6 +178,7 @@ class _Tracer(TorchFunctionMode):
                 call,
                 gives=self._identities.get(self._gives.get(number, (0, 0))),
                 read_elsewhere=number in self._read_elsewhere,
+                ends_in=self._ends_in[number][0] if number in self._ends_in else None,
             )
             for number, call in enumerate(self._calls)
         )
@@ -191,6 +195,11 @@ class _Tracer(TorchFunctionMode):
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if len(self._frames) > 1:
             self._frames.pop()
+        known = self._known.get(id(output)) if isinstance(output, torch.Tensor) else None
+        if known is not None and known.source is not None and module in self._names:
+            tensor = id(output), version_of(output)
+            if self._ends_in.get(known.source, ("", None))[1] != tensor:
+                self._ends_in[known.source] = self._names[module], tensor
 
     # ---- one call -------------------------------------------------------------------------------------------------
 
@@ -216,13 +225,15 @@ class _Tracer(TorchFunctionMode):
         if not moved and made:
             for each in known:  # an operand is noted by now
                 if each.parameter is not None:
-                    self._read.setdefault(each.parameter, custom or str(getattr(func, "__name__", func)))
+                    self._read.setdefault(each.parameter, custom or _name_of(func) or str(func))
         after = frozenset[int]().union(*(each.after for each in known))
         if call is not None and self._calls[call].kind != "activation":
             after = frozenset([call])
         new = known[0] if moved else _result(func, known, after)
         if made and not moved:
-            new = replace(new, source=self._source(func, call, known))
+            source = self._source(func, call, known)
+            clipped = call is None and source is not None and (known[0].clipped or _name_of(func) in CLIPS)
+            new = replace(new, source=source, clipped=clipped)
             if call is not None:
                 self._gives[call] = id(made[0]), version_of(made[0])
         for tensor in made:
@@ -235,12 +246,20 @@ class _Tracer(TorchFunctionMode):
 
     def _source(self, func: Any, call: int | None, known: list[_Known]) -> int | None:
         """The call whose result a function gives; where it makes something else of results, these are read."""
-        if call is not None:
-            return call
-        if known and (func in MOVES or getattr(func, "__name__", "") in FUSED):
+        source = call
+        if call is None and known and func in MOVES:
             return known[0].source
+        if call is None and known and (_name_of(func) in FUSED or self._folds(func, known[0])):
+            source = known[0].source
+        if source is not None:
+            return source
         self._read_elsewhere.update(each.source for each in known if each.source is not None)
         return None
+
+    def _folds(self, func: Any, given: _Known) -> bool:
+        """Whether a function is a normalization that goes into the product before it when that is exported."""
+        source = None if given.clipped else given.source
+        return _name_of(func) == "batch_norm" and source is not None and self._calls[source].kind == "product"
 
     def _count(self, operation: Operation, number: int, args: Any, kwargs: Any) -> int | None:
         """Note a call, unless it computes with parameters alone; its place among all calls."""
@@ -270,7 +289,8 @@ class _Tracer(TorchFunctionMode):
         # What was changed in place since is another tensor.
         identity = self._identities.setdefault((id(value), version_of(value)), len(self._identities))
         whence = known.parameter, known.origin, known.made_of
-        return Tensor(read.name, identity, tuple(value.shape), *whence, part, channels, features, known.source)
+        shape, made = tuple(value.shape), (known.source, known.clipped)
+        return Tensor(read.name, identity, shape, *whence, part, channels, features, *made)
 
     def _in_parameter(self, parameter: Owned, value: torch.Tensor, channels: int | None) -> int | None:
         """The parameter's own dimension that a dimension of its view is: the one of the same stride."""
@@ -336,6 +356,10 @@ def _mode(operation: Operation, args: Any, kwargs: Any) -> str:
     return ""
 
 
+def _name_of(function: Any) -> str:
+    return str(getattr(function, "__name__", ""))
+
+
 def _result(function: Any, known: list[_Known], after: frozenset[int]) -> _Known:
     """What is known of what a function gives."""
     origin = _origin(function, known)
@@ -349,7 +373,7 @@ def _origin(function: Any, known: list[_Known]) -> Origin:
     """Where what a function gives comes from."""
     if function in FACTORIES:
         return "constant"
-    if getattr(function, "__name__", "") in DRAWN:
+    if _name_of(function) in DRAWN:
         return "batch"
     origins = {each.origin for each in known}
     return "batch" if "batch" in origins else "made" if origins - {"constant"} else "constant"

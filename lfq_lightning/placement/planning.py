@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from torch import nn
 from lfq_lightning.checking import check_model
 from lfq_lightning.flow.graph import Flow, Owned
 from lfq_lightning.flow.operations import BY_NAME
+from lfq_lightning.placement.for_target import calls_in_integers, modules_with_results, of_same_scale
 from lfq_lightning.placement.layers import (
     all_names,
     candidates,
@@ -30,7 +31,7 @@ from lfq_lightning.private import plain_name
 from lfq_lightning.quantizer import LearnableFakeQuantize
 from lfq_lightning.rules import Rule, check_listed
 from lfq_lightning.spec import QuantSpec, SpecLike, activation_spec, weight_spec
-from lfq_lightning.targets import Target, target_of
+from lfq_lightning.targets import target_of
 
 Kind = Literal["weight", "activation"]
 
@@ -98,27 +99,33 @@ def plan(
     """
     check_model(model)
     runtime = target_of(target)
-    defaults: dict[Kind, QuantSpec | None] = {"weight": weight_spec(weight), "activation": activation_spec(activation)}
+    activation_of = activation_spec if runtime is None else runtime.activation
+    defaults: dict[Kind, QuantSpec | None] = {"weight": weight_spec(weight), "activation": activation_of(activation)}
     check_listed(rules)
     rules = tuple(rules)
     for rule in rules:
         if not isinstance(rule, Rule):
             raise TypeError(f"`rules` must hold Rule objects. Found {rule!r} of type {type(rule).__name__}.")
     items, left, found = _items(model, rules, flow)
-    outputs = _outputs(model, rules)
+    outputs = _outputs(model, rules, activation_of)
     if final:
         _check_rules(model, rules, items, left, outputs)
     names = all_names(model)
-    chosen = [item for item in items if _decided(item, rules, names, defaults)]
+    chosen = [item for item in items if _decided(item, rules, names, defaults, activation_of)]
     same: dict[int, int] = {}
     if runtime is not None and flow is not None:
         calls = calls_in_integers(flow, runtime, _quantized_tensors(chosen))
-        same = _of_same_scale(flow, runtime, calls)
-        calls = {number for number in calls if flow.calls[number].kernel not in runtime.choosing}
+        same = of_same_scale(flow, runtime, calls)
+        every = dict(calls)
+        calls = {number: names for number, names in calls.items() if flow.calls[number].kernel not in runtime.choosing}
         taken = {same.get(tensor, tensor) for tensor in _quantized_tensors(chosen)}
-        asked = [item for item in items if item not in chosen and not calls.isdisjoint(item.calls)]
+        asked = [item for item in items if item not in chosen and _is_among(item, calls)]
         chosen = chosen + [item for item in asked if _is_asked_by_target(item, defaults["activation"], taken, same)]
         chosen.sort(key=items.index)
+        if runtime.results and defaults["activation"] is not None:
+            computed = [n for item in chosen if item.parameter and all(item.specs.values()) for n in item.calls]
+            for name in modules_with_results(flow, computed, _quantized_tensors(chosen), every):
+                outputs.setdefault(name, at_least_8_bits(defaults["activation"]))
     ends = _at_ends(chosen, found)
     # Layers that are tied to the first or the last have its weight, and so its bits.
     end_weights = {item.tie for item in ends if "weight" not in item.ruled and item.parameter is not None}
@@ -144,7 +151,11 @@ def plan(
         layers.append(placed)
         if placed.weight is not None:
             _check_tied(weights.setdefault(item.tie, placed), placed)
-    operands += [PlacedOperand(name, "", "output", "output", spec) for name, spec in outputs.items() if spec]
+    for name, spec in outputs.items():
+        if spec is not None:
+            operands.append(PlacedOperand(name, "", "output", "output", spec))
+            if runtime is not None:
+                runtime.check(operands[-1].label, None, spec)
     if final and not layers and not operands:
         warnings.warn(
             f"{type(model).__name__} has nothing to quantize: no layer of a supported type, or all were left in float.",
@@ -234,6 +245,7 @@ def _decided(
     rules: tuple[Rule, ...],
     names: Mapping[nn.Module, list[str]],
     defaults: Mapping[Kind, QuantSpec | None],
+    activation_of: Callable[[SpecLike], QuantSpec | None],
 ) -> bool:
     """Settle an item's specifications; whether any is left."""
     decides = next((rule for rule in rules if _speaks_of_item(rule, item, names)), None)
@@ -247,7 +259,7 @@ def _decided(
         if given == "default":
             item.specs[kind] = None if item.asked else defaults[kind]
         else:
-            item.specs[kind] = (weight_spec if kind == "weight" else activation_spec)(given)
+            item.specs[kind] = (weight_spec if kind == "weight" else activation_of)(given)
             item.ruled.add(kind)
     if item.parameter is not None and not item.parameter.takes_input:
         if "activation" in item.ruled and item.specs["activation"] is not None:
@@ -337,52 +349,13 @@ def _shared(
 # ---- what a target asks for ------------------------------------------------------------------------------------------
 
 
-def calls_in_integers(flow: Flow, target: Target, quantized: set[int]) -> set[int]:
-    """The calls, by number, that a target computes in integers beside those that read a parameter.
-
-    All that reads such a call's result reads it quantized, and as one tensor: an operation between integers and float
-    would be computed in float, and pay for the conversion.
-
-    Args:
-        flow: what a batch did.
-        target: the runtime.
-        quantized: the tensors, by identity, that are quantized without it.
-    """
-    quantized, found = set(quantized), set[int]()
-    readers: dict[int, set[int]] = {}
-    for call in flow.calls:
-        for read in call.reads:
-            if read.source is not None:
-                readers.setdefault(read.source, set()).add(read.identity)
-    for number, call in reversed(list(enumerate(flow.calls))):
-        if call.kernel not in target.operations or call.read_elsewhere:
-            continue
-        reads = readers.get(number, set())
-        if len(reads) == 1 and reads <= quantized and all(read.is_activation and read.shape for read in call.reads):
-            found.add(number)
-            quantized.update(read.identity for read in call.reads)
-    return found
-
-
 def _quantized_tensors(chosen: Iterable[_Item]) -> set[int]:
     return {tensor for item in chosen if item.specs.get("activation") is not None for tensor in item.tensors}
 
 
-def _of_same_scale(flow: Flow, target: Target, calls: Iterable[int]) -> dict[int, int]:
-    """By tensor that must have another's scale, which it is: one for each group of them."""
-    same: dict[int, int] = {}
-
-    def first(tensor: int) -> int:
-        while tensor in same:
-            tensor = same[tensor]
-        return tensor
-
-    for number in sorted(calls):
-        call = flow.calls[number]
-        if call.kernel in target.choosing | target.one_scale and call.gives is not None:
-            one, *others = (first(tensor) for tensor in (*(read.identity for read in call.reads), call.gives))
-            same |= {other: one for other in others if other != one}
-    return {tensor: first(tensor) for tensor in same}
+def _is_among(item: _Item, calls: Mapping[int, Collection[str]]) -> bool:
+    """Whether an item is one of the operands that are named for each call."""
+    return item.operand is not None and any(item.operand.name in calls.get(number, ()) for number in item.calls)
 
 
 def _is_asked_by_target(item: _Item, spec: QuantSpec | None, taken: Collection[int], same: Mapping[int, int]) -> bool:
@@ -397,7 +370,9 @@ def _is_asked_by_target(item: _Item, spec: QuantSpec | None, taken: Collection[i
     return True
 
 
-def _outputs(model: nn.Module, rules: tuple[Rule, ...]) -> dict[str, QuantSpec | None]:
+def _outputs(
+    model: nn.Module, rules: tuple[Rule, ...], activation_of: Callable[[SpecLike], QuantSpec | None]
+) -> dict[str, QuantSpec | None]:
     """The modules whose output is quantized."""
     asked = [rule for rule in rules if rule.output != "default"]
     if not asked:
@@ -407,7 +382,7 @@ def _outputs(model: nn.Module, rules: tuple[Rule, ...]) -> dict[str, QuantSpec |
     for module, known in names.items():
         decides = next((rule for rule in rules if _speaks_of(rule, module, known, names)), None)
         if decides is not None and decides.output != "default":
-            found[known[0]] = activation_spec(decides.output)
+            found[known[0]] = activation_of(decides.output)
     return found
 
 

@@ -24,6 +24,9 @@ ONNXRUNTIME = Target(
     ),
     choosing=frozenset({"max_pool2d", "interpolate nearest"}),
     one_scale=frozenset(),
-    unsigned=True,
+    codes="unsigned",
+    sums="operands",
+    results=False,
+    least_bits=1,
     least_group=16,  # MatMulNBits, which reads an input that is not quantized
 )

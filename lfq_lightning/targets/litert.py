@@ -1,0 +1,31 @@
+"""LiteRT, formerly TensorFlow Lite."""
+
+from lfq_lightning.targets.target import Target
+
+# Source: tensorflow/tensorflow, tensorflow/lite/g3doc/performance/quantization_spec.md: int8 activations, symmetric
+# weights, and the operations whose result has their operand's scale, averages over windows, concatenations and
+# interpolation among them. Not run by the authors; a program is checked by its operators.
+LITERT = Target(
+    name="litert",
+    operations=frozenset(
+        {
+            "add",  # scales of its own
+            "sub",
+            "mul",
+            "cat",
+            "adaptive_avg_pool2d",  # MEAN, scales of its own
+            "mean of pixels",
+            "avg_pool2d",
+            "max_pool2d",
+            "interpolate nearest",
+            "interpolate bilinear",
+        }
+    ),
+    choosing=frozenset({"max_pool2d", "interpolate nearest"}),
+    one_scale=frozenset({"cat", "avg_pool2d", "interpolate bilinear"}),
+    codes="any",  # unsigned ones are stored 128 lower
+    sums="operands",
+    results=True,
+    least_bits=8,
+    least_group=None,
+)

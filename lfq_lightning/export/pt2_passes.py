@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ OF_CHANNELS = _decomposed.dequantize_per_channel.default
 OF_GROUPS = torch.ops.lfq_lightning.dequantize_groups.default
 _WEIGHTS = (DEQUANTIZE, OF_CHANNELS, OF_GROUPS)
 
+_VIEWS = {_aten.flatten.using_ints, _aten.view.default, _aten.reshape.default}
 # What gives some of its operand's values again, so that it may as well choose among their codes.
-_CHOOSING = {
+_CHOOSING = _VIEWS | {
     *(_aten.max_pool2d.default, _aten.upsample_nearest2d.vec, _aten.upsample_nearest2d.default),
-    *(_aten.flatten.using_ints, _aten.view.default, _aten.reshape.default, _aten.contiguous.default),
+    _aten.contiguous.default,
     *(_aten.permute.default, _aten.transpose.int, _aten.squeeze.dim, _aten.squeeze.dims, _aten.unsqueeze.default),
     *(_aten.slice.Tensor, _aten.select.int, _aten.dropout.default, _aten.clone.default),
 }
@@ -42,16 +43,19 @@ class Form:
         signed: codes of inputs as int8, unsigned ones 128 lower.
         whole: layers whose result is not quantized are to be in float altogether.
         quantizes: weights as floats that are quantized and dequantized, in place of their codes.
+        copies: what is flattened is copied first: torchao's convolutions give their channels last, of which its views
+            cannot be made.
     """
 
     signed: bool
     whole: bool = False
     quantizes: bool = False
+    copies: bool = False
 
 
 FORMS = {
     "executorch": Form(signed=True, whole=True),
-    "x86": Form(signed=False),
+    "x86": Form(signed=False, copies=True),
     "litert": Form(signed=True, quantizes=True),
 }
 
@@ -75,6 +79,8 @@ def arrange(module: GraphModule, form: Form) -> list[str]:
     released = _release(module) if form.whole else []
     if form.quantizes:
         _quantize_weights(module)
+    if form.copies:
+        _copy_before_views(graph)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
@@ -126,24 +132,37 @@ def _choose_codes(graph: Graph) -> None:
             node.args = (graph.call_function(DEQUANTIZE, (codes, *settings)), *rest)
 
 
+def _copy_before_views(graph: Graph) -> None:
+    for node in _of(graph, *_VIEWS):
+        with graph.inserting_before(node):
+            kept = graph.call_function(_aten.clone.default, node.args[:1], {"memory_format": torch.contiguous_format})
+        node.args = (kept, *node.args[1:])
+
+
 def _keep_pixels(graph: Graph) -> None:
     """Have means over all pixels keep their dimensions, and flatten behind them, as runtimes pool."""
     for node in _of(graph, _aten.mean.dim):
         given, dims, *keeps = node.args
-        shape = given.meta["val"].shape
-        if len(shape) != 4 or {d % 4 for d in dims} != {2, 3} or any(keeps) or node.kwargs:
+        shape = _shape_of(given)
+        if len(shape) != 4 or {d % 4 for d in dims} != {2, 3} or any(keeps) or node.kwargs:  # type: ignore[union-attr, operator]
             continue
+        users, node.args = list(node.users), (given, [2, 3], True)
         with graph.inserting_after(node):
             flat = graph.call_function(_aten.flatten.using_ints, (node, 1))
-        node.replace_all_uses_with(flat, delete_user_cb=lambda user, flat=flat: user is not flat)
-        node.args = (given, [2, 3], True)
+        for user in users:
+            user.replace_input_with(node, flat)
+
+
+def _shape_of(node: Any) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape) if isinstance(node, Node) and "val" in node.meta else ()
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
 
 
 def _stored(module: GraphModule, name: str) -> Tensor:
-    return reduce(getattr, name.split("."), module)  # type: ignore[arg-type]
+    found: Tensor = attrgetter(name)(module)
+    return found
 
 
 def _weights(module: GraphModule) -> list[Node]:

@@ -1,0 +1,374 @@
+"""A program of a network that is quantized for a runtime is what that runtime computes in integers, and rightly."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+import lfq_lightning as lfq
+from lfq_lightning import QuantSpec, Rule
+from lfq_lightning.targets import target_of
+from tests.assertions import assert_bit_equal
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+Runtime = Literal["executorch", "x86", "litert"]
+RUNTIMES: tuple[Runtime, ...] = ("executorch", "x86", "litert")
+X = (4, 3, 8, 8)
+# Within half their range 8-bit products leave room where processors saturate sums of two.
+HALF = QuantSpec(8, granularity="per_channel", quant_min=-63, quant_max=63)
+
+
+class Residual(nn.Module):
+    """A sum of a product and of what meets it, and a convolution whose result leaves the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(x + self.conv2(torch.relu(self.conv1(x))))
+        return self.last(x)
+
+
+class Shortcut(nn.Module):
+    """Depthwise layers, an activation that no runtime here has, and a sum of two products; ends in a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.SiLU())
+        self.deep = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8, bias=False, padding=1), nn.BatchNorm2d(8), nn.ReLU6())
+        self.point = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.shortcut = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.relu(self.point(self.deep(x)) + self.shortcut(x))
+        return self.head(x.mean((2, 3)))
+
+
+class Joined(nn.Module):
+    """Down and up again, with a pooling, an interpolation and a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.deep = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.pool, self.up = nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
+        self.join, self.last = nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = torch.relu(self.down(x))
+        deep = torch.relu(self.deep(self.pool(skip)))
+        return self.last(torch.relu(self.join(torch.cat([skip, self.up(deep)], 1))))
+
+
+class LeNet(nn.Module):
+    """A pooling and a flattening between a convolution and a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+        self.pool, self.head = nn.MaxPool2d(2), nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(torch.relu(self.second(torch.relu(self.first(x))))).flatten(1))
+
+
+class Encoder(nn.Module):
+    """Attention and normalizations in float between matrices in integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, 16), nn.Linear(16, 4)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.layer(self.embedding(tokens)))
+
+
+NETWORKS = [Residual, Shortcut, Joined, LeNet]
+
+
+def quantized(kind: type[nn.Module], target: Any, **given: Any) -> tuple[nn.Module, Tensor]:
+    """A calibrated network, whose normalizations have seen data, and an input."""
+    torch.manual_seed(0)
+    model, x = kind(), torch.randint(20, (4, 6)) if kind is Encoder else torch.randn(X)
+    model(x), model(x)
+    weight = given.pop("weight", HALF)
+    rules = [Rule(name, weight=weight) for name in ("*", "*/*") if name == "*" and weight is HALF]
+    lfq.attach(model.eval(), weight, rules=given.pop("rules", rules), example=x, target=target, **given)
+    lfq.calibrate(model, [x])
+    return model.eval(), x
+
+
+def nodes(program: ExportedProgram, *kinds: str) -> list[Node]:
+    """The operations of these kinds, by the end of their names."""
+    every = [node for node in program.graph.nodes if node.op == "call_function"]
+    return [node for node in every if getattr(node.target, "__name__", "").partition(".")[0] in kinds]
+
+
+PRODUCTS = "conv2d", "linear"
+
+
+def result_of(node: Node) -> list[str]:
+    """What reads a node's result, clipped or not."""
+    readers = list(node.users)
+    if len(readers) == 1 and str(readers[0].target).partition(".")[2].partition(".")[0] in ("relu", "hardtanh"):
+        return result_of(readers[0])
+    return [str(reader.target).partition(".")[2].partition(".")[0] for reader in readers]
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("target", RUNTIMES)
+def test_a_program_that_is_arranged_for_a_runtime_computes_the_same(target: Runtime, kind: type[nn.Module]) -> None:
+    model, x = quantized(kind, target)
+    program = lfq.export_pt2(model, x, target=target)
+    plain = lfq.export_pt2(model, x, fold=True)
+    assert_bit_equal(program.module()(x), plain.module()(x))
+    kinds = {node.args[-1] for node in nodes(program, "quantize_per_tensor")}
+    assert kinds <= ({torch.uint8} if target == "x86" else {torch.int8})
+    assert len(nodes(program, *PRODUCTS)) == len(nodes(plain, *PRODUCTS))
+
+
+@pytest.mark.parametrize("kind", [*NETWORKS, Encoder])
+@pytest.mark.parametrize("target", ["executorch", "litert"])
+def test_every_layer_has_a_quantized_result_that_one_quantizer_alone_reads(
+    target: Runtime, kind: type[nn.Module]
+) -> None:
+    model, x = quantized(kind, target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # that a layer is in float
+        program = lfq.export_pt2(model, x, target=target)
+    for layer in nodes(program, *PRODUCTS):
+        assert result_of(layer) == ["quantize_per_tensor"], layer
+        assert str(cast(Node, layer.args[0]).target).endswith("dequantize_per_tensor.default")
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("target", RUNTIMES)
+def test_what_chooses_among_values_has_the_same_quantizer_on_both_sides(target: Runtime, kind: type[nn.Module]) -> None:
+    model, x = quantized(kind, target)
+    program = lfq.export_pt2(model, x, target=target)
+    found = nodes(program, "max_pool2d", "flatten") + (nodes(program, "cat") if target != "x86" else [])
+    for node in found:
+        given = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
+        (reader,) = node.users
+        before = [cast(Node, each) for each in given]
+        before = [cast(Node, each.args[0]) if "clone" in str(each.target) else each for each in before]
+        assert {each.args[1:] for each in before} == {reader.args[1:]}, node
+    assert kind is not LeNet or len(found) == 2
+
+
+@pytest.mark.parametrize(("target", "bare"), [("executorch", 0), ("litert", 0), ("x86", 1), ("tensorrt", 1)])
+@pytest.mark.parametrize("kind", [Residual, Shortcut])
+def test_of_a_sum_a_product_is_bare_where_a_runtime_adds_within_it(
+    kind: type[nn.Module], target: str, bare: int
+) -> None:
+    torch.manual_seed(0)
+    placement = lfq.attach(kind(), example=torch.randn(X), target=target)
+    operands = [operand.label for operand in placement.operands if operand.label.startswith("add/")]
+    assert len(operands) == 2 - bare
+    if bare:  # the product that was computed last, to which the other is added
+        assert operands == ["add/input"]
+
+
+def test_a_clipped_product_or_one_that_others_read_is_no_part_of_a_sum() -> None:
+    class Clipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.second(x)
+            return self.last(torch.relu(self.first(x)) + y) + self.last(y)
+
+    placement = lfq.attach(Clipped(), example=torch.randn(X), target="x86")
+    assert [operand.label for operand in placement.operands] == ["add/input", "add/other"]
+
+
+def test_results_are_quantized_where_a_network_ends_and_before_what_is_in_float() -> None:
+    def results(target: str, kind: type[nn.Module] = Shortcut) -> list[str]:
+        example = torch.randint(20, (4, 6)) if kind is Encoder else torch.randn(X)
+        placement = lfq.attach(kind(), 4, 8, example=example, target=target)
+        return [operand.label for operand in placement.operands if operand.role == "output"]
+
+    assert results("executorch") == ["stem.1 output", "head output"]  # behind the normalization, which is folded
+    assert results("executorch", LeNet) == ["head output"]
+    assert results("executorch", Joined) == ["deep output", "last output"]  # the interpolation is in float
+    assert results("litert", Joined) == ["last output"]
+    assert len(results("executorch", Encoder)) > 1
+    assert results("x86") == results("onnxruntime") == results("tensorrt") == []
+
+
+def test_a_rule_decides_about_a_result_before_the_target() -> None:
+    rules = [Rule("head", output=None), Rule("stem.1", output=QuantSpec(8, symmetric=True))]
+    placement = lfq.attach(Shortcut(), example=torch.randn(X), target="executorch", rules=rules)
+    found = {operand.label: operand.spec for operand in placement.operands if operand.role == "output"}
+    assert found == {"stem.1 output": QuantSpec(8)}
+    with pytest.raises(ValueError, match=r"for 'stem\.1 output', which it computes in float: use symmetric=False"):
+        lfq.attach(Shortcut(), example=torch.randn(X), target="x86", rules=rules)
+
+
+def test_layers_without_a_quantized_result_are_written_in_float_for_executorch_and_named() -> None:
+    model, x = quantized(Residual, None, weight=8)
+    with pytest.warns(UserWarning, match=r"Found stem, conv2, last, which the program holds in float: train with"):
+        program = lfq.export_pt2(model, x, target="executorch")
+    assert_bit_equal(program.module()(x), lfq.export_pt2(model, x, fold=True).module()(x))
+    weights = [str(cast(Node, node.args[1]).target) for node in nodes(program, *PRODUCTS)]
+    assert [weight.startswith("quantized_decomposed") for weight in weights] == [False, True, False, False]
+    names = {node.name for node in program.graph.nodes}
+    assert not any("stem_weight_quantizer_codes" in name for name in names)
+
+
+def test_weights_are_floats_with_quantizers_for_litert() -> None:
+    model, x = quantized(Residual, "litert")
+    program = lfq.export_pt2(model, x, target="litert")
+    for layer in nodes(program, *PRODUCTS):
+        weight = cast(Node, layer.args[1])
+        codes = cast(Node, weight.args[0])
+        assert str(codes.target).endswith("quantize_per_channel.default")
+        assert cast(Node, codes.args[0]).op == "placeholder"
+        assert codes.args[1:] == weight.args[1:]
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "remedy"),
+    [
+        ("executorch", {"activation": 4, "rules": [Rule("*", activation=4)]}, "8 bits and all their codes"),
+        ("x86", {"activation": QuantSpec(8, symmetric=False, quant_min=0, quant_max=127)}, "all their codes"),
+        ("x86", {"activation": QuantSpec(8)}, "symmetric=False"),
+        ("tensorrt", {"activation": QuantSpec(8, symmetric=False)}, "symmetric=True and signed=True"),
+        ("tensorrt", {"activation": QuantSpec(8, signed=False)}, "symmetric=True and signed=True"),
+        ("litert", {"weight": QuantSpec(4, granularity="per_group", group_size=2), "activation": None}, "per_channel"),
+    ],
+)
+def test_what_a_runtime_has_no_kernels_for_is_refused(target: str, given: dict[str, Any], remedy: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=rf"`target` '{target}' must have integer kernels.*{remedy}"):
+        lfq.attach(model, **{"weight": 8, **given}, example=torch.randn(2, 4), target=target)
+    assert lfq.quantizers(model) == {}
+
+
+def test_codes_that_were_left_open_are_centred_for_tensorrt() -> None:
+    for given in (8, QuantSpec(8), {"bits": 8}):
+        model = Residual()
+        lfq.attach(
+            model, activation=given, rules=[Rule("conv1", activation=8)], example=torch.randn(X), target="tensorrt"
+        )
+        activations = [q for name, q in lfq.quantizers(model).items() if "weight" not in name]
+        assert {q.spec for q in activations} == {QuantSpec(8, signed=True)}
+    assert {q.spec.symmetric for q in quantizers_of("onnxruntime")} == {False}
+
+
+def quantizers_of(target: str) -> list[Any]:
+    model = Residual()
+    lfq.attach(model, activation=8, example=torch.randn(X), target=target)
+    return [q for name, q in lfq.quantizers(model).items() if "weight" not in name]
+
+
+def test_targets_that_no_one_network_serves_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"whose codes of activations differ \(unsigned and centred\): train for one"):
+        target_of(["onnxruntime", "tensorrt"])
+    with pytest.raises(ValueError, match=r"whose operands of additions differ \(operands and fused\)"):
+        lfq.QuantizationAwareTraining(target=["onnxruntime", "x86"])
+    both = target_of(["openvino", "executorch", "onnxruntime"])
+    assert both is not None
+    assert (both.codes, both.sums, both.results, both.least_group) == ("unsigned", "operands", True, None)
+    four = target_of(["tensorrt", "openvino"])
+    assert four is not None
+    assert (four.codes, four.sums, four.least_bits) == ("centred", "fused", 8)
+
+
+def test_export_checks_its_target() -> None:
+    model, x = quantized(LeNet, "x86")
+    with pytest.raises(ValueError, match="`target` must be one of executorch, x86, litert. Found 'onnxruntime'"):
+        lfq.export_pt2(model, x, target="onnxruntime")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="takes unsigned codes of inputs. Found signed=True"):
+        lfq.export_pt2(model, x, target="x86", signed=True)
+
+
+class Twice(nn.Module):
+    """Changes in place what it has given to another layer before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z = self.second(y)
+        return self.third(y.mul_(2.0)) + z
+
+
+@pytest.mark.parametrize("target", RUNTIMES)
+def test_a_tensor_that_is_changed_in_place_is_two(target: Runtime) -> None:
+    model, x = quantized(Twice, target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        program = lfq.export_pt2(model, x, target=target)
+    assert_bit_equal(program.module()(x), lfq.export_pt2(model, x, fold=True).module()(x))
+
+
+def test_the_batch_may_vary(tmp_path: Path) -> None:
+    model, x = quantized(Shortcut, "executorch")
+    lfq.export_pt2(model, x, tmp_path / "m.pt2", target="executorch", dynamic_shapes={"x": {0: torch.export.Dim("n")}})
+    program = torch.export.load(tmp_path / "m.pt2")
+    assert_bit_equal(program.module()(x[:2]), lfq.export_pt2(model, x[:2], fold=True).module()(x[:2]))
+
+
+# ---- in the runtimes themselves --------------------------------------------------------------------------------------
+
+
+def assert_within_a_step(found: Tensor, expected: Tensor, share: float = 0.01) -> None:
+    """Equal but for sums in another order, by which a code here and there is the next."""
+    assert (found - expected).square().sum() <= share**2 * expected.square().sum()
+
+
+@pytest.mark.parametrize("kind", [*NETWORKS, Encoder])
+@pytest.mark.parametrize("trained_for", ["executorch", None])
+def test_xnnpack_computes_what_the_model_does(tmp_path: Path, kind: type[nn.Module], trained_for: str | None) -> None:
+    pytest.importorskip("executorch.exir")
+    import executorch.kernels.quantized  # noqa: F401
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime as Executor
+
+    model, x = quantized(kind, trained_for, weight=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = lfq.export_pt2(model, x, target="executorch")
+        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    (tmp_path / "m.pte").write_bytes(edge.to_executorch().buffer)
+    [output] = Executor.get().load_program(tmp_path / "m.pte").load_method("forward").execute([x])
+    assert_within_a_step(output, model(x).detach())
+    left = Counter(str(getattr(n.target, "__name__", "")) for n in edge.exported_program().graph.nodes)
+    assert left["aten.convolution.default"] + left["aten.addmm.default"] + left["aten.linear.default"] == 0
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_torchao_lowers_every_layer_and_the_sum_to_integer_kernels(kind: type[nn.Module]) -> None:
+    pytest.importorskip("torchao")
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
+    from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
+
+    model, x = quantized(kind, "x86")
+    program = lfq.export_pt2(model, x, target="x86")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lowered = lower_pt2e_quantized_to_x86(program.module(), (x,))
+        kernels = Counter(str(n.target) for n in lowered.graph.nodes if "onednn.q" in str(n.target))
+        assert sum(kernels.values()) == len(nodes(program, *PRODUCTS))
+        assert sum(count for name, count in kernels.items() if "binary" in name) == int(kind in (Residual, Shortcut))
+        assert_within_a_step(lowered(x), model(x))

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lfq_lightning as lfq
 from lfq_lightning import QuantSpec, Rule
 from lfq_lightning.export.bench import bench
-from lfq_lightning.targets import target_of
+from lfq_lightning.targets import TARGETS, target_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -363,13 +363,13 @@ def test_what_is_joined_has_one_scale_where_a_runtime_wants_it(target: Any) -> N
 def test_several_targets_take_what_holds_for_all(tmp_path: Path) -> None:
     both = target_of(["openvino", "onnxruntime"])
     assert both is not None
-    assert both.unsigned
+    assert both.codes == "unsigned"
     assert both.least_group == 16
     with pytest.raises(ValueError, match=r"`target` 'openvino and onnxruntime' must have integer kernels"):
         lfq.attach(Residual(), 8, QuantSpec(), example=torch.randn(X), target=["openvino", "onnxruntime"])
     assert lfq.attach(Residual(), 8, QuantSpec(), example=torch.randn(X), target="openvino").operands
     for wrong in ((), ["openvino", "tflite"], 3):
-        with pytest.raises(ValueError, match="`target` must be one of onnxruntime, openvino"):
+        with pytest.raises(ValueError, match=f"`target` must be one of {', '.join(TARGETS)}"):
             lfq.attach(Residual(), example=torch.randn(X), target=wrong)  # type: ignore[arg-type]
     model, x = UNet().eval(), torch.randn(X)
     lfq.attach(model, example=x, target=("onnxruntime", "openvino"))
@@ -458,9 +458,9 @@ def test_a_target_needs_a_batch_and_a_known_name() -> None:
         ValueError, match=r"must know the operations of a batch\. Found 'onnxruntime' without `example`"
     ):
         lfq.attach(Residual(), target="onnxruntime")
-    with pytest.raises(ValueError, match=r"`target` must be one of onnxruntime, openvino\. Found 'tflite'"):
+    with pytest.raises(ValueError, match=rf"`target` must be one of {', '.join(TARGETS)}\. Found 'tflite'"):
         lfq.attach(Residual(), target="tflite", example=torch.randn(X))
-    with pytest.raises(ValueError, match="`target` must be one of onnxruntime, openvino"):
+    with pytest.raises(ValueError, match="`target` must be one of onnxruntime, openvino, tensorrt"):
         lfq.QuantizationAwareTraining(target="tflite")
     with pytest.raises(ValueError, match="Found 'onnxruntime' with example=False"):
         lfq.QuantizationAwareTraining(target="onnxruntime", example=False)

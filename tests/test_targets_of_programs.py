@@ -142,7 +142,7 @@ def test_a_program_that_is_arranged_for_a_runtime_computes_the_same(target: Runt
     assert len(nodes(program, *PRODUCTS)) == len(nodes(plain, *PRODUCTS))
 
 
-@pytest.mark.parametrize("kind", [*NETWORKS, Encoder])
+@pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("target", ["executorch", "litert"])
 def test_every_layer_has_a_quantized_result_that_one_quantizer_alone_reads(
     target: Runtime, kind: type[nn.Module]
@@ -232,6 +232,26 @@ def test_layers_without_a_quantized_result_are_written_in_float_for_executorch_a
     assert not any("stem_weight_quantizer_codes" in name for name in names)
 
 
+def test_a_packed_projection_of_which_parts_are_read_is_in_float_for_executorch() -> None:
+    model, x = quantized(Encoder, "executorch")
+    with pytest.warns(UserWarning, match=r"Found layer\.self_attn\.in_proj_weight, which the program holds in float"):
+        program = lfq.export_pt2(model, x, target="executorch")
+    in_float = [node for node in nodes(program, "linear") if cast(Node, node.args[1]).op == "placeholder"]
+    assert len(in_float) == 1
+    assert len(nodes(program, "linear")) == 5
+
+
+@pytest.mark.parametrize("target", [None, "x86", "executorch"])
+def test_a_file_holds_codes_and_not_the_floats_that_they_stand_for(tmp_path: Path, target: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 300)), torch.randn(2, 300)
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "float.pt2")
+    lfq.attach(model, 8, 8, example=x, target=target)
+    lfq.calibrate(model, [x])
+    lfq.export_pt2(model, x, tmp_path / "m.pt2", target=target)
+    assert (tmp_path / "m.pt2").stat().st_size < 0.35 * (tmp_path / "float.pt2").stat().st_size
+    assert_bit_equal(torch.export.load(tmp_path / "m.pt2").module()(x), lfq.export_pt2(model, x).module()(x))
+
+
 def test_weights_are_floats_with_quantizers_for_litert() -> None:
     model, x = quantized(Residual, "litert")
     program = lfq.export_pt2(model, x, target="litert")
@@ -293,9 +313,9 @@ def test_targets_that_no_one_network_serves_are_refused() -> None:
 
 def test_export_checks_its_target() -> None:
     model, x = quantized(LeNet, "x86")
-    with pytest.raises(ValueError, match="`target` must be one of executorch, x86, litert. Found 'onnxruntime'"):
+    with pytest.raises(ValueError, match=r"`target` must be one of executorch, x86, litert\. Found 'onnxruntime'"):
         lfq.export_pt2(model, x, target="onnxruntime")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="takes unsigned codes of inputs. Found signed=True"):
+    with pytest.raises(ValueError, match=r"takes unsigned codes of inputs\. Found signed=True"):
         lfq.export_pt2(model, x, target="x86", signed=True)
 
 

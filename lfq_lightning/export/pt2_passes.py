@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 
 from lfq_lightning.private import quantized_decomposed
@@ -58,6 +60,19 @@ FORMS = {
     "x86": Form(signed=False, copies=True),
     "litert": Form(signed=True, quantizes=True),
 }
+
+
+def drop_unread(program: ExportedProgram) -> None:
+    """Drop tensors that no operation reads, such as the floats of weights that are stored as codes, in place."""
+    specs = program.graph_signature.input_specs
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
+    for node, spec in list(zip(inputs, specs, strict=True)):
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and not node.users and spec.target is not None:
+            specs.remove(spec)
+            program.state_dict.pop(spec.target, None)
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
+    program.validate()
 
 
 def arrange(module: GraphModule, form: Form) -> list[str]:
@@ -175,9 +190,9 @@ def _weights(module: GraphModule) -> list[Node]:
 
 
 def _layer_of(weight: Node) -> str:
-    """The name of the layer that has a weight."""
+    """The name of the layer that has a weight, or of the parameter where that has another name."""
     codes: Any = weight.args[0]
-    return str(codes.target).removesuffix(".codes").removesuffix(".weight_quantizer")
+    return str(codes.target).removesuffix(".codes").removesuffix("_quantizer").removesuffix(".weight")
 
 
 def _floats(module: GraphModule, weight: Node) -> Node:

@@ -15,7 +15,7 @@ from lfq_lightning.checking import check_choice, check_flags, check_model, check
 from lfq_lightning.export.fold import fold_batch_norm
 from lfq_lightning.export.inputs import arguments, program_of
 from lfq_lightning.export.integers import integer_copy
-from lfq_lightning.export.pt2_passes import FORMS, arrange
+from lfq_lightning.export.pt2_passes import FORMS, arrange, drop_unread
 
 
 def export_pt2(
@@ -87,6 +87,7 @@ def export_pt2(
                 "or quantize what they give, with `Rule(..., output=8)`."
             )
         program = program_of(module, args, kwargs, dynamic_shapes)
+    drop_unread(program)
     if path is not None:
         torch.export.save(program, path)
     return program

@@ -35,22 +35,22 @@ def calls_in_integers(flow: Flow, target: Target, quantized: Collection[int]) ->
     return found
 
 
-def _readers(flow: Flow) -> dict[int, set[int]]:
-    """As which tensors each call's result is read."""
-    readers: dict[int, set[int]] = {}
+def _readers(flow: Flow) -> dict[int, list[int]]:
+    """As which tensors each call's result is read, by each of its readers."""
+    readers: dict[int, list[int]] = {}
     for call in flow.calls:
         for read in call.reads:
             if read.source is not None:
-                readers.setdefault(read.source, set()).add(read.identity)
+                readers.setdefault(read.source, []).append(read.identity)
     return readers
 
 
-def _read_as_one(number: int, flow: Flow, readers: Mapping[int, set[int]], quantized: Collection[int]) -> bool:
-    reads = readers.get(number, set())
+def _read_as_one(number: int, flow: Flow, readers: Mapping[int, list[int]], quantized: Collection[int]) -> bool:
+    reads = set(readers.get(number, ()))
     return len(reads) == 1 and reads.issubset(quantized) and not flow.calls[number].read_elsewhere
 
 
-def _added_within_a_product(call: Call, flow: Flow, readers: Mapping[int, set[int]]) -> str | None:
+def _added_within_a_product(call: Call, flow: Flow, readers: Mapping[int, list[int]]) -> str | None:
     """The operand of an addition that is a product's own result and nobody else's: the last that was computed."""
     own = [
         (read.source, read.name)
@@ -60,7 +60,7 @@ def _added_within_a_product(call: Call, flow: Flow, readers: Mapping[int, set[in
         and not read.clipped
         and flow.calls[read.source].kind == "product"
         and not flow.calls[read.source].read_elsewhere
-        and readers[read.source] == {read.identity}
+        and len(readers[read.source]) == 1
     ]
     return max(own)[1] if own else None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -23,7 +24,7 @@ from lfq_lightning.techniques import distillation_loss
 class Unlabelled(L.LightningModule):
     """Any network whose training step has no loss of its own: `lfq.Distillation(weight=1.0)` brings it."""
 
-    def __init__(self, network: nn.Module, learning_rate: float = 1e-4) -> None:
+    def __init__(self, network: nn.Module, learning_rate: float = 3e-5) -> None:
         super().__init__()
         self.network, self.learning_rate = network, learning_rate
 
@@ -69,7 +70,8 @@ def main(weight: int, activation: int, steps: int, learn: Literal["all", "scales
     lfq.calibrate(calibrated, Photographs(steps=8).train_dataloader())
     lfq.set_phase(calibrated, "freeze")
 
-    qat = lfq.QuantizationAwareTraining(weight=weight, activation=activation, learn=learn)
+    of_scales = partial(torch.optim.Adam, lr=3e-3) if learn == "all" else None  # faster where weights move too
+    qat = lfq.QuantizationAwareTraining(weight=weight, activation=activation, learn=learn, optimizer=of_scales)
     fixed = lfq.BatchNormStatistics(freeze=0)  # few batches of other images are no reason to forget ImageNet's
     trainer = L.Trainer(max_epochs=1, callbacks=[qat, fixed, lfq.Distillation(weight=1.0)], accelerator="cpu")
     trainer.fit(Unlabelled(network), data)

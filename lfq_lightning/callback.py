@@ -59,8 +59,9 @@ class QuantizationAwareTraining(AtRest):
             `BatchNormStatistics` is among the callbacks.
         optimizer: makes the optimizer of scales and zero points from a list of parameters, for instance
             `functools.partial(torch.optim.Adam, lr=1e-3)`, which is the default. Its learning rate is relative: 1e-3
-            with Adam moves a scale by about a thousandth of its size a step. "user" puts them into the optimizers of
-            `configure_optimizers` instead, each with its layer's weight, in a last group without weight decay.
+            with Adam moves a scale by about a thousandth of its size a step; with `learn="scales"` the default is
+            3e-4. "user" puts them into the optimizers of `configure_optimizers` instead, each with its layer's weight,
+            in a last group without weight decay.
         lr_schedule: makes a learning-rate scheduler for that optimizer, stepped with it; None keeps its rate in
             proportion to that of the weights' optimizer. With `learn="scales"` and no scheduler of the module's it
             falls to zero as a cosine by the end of the fit.

@@ -111,6 +111,7 @@ def test_every_schedule_reaches_every_quantizer_configuration(quant: str, schedu
 def test_every_target_reaches_every_quantizer_configuration(quant: str, target: str) -> None:
     made = instantiate(composed(f"quant={quant}", f"target={target}").quant).target
     assert made == {"onnxruntime_openvino": ["onnxruntime", "openvino"]}.get(target, target)
+    assert lfq.QuantizationAwareTraining(target=made).target == made
     assert instantiate(composed(f"quant={quant}", "~target", "quant.target=openvino").quant).target == "openvino"
 
 
@@ -120,6 +121,9 @@ def test_every_recipe_reaches_every_quantizer_configuration(quant: str, recipe: 
     config = composed(f"quant={quant}", f"recipe={recipe}")
     assert instantiate(config.quant).learn == ("scales" if recipe == "scales_alone" else "all")
     assert (config.recipe.learning_rate > 0) == (recipe != "scales_alone")
+    optimizer = instantiate(config.quant).optimizer
+    assert optimizer is None if recipe == "scales_alone" else optimizer.keywords == {"lr": 3e-3}
+    assert instantiate(composed(f"quant={quant}").quant).optimizer is None
     made = [instantiate(each) for each in config.recipe.callbacks.values()]
     assert [each.freeze for each in made] == ([0] if recipe == "batch_norm_eval" else [])
     assert instantiate(composed(f"quant={quant}").quant).learn == "all"

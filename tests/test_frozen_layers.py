@@ -206,15 +206,15 @@ def test_scales_alone_leave_every_weight_and_statistic_and_the_module_as_it_was(
 def test_the_rate_of_scales_alone_falls_to_zero_by_the_end_and_stays_where_somebody_drives_it(tmp_path: Path) -> None:
     model, _, _ = fit(tmp_path / "a", Whole(), callback=qat(learn="scales"))
     learning = model.rates[16:]  # from the third epoch on
-    assert model.rates[:16] == [1e-3] * 16
-    assert learning == pytest.approx([1e-3 * 0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(1, 9)], abs=1e-12)
+    assert model.rates[:16] == [3e-4] * 16
+    assert learning == pytest.approx([3e-4 * 0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(1, 9)], abs=1e-12)
     freezing = lfq.PhaseSchedule(0, 1, 2, freeze=20, unit="step")
     assert fit(tmp_path / "b", Whole(), callback=qat(learn="scales", schedule=freezing))[0].rates[19] == pytest.approx(
         0
     )
     constant = partial(torch.optim.lr_scheduler.ConstantLR, factor=0.5, total_iters=1000)
     given = fit(tmp_path / "c", Whole(), callback=qat(learn="scales", lr_schedule=constant))[0]
-    assert given.rates == [5e-4] * 24
+    assert given.rates == [1.5e-4] * 24
 
     class Scheduled(Whole):
         def configure_optimizers(self) -> Any:
@@ -222,9 +222,9 @@ def test_the_rate_of_scales_alone_falls_to_zero_by_the_end_and_stays_where_someb
             return [optimizer], [{"scheduler": LinearLR(optimizer, 1.0, 0.5, 24), "interval": "step"}]
 
     followed = fit(tmp_path / "e", Scheduled(), callback=qat(learn="scales"))[0].rates
-    assert followed == pytest.approx([1e-3 * (1 - 0.5 * k / 24) for k in range(1, 25)])
+    assert followed == pytest.approx([3e-4 * (1 - 0.5 * k / 24) for k in range(1, 25)])
     unknown = fit(tmp_path / "d", Whole(), callback=qat(learn="scales"), max_epochs=-1, max_time={"seconds": 1})[0]
-    assert set(unknown.rates) == {1e-3}
+    assert set(unknown.rates) == {3e-4}
 
 
 def test_scales_alone_resume_to_the_bit(tmp_path: Path) -> None:

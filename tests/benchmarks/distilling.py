@@ -81,9 +81,9 @@ class Student(L.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-def distilled(name: str, method: str, cell: Cell, weights_at: float, scales_at: float) -> nn.Module:
+def distilled(name: str, method: str, cell: Cell, weights_at: float, scales_at: float, seed: int) -> nn.Module:
     """The network after the cell's steps; at a rate of 0 weights keep still."""
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(seed, verbose=False)
     steps = STEPS[cell.name]
     network, teacher, data = pretrained(name), pretrained(name), Photographs(steps)
     if method == "ours":
@@ -145,14 +145,14 @@ def runs(cell: str, methods: list[str], rates: tuple[Sequence[float], ...]) -> l
     return [run for run in found if run[0] in methods]
 
 
-def measure(name: str, cell: str, method: str, weights_at: float, scales_at: float) -> tuple[float, float]:
+def measure(name: str, cell: str, method: str, weights_at: float, scales_at: float, seed: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         if method == "calibrated":
             network = calibrated(name, CELLS[cell])
         elif method == "onnxruntime":
             network = by_onnxruntime(name, Path(folder))
         else:
-            network = distilled(name, method, CELLS[cell], weights_at, scales_at)
+            network = distilled(name, method, CELLS[cell], weights_at, scales_at, seed)
         return compare(network, pretrained(name), Photographs(1).test_dataloader())
 
 
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=everyone, choices=everyone)
     parser.add_argument("--weights-at", nargs="+", type=float, default=(), help="other rates than those above")
     parser.add_argument("--scales-at", nargs="+", type=float, default=())
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path(".benchmarks/distilling"))
     parser.add_argument("--report", action="store_true", help="print the table of what is there, and train nothing")
     arguments = parser.parse_args()
@@ -177,10 +178,10 @@ def main() -> None:
     for cell in () if arguments.report else arguments.cells:
         for method, weights_at, scales_at in runs(cell, arguments.methods, (arguments.weights_at, arguments.scales_at)):
             key = {"network": arguments.network, "cell": cell, "method": method}
-            key |= {"weights_at": weights_at, "scales_at": scales_at}
+            key |= {"weights_at": weights_at, "scales_at": scales_at, "seed": arguments.seed}
             if any(key.items() <= row.items() for row in rows):
                 continue
-            divergence, agreement = measure(arguments.network, cell, method, weights_at, scales_at)
+            divergence, agreement = measure(arguments.network, cell, method, weights_at, scales_at, arguments.seed)
             steps = STEPS[cell] if scales_at else 0
             rows.append(key | {"steps": steps, "divergence": divergence, "agreement": agreement})
             path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -192,6 +193,7 @@ def main() -> None:
             cell=row["cell"],
             method=row["method"],
             steps=str(row["steps"]),
+            seed=str(row["seed"]),
             weights_at=f"{row['weights_at']:g}" if row["weights_at"] else "",
             scales_at=f"{row['scales_at']:g}" if row["scales_at"] else "",
             KL=f"{row['divergence']:.4f}",

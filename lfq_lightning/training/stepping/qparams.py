@@ -23,12 +23,15 @@ OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
 
 
-def default_optimizer(parameters: Iterable[Tensor]) -> Optimizer:
-    """Adam with a learning rate of 0.001: one step moves a scale by about a thousandth of its reference value."""
+ALONE_AT = 3e-4  # what the default optimizer's rate is where nothing else learns
+
+
+def default_optimizer(parameters: Iterable[Tensor], lr: float = 1e-3) -> Optimizer:
+    """Adam, of which one step at a rate of 0.001 moves a scale by about a thousandth of its reference value."""
     parameters = list(parameters)
     # One kernel for all, which on the CPU takes a third of the time, and which not every device has.
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-    return torch.optim.Adam(parameters, lr=1e-3, fused=fused, foreach=not fused)
+    return torch.optim.Adam(parameters, lr=lr, fused=fused, foreach=not fused)
 
 
 class Reading:

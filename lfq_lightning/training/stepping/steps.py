@@ -17,6 +17,7 @@ from lfq_lightning.telling import tell
 from lfq_lightning.training.hiding import hidden_qparams
 from lfq_lightning.training.stepping.hooks import held_by
 from lfq_lightning.training.stepping.qparams import (
+    ALONE_AT,
     Falling,
     OptimizerFactory,
     QParamOptimizer,
@@ -80,6 +81,8 @@ class Steps:
         _check_scaler(trainer, model)
         if alone and schedule is None and choice != "user" and not trainer.lr_scheduler_configs:
             schedule = Falling
+        if choice is None:
+            choice = partial(default_optimizer, lr=ALONE_AT) if alone else default_optimizer
         self.qparams = _make(trainer, model, choice, schedule)
         if not alone:
             self._weights.follow(
@@ -141,7 +144,7 @@ class Steps:
 def _make(
     trainer: L.Trainer,
     model: L.LightningModule,
-    choice: Choice,
+    choice: Literal["user"] | OptimizerFactory,
     schedule: ScheduleFactory | None,
 ) -> QParamOptimizer | UserOptimizers:
     if choice == "user":
@@ -152,7 +155,7 @@ def _make(
     return QParamOptimizer(
         model,
         trainer.optimizers,
-        default_optimizer if choice is None else choice,
+        choice,
         schedule,
         getattr(trainer.precision_plugin, "scaler", None),
         faces if isinstance(faces, list) else [faces],

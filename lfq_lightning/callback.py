@@ -72,7 +72,7 @@ class QuantizationAwareTraining(AtRest):
             of keywords, or a batch. None takes the first training batch, which is run through `training_step` without
             computing anything, or else the module's `example_input_array`; False looks at none, and quantizes layers
             of known types alone.
-        target: the runtime that the network is trained for, "onnxruntime" or "openvino", or several; see `attach`.
+        target: the runtime that the network is trained for, such as "onnxruntime", or several; see `attach`.
         record_every_n_steps: optimizer steps between two records; None takes `log_every_n_steps`, less in a short run.
         write_files: False leaves records to the loggers; a run without a directory of its own writes none either.
         on_collapse: what happens to a quantizer that passes nothing useful any more: "warn" names it once, "reinit"
@@ -80,7 +80,8 @@ class QuantizationAwareTraining(AtRest):
         export: write the best checkpoint, or the last, to this ONNX file when a fit ends, and compare the two: see
             `parity`. A relative path is taken from the Trainer's log directory. A mapping holds `path` and other
             arguments of `export_onnx`, such as `dynamic_axes` or `tolerance`; with a `target`, `optimize_for` is
-            "speed" unless it says otherwise. What fails then is a warning, and the fit has ended well, unless
+            "speed" unless it says otherwise. A path that ends in `.pt2` is a program as `export_pt2` writes it, for
+            the `target` if that takes programs. What fails then is a warning, and the fit has ended well, unless
             `on_mismatch` is "raise" there.
 
     Raises:
@@ -115,7 +116,7 @@ class QuantizationAwareTraining(AtRest):
         check_choice("learn", learn, get_args(Learn))
         check_choice("batch_norm", batch_norm, get_args(Statistics))
         check_choice("frozen_layers", frozen_layers, get_args(FrozenLayers))
-        check_export(export)
+        check_export(export, target)
         if target_of(target) is not None and example is False:
             raise ValueError(
                 f"`target` must know the operations of a batch. Found {target!r} with example=False: leave one out."

@@ -7,11 +7,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import lightning as L
+import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.utils.data import DataLoader, TensorDataset
 
 import lfq_lightning as lfq
 from lfq_lightning import QuantSpec, Rule
@@ -346,6 +350,72 @@ def test_the_batch_may_vary(tmp_path: Path) -> None:
     lfq.export_pt2(model, x, tmp_path / "m.pt2", target="executorch", dynamic_shapes={"x": {0: torch.export.Dim("n")}})
     program = torch.export.load(tmp_path / "m.pt2")
     assert_bit_equal(program.module()(x[:2]), lfq.export_pt2(model, x[:2], fold=True).module()(x[:2]))
+
+
+class Module(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Residual()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fit_for_a_runtime_that_takes_programs_ends_in_one(tmp_path: Path) -> None:
+    callback = lfq.QuantizationAwareTraining(4, 8, target=("executorch", "openvino"), export=tmp_path / "a" / "m.pt2")
+    trainer = L.Trainer(
+        max_epochs=2,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+    )
+    model = Module()
+    trainer.fit(model, DataLoader(TensorDataset(torch.randn(16, *X[1:])), 4))
+    program = torch.export.load(tmp_path / "a" / "m.pt2")
+    x = torch.randn(X)
+    torch.testing.assert_close(program.module()(x), model.eval()(x).detach(), rtol=0, atol=0.02)
+    assert all(result_of(layer) == ["quantize_per_tensor"] for layer in nodes(program, *PRODUCTS))
+    assert callback.parity is None
+
+
+def test_what_a_fit_is_to_write_is_checked_before_it() -> None:
+    with pytest.raises(ValueError, match=r"`export` must hold `path`, and may hold dynamic_shapes, fold, signed"):
+        lfq.QuantizationAwareTraining(export={"path": "m.pt2", "opset": 21})
+    with pytest.raises(ValueError, match="of which executorch and litert take programs: name one, as in export="):
+        lfq.QuantizationAwareTraining(target=("executorch", "litert"), export="m.pt2")
+    lfq.QuantizationAwareTraining(target=("executorch", "litert"), export={"path": "m.pt2", "target": "litert"})
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_file_for_tensorrt_has_what_it_reads(tmp_path: Path, kind: type[nn.Module]) -> None:
+    model, x = quantized(kind, "tensorrt", weight=8)
+    assert lfq.export_onnx(model, x, tmp_path / "m.onnx", optimize_for="speed").agrees
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    stored = {kept.name: onnx.numpy_helper.to_array(kept) for kept in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            scale, zero_point = (stored[name] for name in node.input[1:3])
+            assert zero_point.dtype == np.int8
+            assert not zero_point.any()
+            assert (scale > 0).all()
+            assert scale.size == 1 or node.input[0] in stored  # channels of weights alone
+        if node.op_type == "Add":  # one product and one that is quantized
+            assert sorted(makers[name].op_type for name in node.input) == ["Conv", "DequantizeLinear"]
+        if node.op_type in ("Conv", "Gemm"):
+            assert [makers[name].op_type for name in node.input[:2]] == ["DequantizeLinear"] * 2
+            assert node.op_type == "Gemm" or stored[node.input[2]].dtype == np.float32
 
 
 # ---- in the runtimes themselves --------------------------------------------------------------------------------------

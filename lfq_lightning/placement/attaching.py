@@ -85,10 +85,12 @@ def attach(
             `requires_grad=False`, as a GAN and finetuning need it; "learn" lets them learn whether or not it learns.
         example: what the model is run on: one input, a tuple of positional inputs, a mapping of keyword inputs, or a
             batch of inputs and targets as a DataLoader gives it.
-        target: the runtime that the network is trained for, which needs an `example`: "onnxruntime" or "openvino", or
-            several, for what all of them compute in integers. Additions, concatenations and poolings between quantized
-            operations are quantized too, with one scale where a runtime wants one. None quantizes what meets a
-            parameter alone.
+        target: the runtime that the network is trained for, which needs an `example`: "onnxruntime", "openvino",
+            "tensorrt", "executorch" (XNNPACK), "x86" (torchao's lowering for Inductor) or "litert", or several, for
+            what all of them compute in integers. Additions, concatenations and poolings between quantized operations
+            are quantized too, with one scale where a runtime wants one, a product's own operand of a sum bare where it
+            adds within the product, and results of layers where it wants these. None quantizes what meets a parameter
+            alone.
 
     Returns:
         What was placed where. Attaching again with the same arguments changes nothing. Where less than half of the

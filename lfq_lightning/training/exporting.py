@@ -1,4 +1,4 @@
-"""The export of one fit to an ONNX file: what stands in its way, the batch that is kept, and the file at its end."""
+"""The export of one fit to a file: what stands in its way, the batch that is kept, and the file at its end."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from torch import nn
 
 from lfq_lightning.checking import check_path
 from lfq_lightning.checkpoint import load_state_dict
-from lfq_lightning.export import export_onnx
+from lfq_lightning.export import export_onnx, export_pt2
 from lfq_lightning.export.exportable import check_exportable
 from lfq_lightning.export.inputs import arguments, on_cpu, traced
 from lfq_lightning.export.parity import Parity
+from lfq_lightning.export.pt2_passes import FORMS
 from lfq_lightning.export.to_onnx import require_onnx
 from lfq_lightning.placement import to_float
 from lfq_lightning.placement.quantized_layer import quantizers
@@ -45,32 +46,60 @@ _SETTINGS = (
 )
 
 
-def check_export(export: Export) -> None:
-    """Raise unless this is a file to write, or a mapping with one and with arguments of `export_onnx`."""
+_OF_PROGRAMS = ("dynamic_shapes", "fold", "signed", "target")
+
+
+def check_export(export: Export, target: str | Sequence[str] | None) -> None:
+    """Raise unless this is a file to write, or a mapping with one and with arguments of what writes it."""
     if not isinstance(export, Mapping):
         check_path("export", export, needed=False)
-        return
-    unknown = [name for name in export if name not in ("path", *_SETTINGS)]
-    if "path" not in export or unknown:
+    path = export.get("path") if isinstance(export, Mapping) else export
+    known = _OF_PROGRAMS if _is_program(path) else _SETTINGS
+    unknown = [name for name in export if name not in ("path", *known)] if isinstance(export, Mapping) else []
+    if isinstance(export, Mapping) and (path is None or unknown):
         raise ValueError(
-            f"`export` must hold `path`, and may hold {', '.join(_SETTINGS)}. Found {', '.join(map(str, export))}: "
-            "give the path, or call `lfq_lightning.export_onnx` by hand after the fit."
+            f"`export` must hold `path`, and may hold {', '.join(known)}. Found {', '.join(map(str, export))}: "
+            f"give the path, or call `lfq_lightning.{_writer(path)}` by hand after the fit."
         )
-    check_path("export", export["path"])
+    if isinstance(export, Mapping):
+        check_path("export", path)
+    named = isinstance(export, Mapping) and "target" in export
+    if _is_program(path) and not named and len(_forms(target)) > 1:
+        raise ValueError(
+            f"A program is written for one runtime. Found `target` {target!r}, of which {' and '.join(_forms(target))} "
+            f'take programs: name one, as in export={{"path": {str(path)!r}, "target": {_forms(target)[0]!r}}}.'
+        )
+
+
+def _is_program(path: Any) -> bool:
+    return path is not None and Path(path).suffix == ".pt2"
+
+
+def _writer(path: Any) -> str:
+    return "export_pt2" if _is_program(path) else "export_onnx"
+
+
+def _forms(target: str | Sequence[str] | None) -> list[str]:
+    """Those of the runtimes that take programs."""
+    named = [target] if isinstance(target, str) else list(target or ())
+    return [name for name in named if name in FORMS]
 
 
 class FitExport:
     """Exports a fit's model to a file, or does nothing without one.
 
     Args:
-        export: the file to write, or a mapping with `path` and arguments of `export_onnx`; a relative path is taken
-            from the Trainer's log directory.
-        target: what the model is quantized for, or None; with one, files are optimized for speed.
+        export: the file to write, or a mapping with `path` and arguments of `export_onnx`, or of `export_pt2` where the
+            path ends in `.pt2`; a relative path is taken from the Trainer's log directory.
+        target: what the model is quantized for, or None; with one, files are optimized for speed, and programs
+            arranged for it.
     """
 
     def __init__(self, export: Export, target: str | Sequence[str] | None = None) -> None:
         settings = dict(export) if isinstance(export, Mapping) else {"path": export}
-        if target is not None:
+        if _is_program(settings["path"]):
+            settings.setdefault("target", (*_forms(target), None)[0])
+        elif target is not None:
             settings.setdefault("optimize_for", "speed")
         self.path: str | Path | None = settings.pop("path")
         self._settings = settings
@@ -92,15 +121,15 @@ class FitExport:
         """Write the file on rank zero; every rank calls this. What fails is told, for the fit has ended well."""
         if self.path is None or is_dev_run(trainer):
             return None
-        settings = {"on_mismatch": "warn", **self._settings}
+        settings = dict(self._settings) if _is_program(self.path) else {"on_mismatch": "warn", **self._settings}
         try:
             return export_fit(trainer, model, self.path, self._last_batch, settings)
         except Exception as error:  # of any kind: the exporter's, the runtime's, the disk's
-            if settings["on_mismatch"] == "raise":
+            if settings.get("on_mismatch") == "raise":
                 raise
             rank_zero_warn(
                 f"The fit has ended, and its export failed: {type(error).__name__}: {error} The checkpoints are whole: "
-                "call `lfq_lightning.export_onnx` on `lfq_lightning.load_from_checkpoint(...)`."
+                f"call `lfq_lightning.{_writer(self.path)}` on `lfq_lightning.load_from_checkpoint(...)`."
             )
             return None
 
@@ -113,7 +142,8 @@ def check_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path) ->
         ValueError: for settings that integer formats do not hold, a module without `forward`, sharded weights, or
             hyper-parameters that no checkpoint gives back safely, or a file that cannot be written.
     """
-    require_onnx()
+    if not _is_program(path):
+        require_onnx()
     _check_writable(trainer, _target(trainer, path))
     check_exportable(model)
     if type(model).forward is L.LightningModule.forward:
@@ -124,7 +154,7 @@ def check_fit(trainer: L.Trainer, model: L.LightningModule, path: str | Path) ->
     if isinstance(trainer.strategy, ModelParallelStrategy):
         raise ValueError(
             "`export` needs whole weights on one rank. Found ModelParallelStrategy, which shards them: leave `export` "
-            "out, and call `lfq_lightning.export_onnx` on `lfq_lightning.load_from_checkpoint(...)` afterwards."
+            f"out, and call `lfq_lightning.{_writer(path)}` on `lfq_lightning.load_from_checkpoint(...)` afterwards."
         )
     data = getattr(trainer, "datamodule", None)
     saved = {**getattr(data, "hparams", {}), **model.hparams}
@@ -177,7 +207,7 @@ def export_fit(
         model: the trained module.
         path: the file to write.
         batch: a batch of training data; `example_input_array` is used instead where the module has one.
-        settings: further arguments of `export_onnx`.
+        settings: further arguments of what writes the file.
     """
     where = _target(trainer, path)
     if not trainer.is_global_zero:
@@ -192,8 +222,14 @@ def export_fit(
         ):
             break
         rank_zero_warn(f"{saved} is from before quantization and is not exported: see `lfq_lightning.while_learning`.")
+    told = f"Exported {saved or 'the model'} to {where}."
+    if _is_program(path):
+        where.parent.mkdir(parents=True, exist_ok=True)
+        export_pt2(exported, _inputs(model, batch), where, **settings)
+        tell(trainer, told)
+        return None
     parity = export_onnx(exported, _inputs(model, batch), where, **settings)
-    tell(trainer, f"Exported {saved or 'the model'} to {where}.\n{parity}")
+    tell(trainer, f"{told}\n{parity}")
     return parity
 
 

@@ -85,7 +85,7 @@ def distilled(name: str, method: str, cell: Cell, weights_at: float, scales_at: 
     """The network after the cell's steps; at a rate of 0 weights keep still."""
     L.seed_everything(seed, verbose=False)
     steps = STEPS[cell.name]
-    network, teacher, data = pretrained(name), pretrained(name), Photographs(steps)
+    network, teacher, data = pretrained(name), pretrained(name), Photographs(steps, seed=seed)
     if method == "ours":
         learn: Any = "all" if weights_at else "scales"
         qat = lfq.QuantizationAwareTraining(cell.weight, cell.activation, learn=learn, optimizer=adam(scales_at))
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=everyone, choices=everyone)
     parser.add_argument("--weights-at", nargs="+", type=float, default=(), help="other rates than those above")
     parser.add_argument("--scales-at", nargs="+", type=float, default=())
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the crops that are trained on: nothing else is drawn")
     parser.add_argument("--folder", type=Path, default=Path(".benchmarks/distilling"))
     parser.add_argument("--report", action="store_true", help="print the table of what is there, and train nothing")
     arguments = parser.parse_args()

@@ -174,9 +174,7 @@ def test_codes_that_are_signed_already_are_not_shifted(positive: bool) -> None:
     assert_bit_equal(signed.module()(x), lfq.export_pt2(model, x).module()(x))
 
 
-# The residual network is left out: of two of its convolutions, oneDNN 3.11 of torch 2.13 gives wrong sums on processors
-# with AVX-512 (a twentieth of the output's power), and right ones with ONEDNN_MAX_CPU_ISA=AVX2.
-@pytest.mark.parametrize("network", ["mlp", "separable"])
+@pytest.mark.parametrize("network", ["mlp", "residual", "separable", "lenet"])
 def test_torchao_lowers_a_program_to_integer_kernels_of_x86(tmp_path: Path, network: str) -> None:
     pytest.importorskip("torchao")
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401

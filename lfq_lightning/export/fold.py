@@ -24,7 +24,11 @@ MOST_QUANTA = 2.0**31 - 1  # back ends store a bias in 32 bits, in units of inpu
 
 
 def fold_batch_norm(
-    model: nn.Module, example_inputs: tuple[Any, ...], example_kwargs: dict[str, Any] | None = None
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    example_kwargs: dict[str, Any] | None = None,
+    bytes_hold: bool = False,
+    mirrored: bool = True,
 ) -> list[str]:
     """Fold every normalization that alone follows a layer with integer weights, in place, and return their names.
 
@@ -37,17 +41,22 @@ def fold_batch_norm(
         model: what `integer_copy` made, in eval mode.
         example_inputs: positional inputs of the model, to see what follows what.
         example_kwargs: its keyword inputs.
+        bytes_hold: whether codes of fewer than 8 bits that meet a quantized input are stored a byte each, in which a
+            negated one finds room.
+        mirrored: whether the zero point of a weight may leave 0 where a negated code has none. Back ends of programs
+            pass zero points of weights over.
     """
+    room = _Room(bytes_hold, mirrored)
     folded: list[str] = []
     left_out: list[tuple[nn.Module, str]] = []
     biased: list[_Product] = []
     own = own_layers(model)
     for maker, norm in _pairs(model, example_inputs, example_kwargs or {}):
         if isinstance(maker, _Product):
-            done = _fold_product(model, maker, norm)
+            done = _fold_product(model, maker, norm, room)
             biased += [maker] * done
         else:
-            done = maker in own and _fold(own[maker], norm)
+            done = maker in own and _fold(own[maker], norm, room)
         if not done:
             continue
         folded.append(norm.name)
@@ -66,6 +75,14 @@ def fold_batch_norm(
     for layer in own_layers(model).values():
         _silence(layer)
     return folded
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What negated codes may have; see `fold_batch_norm`."""
+
+    bytes_hold: bool
+    mirrored: bool
 
 
 @dataclass
@@ -101,11 +118,12 @@ class _Norm:
     eps: float
 
 
-def _fold(layer: QuantizedLayer, norm: _Norm) -> bool:
+def _fold(layer: QuantizedLayer, norm: _Norm, room: _Room) -> bool:
     weight, axis = layer.weight_quantizer, int(isinstance(layer, TRANSPOSED))
     if not isinstance(weight, IntegerWeight) or (axis == 1 and layer.groups != 1):
         return False  # output channels of grouped transposed convolutions are spread over both dimensions
-    found = _folded(weight, layer.bias if isinstance(layer.bias, Tensor) else None, norm, axis, layer.input_quantizer)
+    bias = layer.bias if isinstance(layer.bias, Tensor) else None
+    found = _folded(weight, bias, norm, axis, layer.input_quantizer, room)
     if found is None:
         return False
     made, bias = found
@@ -114,7 +132,7 @@ def _fold(layer: QuantizedLayer, norm: _Norm) -> bool:
     return True
 
 
-def _fold_product(model: nn.Module, product: _Product, norm: _Norm) -> bool:
+def _fold_product(model: nn.Module, product: _Product, norm: _Norm, room: _Room) -> bool:
     held = [
         (module, name)
         for module in model.modules()
@@ -123,7 +141,7 @@ def _fold_product(model: nn.Module, product: _Product, norm: _Norm) -> bool:
     ]
     (holder, name), *others = held
     activation = holder._modules.get(input_name(name.removesuffix("_quantizer")))
-    found = None if others else _folded(product.weight, product.bias, norm, 0, activation)
+    found = None if others else _folded(product.weight, product.bias, norm, 0, activation, room)
     if found is None:
         return False
     product.weight, bias = found
@@ -133,7 +151,7 @@ def _fold_product(model: nn.Module, product: _Product, norm: _Norm) -> bool:
 
 
 def _folded(
-    weight: IntegerWeight, bias: Tensor | None, norm: _Norm, axis: int, activation: nn.Module | None
+    weight: IntegerWeight, bias: Tensor | None, norm: _Norm, axis: int, activation: nn.Module | None, room: _Room
 ) -> tuple[IntegerWeight, Tensor] | None:
     """A weight and a bias that stand for theirs and a normalization; None where they cannot."""
     gamma = torch.ones_like(norm.variance) if norm.weight is None else norm.weight
@@ -141,7 +159,7 @@ def _folded(
     total = torch.zeros_like(factor) if bias is None else bias.double()
     total = (total - norm.mean.double()) * factor
     total = (total if norm.bias is None else total + norm.bias.double()).float()
-    made = weight.scaled(factor.float(), axis)
+    made = weight.scaled(factor.float(), axis, room.bytes_hold and isinstance(activation, IntegerInput), room.mirrored)
     if made is None:
         return None
     too_many, idle = _out_of_range(activation, made, total, axis)

@@ -102,37 +102,49 @@ class IntegerWeight(nn.Module):
         low, high = (0, 15) if self.dtype is torch.uint8 else (-8, 7)
         return low <= self.range[0] and self.range[1] <= high
 
-    def scaled(self, factor: Tensor, axis: int) -> IntegerWeight | None:
+    def scaled(self, factor: Tensor, axis: int, wide: bool = False, mirrored: bool = True) -> IntegerWeight | None:
         """This weight times a factor for each index of `axis`, the output channels; nothing is rounded again.
 
         The factor's magnitude goes into the scales and its sign into the integers; zero makes the integers the zero
-        point. A negated code that has no room is mirrored within the range, and the zero point with it.
+        point.
+
+        Args:
+            factor: of shape (channels,).
+            axis: the dimension of the output channels.
+            wide: whether a negated code that has no room in its range may have one of a byte.
+            mirrored: whether all codes are else mirrored within the range, and the zero point with them.
 
         Returns:
-            None where scales run along another dimension or must stay powers of two.
+            None where scales run along another dimension or must stay powers of two, or a code has no room.
         """
         if self.fixed_scale:
             return None
         if self.axis not in (None, axis) or (self.group_size is not None and axis != 0):
             return None
         made = copy.deepcopy(self)
-        wide = factor.view([-1 if d == axis else 1 for d in range(self.codes.ndim)])
+        factors = factor.view([-1 if d == axis else 1 for d in range(self.codes.ndim)])
         if self.group_size is None:
             made.axis = axis
             made.scale, made.zero_point = self.scale.expand(len(factor)), self.zero_point.expand(len(factor))
             flat = factor
         else:
-            flat = wide
+            flat = factors
         made.scale = made.scale * torch.where(flat == 0, 1.0, flat.abs())
         codes, total = self.codes.int(), sum(self.range)
         z = made.wide(made.zero_point).int()
         negated = 2 * z - codes
-        fits = bool(((negated >= self.range[0]) & (negated <= self.range[1]) | (wide >= 0)).all())
+        turns = negated[(factors < 0).expand_as(negated)]
+        lowest, highest = (int(end) for end in turns.aminmax()) if turns.numel() else self.range
+        fits = self.range[0] <= lowest and highest <= self.range[1]
+        if not fits and wide and torch.iinfo(self.dtype).min <= lowest and highest <= torch.iinfo(self.dtype).max:
+            made.range, fits = (min(lowest, self.range[0]), max(highest, self.range[1])), True
+        if not fits and not mirrored:
+            return None
         turned = negated if fits else total - codes
-        codes = torch.where(wide < 0, turned, torch.where(wide == 0, z.expand_as(codes), codes))
+        codes = torch.where(factors < 0, turned, torch.where(factors == 0, z.expand_as(codes), codes))
         if not fits:
             made.zero_point = torch.where(flat < 0, total - made.zero_point, made.zero_point)
-        made.codes, made.signs = codes.to(self.dtype), self.signs * wide.sign()
+        made.codes, made.signs = codes.to(self.dtype), self.signs * factors.sign()
         return made
 
     def silenced(self, channels: Tensor, axis: int) -> IntegerWeight | None:

@@ -146,7 +146,7 @@ def export_onnx(
     args, kwargs = on_cpu(arguments(model, example_inputs))
     to_integers(integers)
     _check_opset(integers, opset)
-    folded = fold_batch_norm(integers, args, kwargs)
+    folded = fold_batch_norm(integers, args, kwargs, bytes_hold=optimize_for == "speed")
     if optimize_for == "size":
         keep_biases_exact(integers)
     proto = _exported(integers, args, kwargs, dynamic_axes, opset)

@@ -74,7 +74,7 @@ def export_pt2(
     args, kwargs = arguments(model, example_inputs)
     integers = integer_copy(model, signed if form is None else form.signed)
     if fold or form is not None:
-        fold_batch_norm(integers, args, kwargs)
+        fold_batch_norm(integers, args, kwargs, bytes_hold=True, mirrored=False)
     program = program_of(integers, args, kwargs, dynamic_shapes)
     if form is not None:
         module = program.module()

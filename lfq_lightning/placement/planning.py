@@ -140,6 +140,8 @@ def plan(
             if kind not in item.ruled and (at_end or tied):
                 item.specs[kind] = at_least_8_bits(item.specs[kind])
         if runtime is not None:
+            if "weight" in item.specs:
+                item.specs["weight"] = runtime.weight(item.specs["weight"])
             runtime.check(item.label, item.specs.get("weight"), item.specs.get("activation"))
         if item.parameter is None:
             operands.append(_placed_operand(item, shared, same))

@@ -25,6 +25,7 @@ EXECUTORCH = Target(
     codes="any",  # unsigned ones are stored 128 lower
     sums="operands",
     results=True,
+    narrow=True,
     least_bits=8,  # what clips before a quantizer parts it from its layer
     least_group=None,  # those need inputs that are quantized as they come
 )

@@ -26,6 +26,7 @@ LITERT = Target(
     codes="any",  # unsigned ones are stored 128 lower
     sums="operands",
     results=True,
+    narrow=True,
     least_bits=8,
     least_group=None,
 )

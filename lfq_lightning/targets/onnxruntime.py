@@ -27,6 +27,7 @@ ONNXRUNTIME = Target(
     codes="unsigned",
     sums="operands",
     results=False,
+    narrow=False,
     least_bits=1,
     least_group=16,  # MatMulNBits, which reads an input that is not quantized
 )

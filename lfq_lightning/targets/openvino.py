@@ -26,6 +26,7 @@ OPENVINO = Target(
     codes="any",
     sums="any",
     results=False,
+    narrow=False,
     least_bits=1,
     least_group=1,
 )

@@ -26,6 +26,8 @@ class Target:
         sums: what it wants of an addition: both "operands" quantized; that of a product bare, to which it adds the
             other within the product ("fused"); or "any" of these.
         results: whether layers are computed in integers only where their result is quantized too.
+        narrow: whether weights of 8 bits have as many codes above zero as below, -127 to 127, so that a normalization
+            with a negative factor can go into them.
         least_bits: of activations: fewer than 8 saturate by an operation of their own before they are quantized; 1 for
             any.
         least_group: how many inputs share a scale at least where a weight has groups; powers of two from there on; 1
@@ -39,6 +41,7 @@ class Target:
     codes: Codes
     sums: Sums
     results: bool
+    narrow: bool
     least_bits: int
     least_group: int | None
 
@@ -57,6 +60,7 @@ class Target:
             codes=self._agreed(self.codes, other.codes, other, "codes of activations"),  # type: ignore[arg-type]
             sums=self._agreed(self.sums, other.sums, other, "operands of additions"),  # type: ignore[arg-type]
             results=self.results or other.results,
+            narrow=self.narrow or other.narrow,
             least_bits=max(self.least_bits, other.least_bits),
             least_group=None if groups[0] is None or groups[1] is None else max(groups[0], groups[1]),
         )
@@ -68,6 +72,12 @@ class Target:
                 f"{what} differ ({own} and {others}): train for one of them, or for each by itself."
             )
         return others if own == "any" else own
+
+    def weight(self, spec: QuantSpec | None) -> QuantSpec | None:
+        """A weight's specification, with codes that the runtime takes where the one given leaves them open."""
+        if spec is None or not self.narrow or spec.bits != 8 or not spec.symmetric or spec.quant_min is not None:
+            return spec
+        return spec if spec.signed is False else spec.replace(quant_min=-127, quant_max=127)
 
     def activation(self, given: SpecLike) -> QuantSpec | None:
         """An activation's specification, with codes that the runtime takes where the one given leaves them open."""

@@ -25,6 +25,7 @@ TENSORRT = Target(
     codes="centred",
     sums="fused",
     results=False,
+    narrow=True,
     least_bits=8,
     least_group=64,  # of weights in 4 bits that meet floats
 )

@@ -24,6 +24,7 @@ X86 = Target(
     codes="unsigned",
     sums="fused",
     results=False,
+    narrow=True,
     least_bits=8,
     least_group=None,
 )

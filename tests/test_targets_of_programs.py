@@ -397,6 +397,57 @@ def test_what_a_fit_is_to_write_is_checked_before_it() -> None:
     lfq.QuantizationAwareTraining(target=("executorch", "litert"), export={"path": "m.pt2", "target": "litert"})
 
 
+def with_negative_factors(bits: int, target: Any) -> tuple[nn.Module, Tensor]:
+    """A network of which a normalization turns weights over that have the lowest code."""
+    torch.manual_seed(0)
+    model, x = Residual(), torch.randn(X)
+    with torch.no_grad():
+        model.norm.weight[::2] = -0.7
+    model(x), model(x)
+    lfq.attach(model.eval(), bits, 8, rules=[Rule("stem", weight=bits)], example=x, target=target)
+    lfq.calibrate(model, [x])
+    quantizer: Any = model.stem.weight_quantizer
+    with torch.no_grad():
+        model.stem.weight[::2, 0, 0, 0] = quantizer.code_range[0] * quantizer.scale[::2]
+    return model.eval(), x
+
+
+@pytest.mark.parametrize(("bits", "lowest"), [(8, -127), (4, -8)])
+@pytest.mark.parametrize("target", RUNTIMES)
+def test_a_normalization_that_turns_weights_over_goes_into_them(target: Runtime, bits: int, lowest: int) -> None:
+    model, x = with_negative_factors(bits, target)
+    program = lfq.export_pt2(model, x, target=target)
+    torch.testing.assert_close(program.module()(x), model(x).detach(), rtol=0, atol=1e-2)
+    assert not nodes(program, "batch_norm", "_native_batch_norm_legit_no_training")
+    stored = {name: value for name, value in program.state_dict.items() if "stem.weight_quantizer" in name}
+    assert not any(value.any() for name, value in stored.items() if "zero_point" in name)
+    if target != "litert":  # which has the floats
+        assert stored["stem.weight_quantizer.codes"].max() == -lowest
+
+
+@pytest.mark.parametrize("target", [None, "x86", "executorch"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # that a layer is in float
+def test_where_it_finds_no_room_in_them_it_stays(target: Any) -> None:
+    model, x = with_negative_factors(8, None)
+    program = lfq.export_pt2(model, x, fold=True, target=target)
+    torch.testing.assert_close(program.module()(x), model(x).detach(), rtol=0, atol=1e-2)
+    assert len(nodes(program, "batch_norm")) == 1
+    assert not any(
+        value.any() for name, value in program.state_dict.items() if name.endswith("weight_quantizer.zero_point")
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_file_for_tensorrt_has_weights_whose_zero_point_is_0(tmp_path: Path, bits: int) -> None:
+    model, x = with_negative_factors(bits, "tensorrt")
+    assert lfq.export_onnx(model, x, tmp_path / "m.onnx", optimize_for="speed").agrees
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert "BatchNormalization" not in {node.op_type for node in graph.node}
+    zero_points = {node.input[2] for node in graph.node if node.op_type == "DequantizeLinear" and len(node.input) > 2}
+    stored = {kept.name: onnx.numpy_helper.to_array(kept) for kept in graph.initializer}
+    assert not any(stored[name].any() for name in zero_points)
+
+
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_file_for_tensorrt_has_what_it_reads(tmp_path: Path, kind: type[nn.Module]) -> None:
     model, x = quantized(kind, "tensorrt", weight=8)

@@ -1,6 +1,6 @@
 """What runtimes make of programs: quantized for them, without a target, and by their own post-training quantization.
 
-Needs executorch or torchao: pip install -e ".[bench,executorch]" && pytest tests/benchmarks/test_target_programs.py
+Needs executorch and torchao, which the extra `bench` brings; what is missing is skipped.
 """
 
 from __future__ import annotations

@@ -134,35 +134,57 @@ def changed(proto: onnx.ModelProto, name: str, change: Callable[[np.ndarray], np
     initializer(proto, name).CopyFrom(numpy_helper.from_array(values, name))
 
 
+LAYERS = ("stem", *(f"blocks.{number}" for number in range(4)), "head")
+
+
+def in_first_channel(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """The change, in the first output channel alone."""
+    return lambda v: np.concatenate([change(v[:1]), v[1:]])
+
+
 def fault_in(proto: onnx.ModelProto, fault: str, layer: str) -> None:
-    quantize = [n for n in proto.graph.node if n.op_type == "QuantizeLinear"]
+    quantize = [n for n in proto.graph.node if n.op_type == "QuantizeLinear"][LAYERS.index(layer)]
     dequantize = {n.input[0]: n for n in proto.graph.node if n.op_type == "DequantizeLinear"}
-    node = dequantize[f"{layer}.weight_quantizer.codes"]
-    place = len(quantize) // 2
+    codes, scale, *zero_point = dequantize[f"{layer}.weight_quantizer.codes"].input
+    # A matrix is stored as (outputs, inputs) here; the product of it has its bias subtracted behind.
+    bias = f"{layer}.bias" + ".negative" * (layer == "head")
     if fault == "scale of a weight":
-        changed(proto, node.input[1], lambda v: v * np.float32(1.01))
+        changed(proto, scale, lambda v: v * np.float32(1.01))
+    elif fault == "scale of a channel":
+        changed(proto, scale, in_first_channel(lambda v: v * np.float32(1.02)))
     elif fault == "a code of a weight":
-        changed(proto, node.input[0], lambda v: np.where(np.arange(v.size).reshape(v.shape) == 7, v ^ 1, v))
+        changed(proto, codes, lambda v: np.where(np.arange(v.size).reshape(v.shape) == 7, v ^ 1, v))
+    elif fault == "the sign of a channel":
+        changed(proto, codes, in_first_channel(lambda v: -v))
+    elif fault == "two channels exchanged":
+        changed(proto, codes, lambda v: v[[1, 0, *range(2, len(v))]])
+    elif fault == "zero point of a weight":
+        changed(proto, zero_point[0], in_first_channel(lambda v: v + np.array(1, v.dtype)))
     elif fault == "a bias":
-        apart = layer == "head"  # a product of a matrix has its bias subtracted behind it
-        changed(proto, f"{layer}.bias{'.negative' * apart}", lambda v: v + np.float32(0.05) * np.abs(v).max())
+        changed(proto, bias, lambda v: v + np.float32(0.05) * np.abs(v).max())
+    elif fault == "the bias of a channel":
+        # A tenth of the largest moves but one code of the head's input, as the edge between two may.
+        first = np.float32(0.3) * (np.arange(16 if layer != "head" else 10) == 0)
+        changed(proto, bias, lambda v: v + np.abs(v).max() * first.reshape(v.shape))
     elif fault == "scale of an input":
-        proto.graph.initializer.append(
-            numpy_helper.from_array(
-                numpy_helper.to_array(initializer(proto, quantize[place].input[1])) * np.float32(1.01), "other"
-            )
-        )
-        quantize[place].input[1] = "other"
+        kept = numpy_helper.to_array(initializer(proto, quantize.input[1]))
+        proto.graph.initializer.append(numpy_helper.from_array(kept * np.float32(1.01), "other"))
+        quantize.input[1] = "other"
     elif fault == "zero point of an input":
-        kept = numpy_helper.to_array(initializer(proto, quantize[place].input[2]))
+        kept = numpy_helper.to_array(initializer(proto, quantize.input[2]))
         proto.graph.initializer.append(numpy_helper.from_array(kept + np.array(3, kept.dtype), "other"))
-        quantize[place].input[2] = "other"
+        quantize.input[2] = "other"
 
 
-FAULTS = ("scale of a weight", "a code of a weight", "a bias", "scale of an input", "zero point of an input")
+MORE = ("blocks.0", "blocks.1", "blocks.3", "head")
+FAULTS = (
+    *("scale of a weight", "scale of a channel", "a code of a weight", "the sign of a channel"),
+    *("two channels exchanged", "zero point of a weight", "a bias", "the bias of a channel"),
+    *("scale of an input", "zero point of an input"),
+)
 
 
-@pytest.mark.parametrize("layer", ["stem", "blocks.2", "head"])
+@pytest.mark.parametrize("layer", [*LAYERS[::3], *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_that_is_put_into_a_file_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, layer: str

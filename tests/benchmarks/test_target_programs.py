@@ -97,7 +97,6 @@ class ByInductor:
         if name != "float":  # which also has the compiler know the patterns
             lowered = lower_pt2e_quantized_to_x86(program.module(), args)
             integer = sum("onednn.q" in str(n.target) and "prepack" not in str(n.target) for n in lowered.graph.nodes)
-        torch._dynamo.reset()
         with config.patch(freezing=True):
             compiled = torch.compile(program.module())
             compiled(*args)

@@ -256,6 +256,20 @@ def test_a_file_holds_codes_and_not_the_floats_that_they_stand_for(tmp_path: Pat
     assert_bit_equal(torch.export.load(tmp_path / "m.pt2").module()(x), lfq.export_pt2(model, x).module()(x))
 
 
+@pytest.mark.parametrize("spec", [8, QuantSpec(8), QuantSpec(4, symmetric=False, granularity="per_channel")])
+def test_rows_of_a_table_are_looked_up_as_codes_for_executorch(spec: Any) -> None:
+    model, tokens = nn.Sequential(nn.Embedding(30, 6), nn.Linear(6, 3)), torch.randint(30, (4, 7))
+    lfq.attach(model, rules=[Rule("0", weight=spec)], example=tokens)
+    lfq.calibrate(model, [tokens])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the matrix is in float
+        program = lfq.export_pt2(model, tokens, target="executorch")
+    assert_bit_equal(program.module()(tokens), lfq.export_pt2(model, tokens).module()(tokens))
+    (lookup,) = nodes(program, "embedding")
+    assert program.state_dict["0.weight_quantizer.codes"].dtype in (torch.int8, torch.uint8)
+    assert cast(Node, lookup.args[0]).meta["val"].dtype in (torch.int8, torch.uint8)
+
+
 def test_weights_are_floats_with_quantizers_for_litert() -> None:
     model, x = quantized(Residual, "litert")
     program = lfq.export_pt2(model, x, target="litert")

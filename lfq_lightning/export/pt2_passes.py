@@ -45,6 +45,7 @@ class Form:
         signed: codes of inputs as int8, unsigned ones 128 lower.
         whole: layers whose result is not quantized are to be in float altogether.
         quantizes: weights as floats that are quantized and dequantized, in place of their codes.
+        looks_up: rows of tables as codes, of which floats are made alone: otherwise the whole table is, at each run.
         copies: what is flattened is copied first: torchao's convolutions give their channels last, of which its views
             cannot be made.
     """
@@ -52,11 +53,12 @@ class Form:
     signed: bool
     whole: bool = False
     quantizes: bool = False
+    looks_up: bool = False
     copies: bool = False
 
 
 FORMS = {
-    "executorch": Form(signed=True, whole=True),
+    "executorch": Form(signed=True, whole=True, looks_up=True),
     "x86": Form(signed=False, copies=True),
     "litert": Form(signed=True, quantizes=True),
 }
@@ -91,6 +93,8 @@ def arrange(module: GraphModule, form: Form) -> list[str]:
     _choose_codes(graph)
     _merge(graph)
     _part(graph)
+    if form.looks_up:
+        _look_up_codes(module)
     released = _release(module) if form.whole else []
     if form.quantizes:
         _quantize_weights(module)
@@ -236,6 +240,29 @@ def _is_in_integers(layer: Node, weight: Node) -> bool:
         and given.target is DEQUANTIZE
         and reads == [QUANTIZE]
     )
+
+
+def _look_up_codes(module: GraphModule) -> None:
+    graph = module.graph
+    for weight in _weights(module):
+        codes, scale, zero_point = weight.args[:3]
+        one = weight.target is DEQUANTIZE
+        lookups = [user for user in weight.users if user.target is _aten.embedding.default and user.args[0] is weight]
+        if len(lookups) != len(weight.users) or not (one or (weight.target is OF_CHANNELS and weight.args[3] == 0)):
+            continue
+        for lookup in lookups:
+            with graph.inserting_before(lookup):
+                rows = graph.call_function(_aten.embedding.default, (codes, lookup.args[1]))
+                rows = graph.call_function(_aten.to.dtype, (rows, torch.float32))
+                settings = []
+                for each in (zero_point, scale):
+                    if not one:
+                        each = graph.call_function(_aten.index.Tensor, (each, [lookup.args[1]]))
+                        each = graph.call_function(_aten.unsqueeze.default, (each, -1))
+                    settings.append(each)
+                centred = graph.call_function(_aten.sub.Tensor, (rows, settings[0]))
+                lookup.replace_all_uses_with(graph.call_function(_aten.mul.Tensor, (centred, settings[1])))
+            graph.erase_node(lookup)
 
 
 def _quantize_weights(module: GraphModule) -> None:

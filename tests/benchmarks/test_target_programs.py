@@ -87,20 +87,16 @@ class ByInductor:
 
     def run(self, name: str, program: ExportedProgram) -> tuple[Run, int, int]:
         """What runs it, the bytes of its file, and how many layers are computed in integers."""
-        from torch._inductor import config
         from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
 
-        path = self._folder / f"{name}.pt2"
-        torch.export.save(program, path)
-        args, _ = program.example_inputs
         integer = 0
         if name != "float":  # which also has the compiler know the patterns
-            lowered = lower_pt2e_quantized_to_x86(program.module(), args)
+            lowered = lower_pt2e_quantized_to_x86(program.module(), program.example_inputs[0])
             integer = sum("onednn.q" in str(n.target) and "prepack" not in str(n.target) for n in lowered.graph.nodes)
-        with config.patch(freezing=True):
-            compiled = torch.compile(program.module())
-            compiled(*args)
-        return compiled, path.stat().st_size, integer
+        path = str(self._folder / f"{name}.pt2")
+        torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs={"freezing": True})
+        compiled: Run = torch._inductor.aoti_load_package(path)  # type: ignore[assignment]
+        return compiled, Path(path).stat().st_size, integer
 
     def own(self, net: nn.Module, inputs: Tensor) -> ExportedProgram:
         from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86

@@ -83,12 +83,17 @@ def of_same_scale(flow: Flow, target: Target, calls: Iterable[int]) -> dict[int,
 
 
 def modules_with_results(
-    flow: Flow, layers: Iterable[int], quantized: Collection[int], others: Mapping[int, Collection[str]]
+    flow: Flow,
+    target: Target,
+    layers: Iterable[int],
+    quantized: Collection[int],
+    others: Mapping[int, Collection[str]],
 ) -> list[str]:
     """The modules that give results of layers which not all that reads them reads quantized, and as one tensor.
 
     Args:
         flow: what a batch did.
+        target: the runtime.
         layers: the calls, by number, of layers whose weight and input are quantized.
         quantized: the tensors, by identity, that are quantized.
         others: what `calls_in_integers` found.
@@ -96,5 +101,6 @@ def modules_with_results(
     readers, quantized = _readers(flow), set(quantized)
     for number, names in others.items():  # also what only chooses among codes
         quantized.update(read.identity for read in flow.calls[number].reads if read.name in names)
-    lacking = (flow.calls[n] for n in sorted(layers) if not _read_as_one(n, flow, readers, quantized))
+    asked = [n for n in sorted(layers) if flow.calls[n].site.operation in target.results]
+    lacking = (flow.calls[n] for n in asked if not _read_as_one(n, flow, readers, quantized))
     return list(dict.fromkeys(call.ends_in for call in lacking if call.ends_in is not None))

@@ -124,7 +124,7 @@ def plan(
         chosen.sort(key=items.index)
         if runtime.results and defaults["activation"] is not None:
             computed = [n for item in chosen if item.parameter and all(item.specs.values()) for n in item.calls]
-            for name in modules_with_results(flow, computed, _quantized_tensors(chosen), every):
+            for name in modules_with_results(flow, runtime, computed, _quantized_tensors(chosen), every):
                 outputs.setdefault(name, at_least_8_bits(defaults["activation"]))
     ends = _at_ends(chosen, found)
     # Layers that are tied to the first or the last have its weight, and so its bits.

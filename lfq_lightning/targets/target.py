@@ -25,7 +25,7 @@ class Target:
         codes: of activations: "unsigned" ones, "centred" ones, which are signed with their zero point at 0, or "any".
         sums: what it wants of an addition: both "operands" quantized; that of a product bare, to which it adds the
             other within the product ("fused"); or "any" of these.
-        results: whether layers are computed in integers only where their result is quantized too.
+        results: operations of layers that it computes in integers only where their result is quantized too.
         narrow: whether weights of 8 bits have as many codes above zero as below, -127 to 127, so that a normalization
             with a negative factor can go into them.
         least_bits: of activations: fewer than 8 saturate by an operation of their own before they are quantized; 1 for
@@ -40,7 +40,7 @@ class Target:
     one_scale: frozenset[str]
     codes: Codes
     sums: Sums
-    results: bool
+    results: frozenset[str]
     narrow: bool
     least_bits: int
     least_group: int | None
@@ -59,7 +59,7 @@ class Target:
             one_scale=self.one_scale | other.one_scale,
             codes=self._agreed(self.codes, other.codes, other, "codes of activations"),  # type: ignore[arg-type]
             sums=self._agreed(self.sums, other.sums, other, "operands of additions"),  # type: ignore[arg-type]
-            results=self.results or other.results,
+            results=self.results | other.results,
             narrow=self.narrow or other.narrow,
             least_bits=max(self.least_bits, other.least_bits),
             least_group=None if groups[0] is None or groups[1] is None else max(groups[0], groups[1]),

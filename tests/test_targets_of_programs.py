@@ -160,6 +160,9 @@ def test_a_program_that_is_arranged_for_a_runtime_computes_the_same(target: Runt
     program = lfq.export_pt2(model, x, target=target)
     plain = lfq.export_pt2(model, x, fold=True)
     assert_bit_equal(program.module()(x), plain.module()(x))
+    assert all(len(node.users) == 1 for node in nodes(program, "dequantize_per_tensor"))
+    pairs = [node.args for node in nodes(program, "quantize_per_tensor")]
+    assert len(pairs) == len(set(pairs))  # each tensor once by each quantizer
     kinds = {node.args[-1] for node in nodes(program, "quantize_per_tensor")}
     assert kinds <= ({torch.uint8} if target == "x86" else {torch.int8})
     assert len(nodes(program, *PRODUCTS)) == len(nodes(plain, *PRODUCTS))
@@ -381,6 +384,28 @@ def test_a_tensor_that_is_changed_in_place_is_two(target: Runtime) -> None:
         warnings.simplefilter("ignore", UserWarning)
         program = lfq.export_pt2(model, x, target=target)
     assert_bit_equal(program.module()(x), lfq.export_pt2(model, x, fold=True).module()(x))
+
+
+class Shown(nn.Module):
+    """A pooling that a layer reads, and that is shown as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.pool, self.last = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = self.pool(torch.relu(self.first(x)))
+        return self.last(pooled), pooled
+
+
+@pytest.mark.parametrize("target", RUNTIMES)
+def test_what_is_read_in_float_too_is_chosen_among_floats(target: Runtime) -> None:
+    model, x = quantized(Shown, target, rules=[Rule("pool", output=None), Rule("*", weight=HALF, output=None)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        program = lfq.export_pt2(model, x, target=target)
+    for found, expected in zip(program.module()(x), lfq.export_pt2(model, x, fold=True).module()(x), strict=True):
+        assert_bit_equal(found, expected)
 
 
 def test_the_batch_may_vary(tmp_path: Path) -> None:

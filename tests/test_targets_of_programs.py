@@ -197,6 +197,15 @@ def test_what_chooses_among_values_has_the_same_quantizer_on_both_sides(target: 
     assert kind is not LeNet or len(found) == 2
 
 
+@pytest.mark.parametrize("target", RUNTIMES)
+def test_a_mean_over_all_pixels_is_a_pooling(target: Runtime) -> None:
+    model, x = quantized(Shortcut, target)
+    (mean,) = nodes(lfq.export_pt2(model, x, target=target), "mean")
+    assert list(mean.args[1:]) == [[2, 3], True]
+    assert result_of(mean) == ["quantize_per_tensor"]
+    assert cast(Node, mean.args[0]).target is torch.ops.quantized_decomposed.dequantize_per_tensor.default
+
+
 @pytest.mark.parametrize(("target", "bare"), [("executorch", 0), ("litert", 0), ("x86", 1), ("tensorrt", 1)])
 @pytest.mark.parametrize("kind", [Residual, Shortcut])
 def test_of_a_sum_a_product_is_bare_where_a_runtime_adds_within_it(

@@ -195,6 +195,7 @@ def test_what_chooses_among_values_has_the_same_quantizer_on_both_sides(target: 
         before = [cast(Node, each.args[0]) if "clone" in str(each.target) else each for each in before]
         assert {each.args[1:] for each in before} == {reader.args[1:]}, node
     assert kind is not LeNet or len(found) == 2
+    assert len(nodes(program, "clone")) == len(nodes(program, "flatten")) * (target == "x86")
 
 
 @pytest.mark.parametrize("target", RUNTIMES)
@@ -231,6 +232,22 @@ def test_a_clipped_product_or_one_that_others_read_is_no_part_of_a_sum() -> None
 
     placement = lfq.attach(Clipped(), example=torch.randn(X), target="x86")
     assert [operand.label for operand in placement.operands] == ["add/input", "add/other"]
+
+
+def test_what_is_normalized_after_it_was_clipped_is_no_product_any_more() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.norm = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x + self.norm(torch.relu(self.first(x))))
+
+    placement = lfq.attach(Normed(), example=torch.randn(X), target="x86")
+    assert [operand.label for operand in placement.operands] == ["add/input", "add/other"]
+    placement = lfq.attach(Normed(), example=torch.randn(X), target="executorch")
+    results = [operand.label for operand in placement.operands if operand.role == "output"]
+    assert results == ["last output"]  # what is clipped there, no module gives
 
 
 def test_results_are_quantized_where_a_network_ends_and_before_what_is_in_float() -> None:
@@ -378,9 +395,10 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
-        z = self.second(y)
+        turned = y.transpose(2, 3)
+        z = self.second(turned)
         y.neg_()
-        return self.third(y) + z
+        return self.third(turned) + z
 
 
 @pytest.mark.parametrize("target", RUNTIMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -110,21 +111,29 @@ def _of(graph: Graph, *targets: Any) -> list[Node]:
     return [node for node in graph.nodes if node.op == "call_function" and node.target in targets]
 
 
-def _is_changed(node: Any) -> bool:
-    """Whether a function changes a tensor in place, so that its name stands for two."""
-    return isinstance(node, Node) and any(
-        user.op == "call_function" and getattr(getattr(user.target, "_schema", None), "is_mutable", False)
-        for user in node.users
-    )
+def _changes(graph: Graph) -> dict[Node, tuple[int, int]]:
+    """How often what each operation reads first was changed in place before it, and in all; a view is what it shows."""
+    owner: dict[Node, Node] = {}
+    changes: Counter[Node] = Counter()
+    before: dict[Node, tuple[Node, int]] = {}
+    for node in graph.nodes:
+        given = node.args[0] if node.args and isinstance(node.args[0], Node) else node
+        schema = getattr(node.target, "_schema", None)
+        is_view = given is not node and schema is not None and any(each.alias_info for each in schema.returns)
+        owner[node] = owner[given] if is_view else node
+        before[node] = owner[given], changes[owner[given]]
+        changes[owner[node]] += schema is not None and schema.is_mutable
+    return {node: (count, changes[whole]) for node, (whole, count) in before.items()}
 
 
 def _merge(graph: Graph) -> None:
-    """Quantize a tensor once for all who read it with one quantizer."""
+    """Quantize a tensor once for all who read it with one quantizer, between two changes of it in place."""
     known: dict[Any, Node] = {}
+    changes = _changes(graph)
     for node in _of(graph, QUANTIZE, DEQUANTIZE):
-        if _is_changed(node.args[0]):
-            continue
-        first = known.setdefault((node.target, node.args), node)
+        if any(changes[user][1] for user in node.users):
+            continue  # a result that is changed is nobody else's
+        first = known.setdefault((node.target, node.args, changes[node][0]), node)
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
@@ -132,18 +141,22 @@ def _merge(graph: Graph) -> None:
 
 def _part(graph: Graph) -> None:
     """Dequantize for each reader by itself, so that what runs in integers need not stand together."""
+    changes = _changes(graph)
     for node in _of(graph, DEQUANTIZE):
-        for user in list(node.users)[1:]:
+        for user in list(node.users)[1:] if not any(changes[user][1] for user in node.users) else ():
             with graph.inserting_before(user):
                 user.replace_input_with(node, graph.call_function(DEQUANTIZE, node.args))
 
 
 def _choose_codes(graph: Graph) -> None:
     """Quantize before what only chooses among values, too, where nothing but one quantizer reads its result."""
+    changes = _changes(graph)
     for node in reversed(_of(graph, *_CHOOSING)):
         (given, *rest), users = node.args, list(node.users)
         alike = {user.args[1:] for user in users if user.target is QUANTIZE and user.args[0] is node}
-        if len(alike) != 1 or any(user.target is not QUANTIZE for user in users) or _is_changed(given):
+        if len(alike) != 1 or any(user.target is not QUANTIZE for user in users):
+            continue
+        if changes[node][0] < changes[node][1]:  # it shows what becomes of its operand, too
             continue
         (settings,) = alike
         with graph.inserting_before(node):

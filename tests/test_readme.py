@@ -192,6 +192,7 @@ def test_the_steps_of_the_tables_are_those_of_the_results(path: Path) -> None:
 
 
 TARGETS = sorted((RESULTS / "target").glob("target_o*.json"))
+PROGRAMS = sorted(path for name in ("executorch", "x86") for path in (RESULTS / "target").glob(f"target_{name}_*.json"))
 
 
 @pytest.mark.parametrize("path", TARGETS, ids=lambda path: path.stem)
@@ -202,3 +203,12 @@ def test_the_runtimes_of_the_tables_are_those_of_the_results(path: Path) -> None
     counted = [found[name]["products_in_integers"].split(" of ") for name in (files[0], files[1], files[5])]
     shares = f"{', '.join(integer for integer, _ in counted)} of {counted[1][1]}"
     assert f" | {figures} | {shares} |" in MEASURED.read_text()
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_the_programs_of_the_tables_are_those_of_the_results(path: Path) -> None:
+    found = {row["file"]: row for row in rows(path.parent, path.stem)}
+    files = [found[name] for name in ("its own W8A8", "ours, W8A8", "ours, no target")]
+    counted = [row["products_in_integers"].split(" of ") for row in files]
+    shares = f"{', '.join(integer for integer, _ in counted)} of {counted[1][1]}"
+    assert f" | {' | '.join(row['of_float'] for row in files)} | {shares} |" in MEASURED.read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -562,29 +563,64 @@ def test_a_file_for_tensorrt_has_what_it_reads(tmp_path: Path, kind: type[nn.Mod
 # ---- in the runtimes themselves --------------------------------------------------------------------------------------
 
 
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "series": (lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 4, 3)), (2, 3, 16)),
+    "series, larger": (lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.ConvTranspose1d(4, 4, 3, 2)), (2, 3, 8)),
+    "same": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.Sigmoid(), nn.Conv2d(4, 4, 1)), X),
+    "larger": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 4, 3, 2)), X),
+    "larger by groups": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3, 2, groups=2)), X),
+    "clipped otherwise": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(), nn.Conv2d(4, 4, 3)), X),
+    "windows": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AvgPool2d(2), nn.Conv2d(4, 4, 1)), X),
+    "reflected": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 4, 3)), X),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("trained_for", ["executorch", None])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # that a layer is in float
+def test_layers_of_every_kind_compute_the_same_in_xnnpack(tmp_path: Path, kind: str, trained_for: str | None) -> None:
+    make, shape = KINDS[kind]
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(shape)
+    model(x), model(x)
+    lfq.attach(model.eval(), 8, 8, example=x, target=trained_for)
+    lfq.calibrate(model, [x])
+    program = lfq.export_pt2(model, x, target="executorch")
+    assert_bit_equal(program.module()(x), lfq.export_pt2(model, x, fold=True).module()(x))
+    pytest.importorskip("executorch.exir")
+    assert_within_a_step(by_xnnpack(program, tmp_path / "m.pte", x)[0], model.eval()(x).detach())
+
+
 def assert_within_a_step(found: Tensor, expected: Tensor, share: float = 0.01) -> None:
     """Equal but for sums in another order, by which a code here and there is the next."""
     assert (found - expected).square().sum() <= share**2 * expected.square().sum()
+
+
+def by_xnnpack(program: ExportedProgram, path: Path, x: Tensor) -> tuple[Tensor, Counter[str]]:
+    """The output, and the operations that were left to ExecuTorch's portable kernels."""
+    import executorch.kernels.quantized  # noqa: F401
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime as Executor
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    path.write_bytes(edge.to_executorch().buffer)
+    [output] = Executor.get().load_program(path).load_method("forward").execute([x])
+    return output, Counter(str(getattr(n.target, "__name__", "")) for n in edge.exported_program().graph.nodes)
 
 
 @pytest.mark.parametrize("kind", [*NETWORKS, Encoder])
 @pytest.mark.parametrize("trained_for", ["executorch", None])
 def test_xnnpack_computes_what_the_model_does(tmp_path: Path, kind: type[nn.Module], trained_for: str | None) -> None:
     pytest.importorskip("executorch.exir")
-    import executorch.kernels.quantized  # noqa: F401
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-    from executorch.runtime import Runtime as Executor
-
     model, x = quantized(kind, trained_for, weight=8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = lfq.export_pt2(model, x, target="executorch")
-        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-    (tmp_path / "m.pte").write_bytes(edge.to_executorch().buffer)
-    [output] = Executor.get().load_program(tmp_path / "m.pte").load_method("forward").execute([x])
+    output, left = by_xnnpack(program, tmp_path / "m.pte", x)
     assert_within_a_step(output, model(x).detach())
-    left = Counter(str(getattr(n.target, "__name__", "")) for n in edge.exported_program().graph.nodes)
     assert left["aten.convolution.default"] + left["aten.addmm.default"] + left["aten.linear.default"] == 0
 
 

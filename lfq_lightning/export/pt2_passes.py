@@ -33,8 +33,11 @@ _CHOOSING = _VIEWS | {
 }
 _CLIPPING = {_aten.relu.default, _aten.hardtanh.default, _aten.relu6.default}
 _CLIPPING |= {_aten.relu_.default, _aten.hardtanh_.default, _aten.relu6_.default}
-_LAYERS = {_aten.linear.default, _aten.conv1d.default, _aten.conv2d.default, _aten.conv_transpose2d.input}
-_PRODUCTS = _LAYERS | {_aten.conv3d.default, _aten.conv_transpose1d.default, _aten.conv_transpose3d.input}
+_LAYERS = {_aten.linear.default, _aten.conv1d.default, _aten.conv1d.padding, _aten.conv2d.default, _aten.conv2d.padding}
+_LAYERS |= {_aten.conv_transpose2d.input}
+_OF_SERIES = {_aten.conv1d.default, _aten.conv1d.padding, _aten.conv_transpose1d.default}
+_PRODUCTS = _LAYERS | {_aten.conv_transpose1d.default, _aten.conv_transpose3d.input}
+_PRODUCTS |= {_aten.conv3d.default, _aten.conv3d.padding, _aten.bilinear.default}
 _PRODUCTS |= {_aten.matmul.default, _aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.einsum.default}
 
 
@@ -236,8 +239,16 @@ def _release(module: GraphModule) -> list[str]:
             floats = _floats(module, weight)
             for user in wrong if weight.target is not OF_GROUPS else list(weight.users):
                 user.replace_input_with(weight, floats)
+                if user.target in _OF_SERIES:
+                    _part_input(module.graph, user)
             released.append(_layer_of(weight))
     return released
+
+
+def _part_input(graph: Graph, layer: Node) -> None:
+    """Put one operation between a layer and the quantizer before it: of one-dimensional ones XNNPACK takes both."""
+    with graph.inserting_before(layer):
+        layer.replace_input_with(layer.args[0], graph.call_function(_aten.mul.Tensor, (layer.args[0], 1.0)))  # type: ignore[arg-type]
 
 
 def _is_in_integers(layer: Node, weight: Node) -> bool:
@@ -245,8 +256,10 @@ def _is_in_integers(layer: Node, weight: Node) -> bool:
     while len(last.users) == 1 and next(iter(last.users)).target in _CLIPPING:
         last = next(iter(last.users))
     reads = [user.target for user in last.users]
+    of_groups = layer.target is _aten.conv_transpose2d.input and [*layer.args[6:7], 1][0] != 1
     return (
         layer.target in _LAYERS
+        and not of_groups
         and weight.target in (OF_CHANNELS, DEQUANTIZE)
         and layer.args[1] is weight
         and isinstance(given, Node)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -32,7 +31,6 @@ _CHOOSING = _VIEWS | {
     *(_aten.slice.Tensor, _aten.select.int, _aten.dropout.default, _aten.clone.default),
 }
 _CLIPPING = {_aten.relu.default, _aten.hardtanh.default, _aten.relu6.default}
-_CLIPPING |= {_aten.relu_.default, _aten.hardtanh_.default, _aten.relu6_.default}
 _LAYERS = {_aten.linear.default, _aten.conv1d.default, _aten.conv1d.padding, _aten.conv2d.default, _aten.conv2d.padding}
 _LAYERS |= {_aten.conv_transpose2d.input}
 _OF_SERIES = {_aten.conv1d.default, _aten.conv1d.padding, _aten.conv_transpose1d.default}
@@ -85,13 +83,14 @@ def arrange(module: GraphModule, form: Form) -> list[str]:
     """Rewrite a traced module in place.
 
     Args:
-        module: of a program that has its quantizers as operators, and BatchNorm folded.
+        module: of a program that has its quantizers as operators, BatchNorm folded, and changes nothing in place.
         form: that of the runtime.
 
     Returns:
         The names of the layers with integer weights that are in float now.
     """
     graph = module.graph
+    _drop_copies(graph)
     _keep_pixels(graph)
     _merge(graph)
     _choose_codes(graph)
@@ -114,29 +113,20 @@ def _of(graph: Graph, *targets: Any) -> list[Node]:
     return [node for node in graph.nodes if node.op == "call_function" and node.target in targets]
 
 
-def _changes(graph: Graph) -> dict[Node, tuple[int, int]]:
-    """How often what each operation reads first was changed in place before it, and in all; a view is what it shows."""
-    owner: dict[Node, Node] = {}
-    changes: Counter[Node] = Counter()
-    before: dict[Node, tuple[Node, int]] = {}
-    for node in graph.nodes:
-        given = node.args[0] if node.args and isinstance(node.args[0], Node) else node
-        schema = getattr(node.target, "_schema", None)
-        is_view = given is not node and schema is not None and any(each.alias_info for each in schema.returns)
-        owner[node] = owner[given] if is_view else node
-        before[node] = owner[given], changes[owner[given]]
-        changes[owner[node]] += schema is not None and schema.is_mutable
-    return {node: (count, changes[whole]) for node, (whole, count) in before.items()}
+def _drop_copies(graph: Graph) -> None:
+    """Read what was copied itself: nothing is changed in place."""
+    for node in _of(graph, _aten.clone.default, _aten.copy.default):
+        given: Any = node.args[-1] if node.target is _aten.copy.default else node.args[0]
+        if not node.kwargs and _shape_of(given) == _shape_of(node) and _dtype_of(given) is _dtype_of(node):
+            node.replace_all_uses_with(given)
+            graph.erase_node(node)
 
 
 def _merge(graph: Graph) -> None:
-    """Quantize a tensor once for all who read it with one quantizer, between two changes of it in place."""
+    """Quantize a tensor once for all who read it with one quantizer."""
     known: dict[Any, Node] = {}
-    changes = _changes(graph)
     for node in _of(graph, QUANTIZE, DEQUANTIZE):
-        if any(changes[user][1] for user in node.users):
-            continue  # a result that is changed is nobody else's
-        first = known.setdefault((node.target, node.args, changes[node][0]), node)
+        first = known.setdefault((node.target, node.args), node)
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
@@ -144,22 +134,18 @@ def _merge(graph: Graph) -> None:
 
 def _part(graph: Graph) -> None:
     """Dequantize for each reader by itself, so that what runs in integers need not stand together."""
-    changes = _changes(graph)
     for node in _of(graph, DEQUANTIZE):
-        for user in list(node.users)[1:] if not any(changes[user][1] for user in node.users) else ():
+        for user in list(node.users)[1:]:
             with graph.inserting_before(user):
                 user.replace_input_with(node, graph.call_function(DEQUANTIZE, node.args))
 
 
 def _choose_codes(graph: Graph) -> None:
     """Quantize before what only chooses among values, too, where nothing but one quantizer reads its result."""
-    changes = _changes(graph)
     for node in reversed(_of(graph, *_CHOOSING)):
         (given, *rest), users = node.args, list(node.users)
         alike = {user.args[1:] for user in users if user.target is QUANTIZE and user.args[0] is node}
         if len(alike) != 1 or any(user.target is not QUANTIZE for user in users):
-            continue
-        if changes[node][0] < changes[node][1]:  # it shows what becomes of its operand, too
             continue
         (settings,) = alike
         with graph.inserting_before(node):
@@ -188,8 +174,12 @@ def _keep_pixels(graph: Graph) -> None:
             user.replace_input_with(node, flat)
 
 
-def _shape_of(node: Any) -> tuple[int, ...]:
+def _shape_of(node: Any) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape) if isinstance(node, Node) and "val" in node.meta else ()
+
+
+def _dtype_of(node: Any) -> torch.dtype | None:
+    return node.meta["val"].dtype if isinstance(node, Node) and "val" in node.meta else None
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def export_pt2(
         fold_batch_norm(integers, args, kwargs, bytes_hold=True, mirrored=False)
     program = program_of(integers, args, kwargs, dynamic_shapes)
     if form is not None:
-        module = program.module()
+        module = program.run_decompositions({}).module()  # without changes in place
         in_float = arrange(module, form)
         if in_float:
             more = f" and {len(in_float) - 5} more" if len(in_float) > 5 else ""

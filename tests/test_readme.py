@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import lightning as L
@@ -212,3 +213,18 @@ def test_the_programs_of_the_tables_are_those_of_the_results(path: Path) -> None
     counted = [row["products_in_integers"].split(" of ") for row in files]
     shares = f"{', '.join(integer for integer, _ in counted)} of {counted[1][1]}"
     assert f" | {' | '.join(row['of_float'] for row in files)} | {shares} |" in MEASURED.read_text()
+
+
+def test_the_accuracy_in_runtimes_is_that_of_the_results() -> None:
+    scores: dict[tuple[str, str], list[float]] = {}
+    for line in (RESULTS / "in_runtimes/accuracy.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "task" in row:
+            scores.setdefault((row["task"], row["method"]), []).append(row["score"])
+    lines = MEASURED.read_text().splitlines()
+    for task in {task for task, _ in scores}:
+        data, kind = ("MNIST-5k" if task.startswith("mnist") else "digits"), task.rpartition("_")[2]
+        [line] = [line for line in lines if line.startswith(f"| {data}, {kind} |")]
+        shown = [float(cell.split()[0]) for cell in line.strip("| ").split(" | ")[1:]]
+        methods = ("float", "its own W8A8", "W8A8", "W8A8 within 63", "W4A8", "W4A4")
+        assert shown == [round(mean(scores[task, method]), 2) for method in methods]

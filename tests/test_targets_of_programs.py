@@ -661,3 +661,38 @@ def test_torchao_lowers_every_layer_and_the_sum_to_integer_kernels(kind: type[nn
         assert sum(kernels.values()) == len(nodes(program, *PRODUCTS))
         assert sum(count for name, count in kernels.items() if "binary" in name) == int(kind in (Residual, Shortcut))
         assert_within_a_step(lowered(x), model(x))
+
+
+def codes_of(values: Tensor, details: dict[str, Any]) -> Tensor:
+    """What a file's input takes: the converter leaves the first quantizer to whoever calls it."""
+    scale, zero_point = details["quantization"]
+    return ((values / scale).round() + zero_point).clamp(-128, 127).to(torch.int8)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.filterwarnings("ignore")  # the converter's
+def test_litert_computes_every_layer_and_operation_in_integers(tmp_path: Path, kind: type[nn.Module]) -> None:
+    converter = pytest.importorskip("litert_torch")
+    from ai_edge_litert.interpreter import Interpreter
+    from litert_torch.quantize import pt2e_quantizer, quant_config
+
+    model, x = quantized(kind, "litert", weight=8)
+    quantizer = pt2e_quantizer.PT2EQuantizer()  # which finds nothing to do, and says that there are integers
+    quantizer.set_global(pt2e_quantizer.get_symmetric_quantization_config(is_per_channel=True))
+    config = quant_config.QuantConfig(pt2e_quantizer=quantizer)
+    program = lfq.export_pt2(model, x, target="litert")
+    converter.convert(program.module(), (x,), quant_config=config).export(str(tmp_path / "m.tflite"))
+    interpreter = Interpreter(str(tmp_path / "m.tflite"))
+    interpreter.allocate_tensors()
+    types = {each["index"]: each["dtype"] for each in interpreter.get_tensor_details()}
+    done = [each for each in interpreter._get_ops_details() if each["op_name"] not in ("LOGISTIC", "MUL", "DELEGATE")]
+    layers = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "ADD", "CONCATENATION", "MAX_POOL_2D", "MEAN")
+    computed = [each for each in done if each["op_name"] in layers]
+    assert len(computed) >= len(nodes(program, *PRODUCTS, "add", "cat", "max_pool2d", "mean"))
+    assert all(types[each[end][0]] is np.int8 for each in computed for end in ("inputs", "outputs"))
+    [given], [gives] = interpreter.get_input_details(), interpreter.get_output_details()
+    interpreter.set_tensor(given["index"], codes_of(x, given).numpy())
+    interpreter.invoke()
+    scale, zero_point = gives["quantization"]
+    found = (torch.as_tensor(interpreter.get_tensor(gives["index"])).float() - zero_point) * scale
+    assert_within_a_step(found, model(x).detach())

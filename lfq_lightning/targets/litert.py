@@ -4,7 +4,7 @@ from lfq_lightning.targets.target import Target
 
 # Source: tensorflow/tensorflow, tensorflow/lite/g3doc/performance/quantization_spec.md: int8 activations, symmetric
 # weights, and the operations whose result has their operand's scale, averages over windows, concatenations and
-# interpolation among them. Not run by the authors; a program is checked by its operators.
+# interpolation among them. Found with litert-torch 0.10: weights must be floats behind quantizers of their own.
 LITERT = Target(
     name="litert",
     operations=frozenset(

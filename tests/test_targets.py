@@ -19,36 +19,9 @@ import lfq_lightning as lfq
 from lfq_lightning import QuantSpec, Rule
 from lfq_lightning.export.bench import bench
 from lfq_lightning.targets import TARGETS, target_of
+from tests.target_networks import Module, Residual, UNet
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.last = nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.stem(x)))
-        x = torch.relu(x + self.conv2(torch.relu(self.conv1(x))))
-        return self.last(x)
-
-
-class UNet(nn.Module):
-    """Down and up again, with a concatenation of what was before the pooling."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down, self.deep = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.pool, self.up = nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
-        self.join, self.last = nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        skip = torch.relu(self.down(x))
-        deep = torch.relu(self.deep(self.pool(skip)))
-        return self.last(torch.relu(self.join(torch.cat([skip, self.up(deep)], 1))))
 
 
 class Normed(nn.Module):
@@ -464,24 +437,6 @@ def test_a_target_needs_a_batch_and_a_known_name() -> None:
         lfq.QuantizationAwareTraining(target="tflite")
     with pytest.raises(ValueError, match="Found 'onnxruntime' with example=False"):
         lfq.QuantizationAwareTraining(target="onnxruntime", example=False)
-
-
-class Module(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = Residual()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self(batch[0]).square().mean()
-
-    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("power", self(batch[0]).square().mean())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 1e-3)
 
 
 @pytest.mark.filterwarnings("ignore")

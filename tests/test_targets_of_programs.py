@@ -22,6 +22,7 @@ import lfq_lightning as lfq
 from lfq_lightning import QuantSpec, Rule
 from lfq_lightning.targets import target_of
 from tests.assertions import assert_bit_equal
+from tests.target_networks import Module, Residual, UNet
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -30,21 +31,6 @@ RUNTIMES: tuple[Runtime, ...] = ("executorch", "x86", "litert")
 X = (4, 3, 8, 8)
 # Within half their range 8-bit products leave room where processors saturate sums of two.
 HALF = QuantSpec(8, granularity="per_channel", quant_min=-63, quant_max=63)
-
-
-class Residual(nn.Module):
-    """A sum of a product and of what meets it, and a convolution whose result leaves the network."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.last = nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.stem(x)))
-        x = torch.relu(x + self.conv2(torch.relu(self.conv1(x))))
-        return self.last(x)
 
 
 class Shortcut(nn.Module):
@@ -62,21 +48,6 @@ class Shortcut(nn.Module):
         x = self.stem(x)
         x = torch.relu(self.point(self.deep(x)) + self.shortcut(x))
         return self.head(x.mean((2, 3)))
-
-
-class Joined(nn.Module):
-    """Down and up again, with a pooling, an interpolation and a concatenation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down, self.deep = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.pool, self.up = nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
-        self.join, self.last = nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        skip = torch.relu(self.down(x))
-        deep = torch.relu(self.deep(self.pool(skip)))
-        return self.last(torch.relu(self.join(torch.cat([skip, self.up(deep)], 1))))
 
 
 class LeNet(nn.Module):
@@ -114,7 +85,7 @@ class Volume(nn.Module):
         return self.head(torch.sigmoid(self.first(x)).mean((2, 3, 4)))
 
 
-NETWORKS = [Residual, Shortcut, Joined, LeNet]
+NETWORKS = [Residual, Shortcut, UNet, LeNet]
 
 
 def quantized(kind: type[nn.Module], target: Any, **given: Any) -> tuple[nn.Module, Tensor]:
@@ -123,7 +94,7 @@ def quantized(kind: type[nn.Module], target: Any, **given: Any) -> tuple[nn.Modu
     model, x = kind(), torch.randint(20, (4, 6)) if kind is Encoder else torch.randn(X)
     model(x), model(x)
     weight = given.pop("weight", HALF)
-    rules = [Rule(name, weight=weight) for name in ("*", "*/*") if name == "*" and weight is HALF]
+    rules = [Rule("*", weight=weight)] if weight is HALF else []  # the first and the last layer too
     lfq.attach(model.eval(), weight, rules=given.pop("rules", rules), example=x, target=target, **given)
     lfq.calibrate(model, [x])
     return model.eval(), x
@@ -251,8 +222,8 @@ def test_results_are_quantized_where_a_network_ends_and_before_what_is_in_float(
 
     assert results("executorch") == ["stem.1 output", "head output"]  # behind the normalization, which is folded
     assert results("executorch", LeNet) == ["head output"]
-    assert results("executorch", Joined) == ["deep output", "last output"]  # the interpolation is in float
-    assert results("litert", Joined) == ["last output"]
+    assert results("executorch", UNet) == ["deep output", "last output"]  # the interpolation is in float
+    assert results("litert", UNet) == ["last output"]
     assert len(results("executorch", Encoder)) > 1
     assert results("executorch", Volume) == ["head output"]
     assert results("x86") == results("onnxruntime") == results("tensorrt") == []
@@ -464,21 +435,6 @@ def test_the_batch_may_vary(tmp_path: Path) -> None:
     assert_bit_equal(program.module()(x[:2]), lfq.export_pt2(model, x[:2], fold=True).module()(x[:2]))
 
 
-class Module(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = Residual()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self(batch[0]).square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 1e-3)
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_a_fit_for_a_runtime_that_takes_programs_ends_in_one(tmp_path: Path) -> None:
     callback = lfq.QuantizationAwareTraining(4, 8, target=("executorch", "openvino"), export=tmp_path / "a" / "m.pt2")
@@ -597,20 +553,32 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("trained_for", ["executorch", None])
-@pytest.mark.filterwarnings("ignore::UserWarning")  # that a layer is in float
-def test_layers_of_every_kind_compute_the_same_in_xnnpack(tmp_path: Path, kind: str, trained_for: str | None) -> None:
+def of_kind(kind: str, trained_for: str | None) -> tuple[nn.Module, Tensor, ExportedProgram]:
+    """A calibrated network of layers of one kind, an input, and the program."""
     make, shape = KINDS[kind]
     torch.manual_seed(0)
     model, x = make(), torch.randn(shape)
     model(x), model(x)
     lfq.attach(model.eval(), 8, 8, example=x, target=trained_for)
     lfq.calibrate(model, [x])
-    program = lfq.export_pt2(model, x, target="executorch")
+    return model.eval(), x, lfq.export_pt2(model, x, target="executorch")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("trained_for", ["executorch", None])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # that a layer is in float
+def test_layers_of_every_kind_are_arranged_to_compute_the_same(kind: str, trained_for: str | None) -> None:
+    model, x, program = of_kind(kind, trained_for)
     assert_bit_equal(program.module()(x), lfq.export_pt2(model, x, fold=True).module()(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("trained_for", ["executorch", None])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_xnnpack_computes_layers_of_every_kind(tmp_path: Path, kind: str, trained_for: str | None) -> None:
     pytest.importorskip("executorch.exir")
-    assert_within_a_step(by_xnnpack(program, tmp_path / "m.pte", x)[0], model.eval()(x).detach())
+    model, x, program = of_kind(kind, trained_for)
+    assert_within_a_step(by_xnnpack(program, tmp_path / "m.pte", x)[0], model(x).detach())
 
 
 def assert_within_a_step(found: Tensor, expected: Tensor, share: float = 0.01) -> None:

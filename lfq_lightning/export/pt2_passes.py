@@ -154,6 +154,7 @@ def _choose_codes(graph: Graph) -> None:
 
 
 def _copy_before_views(graph: Graph) -> None:
+    """Have what is flattened lie in memory as its dimensions stand."""
     for node in _of(graph, *_VIEWS):
         with graph.inserting_before(node):
             kept = graph.call_function(_aten.clone.default, node.args[:1], {"memory_format": torch.contiguous_format})
@@ -259,6 +260,7 @@ def _is_in_integers(layer: Node, weight: Node) -> bool:
 
 
 def _look_up_codes(module: GraphModule) -> None:
+    """Make floats of the rows alone that are looked up, by the same arithmetic as of the whole table."""
     graph = module.graph
     for weight in _weights(module):
         codes, scale, zero_point = weight.args[:3]

@@ -35,7 +35,7 @@ from lfq_lightning.techniques import distillation_loss
 from tests.benchmarks.accuracy_methods import CELLS, METHODS, Cell, adam
 from tests.benchmarks.measuring import Table, machine
 
-NETWORKS = ("lite0", "lite1", "lite2")  # by their rates on lite1 our recipes have theirs
+NETWORKS = ("lite0", "lite1")  # by the rates on the second our recipes have theirs
 STEPS = {"W8A8": 60, "W4A8": 120, "W4A4": 120}
 WEIGHTS_AT = {"W8A8": (0.0,), "W4A8": (3e-5, 1e-4), "W4A4": (3e-5, 1e-4)}  # where they learn
 SCALES_AT = {"W8A8": (1e-3, 1e-4, 1e-5), "W4A8": (1e-3, 1e-4), "W4A4": (1e-3, 1e-4)}  # of peers, in their units

@@ -458,6 +458,8 @@ def test_a_fit_for_a_runtime_that_takes_programs_ends_in_one(tmp_path: Path) -> 
 
 
 def test_what_a_fit_is_to_write_is_checked_before_it() -> None:
+    with pytest.raises(TypeError, match="`export` must be a path"):
+        lfq.QuantizationAwareTraining(export={"path": 3})
     with pytest.raises(ValueError, match=r"`export` must hold `path`, and may hold dynamic_shapes, fold, signed"):
         lfq.QuantizationAwareTraining(export={"path": "m.pt2", "opset": 21})
     with pytest.raises(ValueError, match="of which executorch and litert take programs: name one, as in export="):

@@ -72,7 +72,7 @@ def check_export(export: Export, target: str | Sequence[str] | None) -> None:
 
 
 def _is_program(path: Any) -> bool:
-    return path is not None and Path(path).suffix == ".pt2"
+    return isinstance(path, (str, Path)) and Path(path).suffix == ".pt2"
 
 
 def _writer(path: Any) -> str:
